@@ -1,0 +1,66 @@
+"""How far a bundle's predictions are from its float twin's, step by step on the twin's own trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.bundle import SCHEDULER
+from qdeploy.errors import BundleError
+from qdeploy.files import read_json
+from qdeploy.numerics import psnr_db
+from qdeploy.runtime.pipeline import Pipeline
+from qdeploy.sampling import make_sampler
+from qdeploy.sampling.loop import denoise
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement of a bundle with its float twin.
+
+    step_sqnr_db: per step, of the UNet's output, both fed the twin's own x_t and text.
+    timesteps: the t of each step.
+    image_psnr_db: of the finished pictures at equal seed, each bundle on its own trajectory.
+    """
+
+    step_sqnr_db: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    image_psnr_db: float
+
+
+def compare(
+    reference: Pipeline, tested: Pipeline, prompts: Sequence[str], steps: int = 25, guidance_scale: float = 5.0
+) -> Fidelity:
+    """Run ``reference`` and ask ``tested`` for its prediction at every step. Raises BundleError for unlike bundles."""
+    if reference.latents != tested.latents:
+        raise BundleError("the two bundles are not of one model: their latents differ")
+    sampler = make_sampler(read_json(reference.bundle.path(SCHEDULER)), steps)
+    signal: dict[int, float] = {}
+    noise: dict[int, float] = {}
+    call = 0
+
+    def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32]) -> NDArray[np.float32]:
+        nonlocal call
+        expected = reference.predict(x, t, context)
+        found = tested.predict(x, t, context)
+        signal[call] = float(np.sum(np.square(expected, dtype=np.float64)))
+        noise[call] = float(np.sum(np.square(expected.astype(np.float64) - found)))
+        call += 1
+        return expected
+
+    unit = np.random.default_rng(0).standard_normal(_latent_shape(reference, len(prompts)), np.float32)
+    cond = reference.encode(prompts)
+    uncond = np.repeat(reference.encode([""]), len(prompts), axis=0)
+    final = denoise(predict, sampler, unit, cond, uncond, guidance_scale)
+    own = tested(list(prompts), steps=steps, guidance_scale=guidance_scale, latents=unit)
+    curve = tuple(10 * float(np.log10(signal[i] / noise[i])) if noise[i] > 0 else float("inf") for i in sorted(signal))
+    image_psnr = psnr_db(reference.decode(final).astype(np.float32), own.pixels.astype(np.float32), peak=255.0)
+    return Fidelity(curve, tuple(int(t) for t in sampler.timesteps), image_psnr)
+
+
+def _latent_shape(pipeline: Pipeline, count: int) -> tuple[int, int, int, int]:
+    latents = pipeline.latents
+    return (count, latents.channels, latents.height, latents.width)

@@ -1,0 +1,167 @@
+"""The deployable folder: its manifest, the check that it is whole and honest, and how one is written.
+
+A bundle is data from elsewhere: sizes are bounded, hashes checked, and no path leaves the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qdeploy.errors import BundleError
+from qdeploy.files import read_json, sha256_of
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a component's graph: ONNX element type and static shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """One graph of the bundle and how far it is quantized."""
+
+    file: str
+    inputs: Mapping[str, TensorInfo]
+    outputs: Mapping[str, TensorInfo]
+    weight_bits: int
+    act_bits: int
+    integer_mac_share: float = 0.0
+    parity_db: float | None = None  # SQNR between simulator and engine, measured at export
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """What the pipeline needs to know of the latents and the picture."""
+
+    channels: int
+    height: int
+    width: int
+    image_height: int
+    image_width: int
+    scaling_factor: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The bundle's table of contents."""
+
+    kind: str
+    target: str
+    engine: str
+    precision: str
+    components: Mapping[str, ComponentInfo]
+    latents: LatentInfo
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened and checked bundle."""
+
+    folder: Path
+    manifest: Manifest
+    files: Mapping[str, int]  # path in the bundle -> bytes
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def component_bytes(self, component: str) -> int:
+        """Bytes on disk of a component, external data included."""
+        return sum(size for name, size in self.files.items() if name.startswith(component + "/"))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` over every file that lies in ``folder``, with sizes and SHA-256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        **asdict(manifest),
+        "files": [
+            {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in files
+        ],
+    }
+    (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:
+    """Check a bundle and return it.
+
+    ``verify=False`` skips the hashes (sizes and paths are always checked). Raises BundleError that
+    names the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder} is not a qdeploy bundle: no {MANIFEST} in it; make one with `qdeploy export`")
+    try:
+        document = read_json(folder / MANIFEST)
+        version = document["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise BundleError(f"{folder} has bundle schema {version!r}, this qdeploy reads {SCHEMA_VERSION}")
+        manifest = _manifest_from_document(document)
+        listed = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in document["files"]}
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as exc:
+        raise BundleError(f"{folder / MANIFEST} is not a readable manifest ({exc!r}); export the bundle again") from exc
+    for name, (size_bytes, digest) in listed.items():
+        _check_file(folder, name, size_bytes, digest if verify else None)
+    needed = [SCHEDULER, TOKENIZER, *(component.file for component in manifest.components.values())]
+    for name in needed:
+        if name not in listed:
+            raise BundleError(f"{folder / MANIFEST} lists no file {name!r}, which this bundle needs; export it again")
+    return Bundle(folder, manifest, {name: size for name, (size, _) in listed.items()})
+
+
+def _manifest_from_document(document: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        kind=document["kind"],
+        target=document["target"],
+        engine=document["engine"],
+        precision=document["precision"],
+        components={name: _component_from_document(entry) for name, entry in document["components"].items()},
+        latents=LatentInfo(**document["latents"]),
+        provenance=document["provenance"],
+    )
+
+
+def _component_from_document(entry: Mapping[str, Any]) -> ComponentInfo:
+    def tensors(group: Mapping[str, Any]) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(str(info["dtype"]), tuple(map(int, info["shape"]))) for name, info in group.items()}
+
+    fields = {**entry, "inputs": tensors(entry["inputs"]), "outputs": tensors(entry["outputs"])}
+    return ComponentInfo(**fields)
+
+
+def _check_file(folder: Path, name: str, size_bytes: int, digest: str | None) -> None:
+    pure = PurePosixPath(name)
+    path = folder / name
+    outside = (
+        pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(folder.resolve())
+    )
+    if outside:
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which lies outside the bundle; the bundle is refused")
+    if not path.is_file():
+        raise BundleError(f"{folder} is incomplete: {name} is missing; copy or export the bundle again")
+    found_bytes = path.stat().st_size
+    if found_bytes != size_bytes:
+        raise BundleError(
+            f"{path} is {found_bytes} bytes, the manifest says {size_bytes}; copy or export the bundle again"
+        )
+    if digest is not None and sha256_of(path) != digest:
+        raise BundleError(f"{path} was changed: its SHA-256 is not the manifest's; copy or export the bundle again")

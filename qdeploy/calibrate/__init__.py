@@ -1,0 +1,1 @@
+"""Calibration sets, ranges and integer weights; needs the ``quantize`` extra (torch)."""

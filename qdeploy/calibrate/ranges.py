@@ -1,0 +1,81 @@
+"""Activation ranges: a streaming histogram over all calibration data, and the MSE search on it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qdeploy.errors import CalibrationError
+from qdeploy.numerics import affine_from_range
+from qdeploy.table import Affine
+
+HALF_BINS = 4096  # on each side of 0: 16 to 32 bins for each of the 256 levels of a full-range u8 quantizer
+MSE_POWER = 2.4  # p of the Lp range search (Q-Diffusion; BRECQ): a little harder on outliers than 2
+SHRINKS = np.linspace(0.2, 1.0, 81)
+
+
+class StreamingHistogram:
+    """Counts of values in equal bins around 0, whose width doubles as larger values come.
+
+    Widths are powers of two, so doubling merges bin pairs exactly and the result does not depend
+    on the order of the data.
+    """
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(2 * HALF_BINS, np.int64)
+        self.width = 0.0
+        self.low = math.inf
+        self.high = -math.inf
+
+    def add(self, values: Tensor) -> None:
+        """Count all elements of ``values`` (any shape, floating)."""
+        low, high = (float(bound) for bound in torch.aminmax(values))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                "an activation became NaN or infinite while calibrating; the model or data is broken"
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._widen(max(abs(low), abs(high)))
+        edge = HALF_BINS * self.width
+        counts = torch.histc(values.float(), bins=2 * HALF_BINS, min=-edge, max=edge)
+        self.counts += counts.numpy().astype(np.int64)
+
+    def centers(self) -> NDArray[np.floating]:
+        """Middle of each bin."""
+        return (np.arange(-HALF_BINS, HALF_BINS) + 0.5) * self.width
+
+    def _widen(self, largest: float) -> None:
+        needed = 2.0 ** math.ceil(math.log2(max(largest, 1e-30) / HALF_BINS))
+        if self.width == 0:
+            self.width = needed
+        while self.width < needed:
+            inner = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.concatenate(
+                [np.zeros(HALF_BINS // 2, np.int64), inner, np.zeros(HALF_BINS // 2, np.int64)]
+            )
+            self.width *= 2
+
+
+def mse_affine(histogram: StreamingHistogram, bits: int = 8) -> Affine:
+    """The unsigned asymmetric quantizer with the least sum of |x - Q(x)|^2.4 over the histogram.
+
+    Both ends shrink together first, then each alone around the best.
+    """
+    used = np.flatnonzero(histogram.counts)
+    x = np.clip(histogram.centers()[used], histogram.low, histogram.high)
+    weight = histogram.counts[used].astype(np.float64)
+
+    def loss(low: float, high: float) -> float:
+        scale, zero_point = affine_from_range(low, high, bits)
+        q = np.clip(np.rint(x / scale) + zero_point, 0, 2**bits - 1)
+        return float(weight @ np.abs((q - zero_point) * scale - x) ** MSE_POWER)
+
+    low, high = min(((histogram.low * s, histogram.high * s) for s in SHRINKS), key=lambda ends: loss(*ends))
+    around = np.linspace(0.8, 1.25, 19)
+    low = min((max(low * s, histogram.low) for s in around), key=lambda end: loss(end, high))
+    high = min((min(high * s, histogram.high) for s in around), key=lambda end: loss(low, end))
+    return Affine(*affine_from_range(low, high, bits))

@@ -1,0 +1,289 @@
+"""The command line: parse, call one function, print. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdeploy import __version__
+from qdeploy.errors import QdeployError, UsageError
+
+PATH = click.Path(path_type=Path)
+
+
+class Commands(click.Group):
+    """Turns expected errors into one paragraph and the exit codes 1 (failed) and 2 (misuse)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QdeployError as exc:
+            self._fail(ctx, str(exc), exc.exit_code)
+        except OSError as exc:
+            self._fail(ctx, f"{exc.strerror or exc}: {exc.filename or 'no file named'}", 1)
+        except ModuleNotFoundError as exc:
+            if (exc.name or "").startswith("qdeploy"):
+                raise
+            self._fail(ctx, f"this command needs the package {exc.name!r}; run `pip install 'qdeploy[quantize]'`", 1)
+
+    @staticmethod
+    def _fail(ctx: click.Context, text: str, code: int) -> None:
+        if ctx.params.get("debug"):
+            raise  # noqa: PLE0704 - called from an except block: keep the traceback
+        click.echo(f"qdeploy: {text}", err=True)
+        ctx.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="qdeploy")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@click.pass_context
+def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
+    """Quantize latent-diffusion models after training and deploy them.
+
+    The way: MODEL -> calibrate -> quantize -> export -> generate, bench. `qdeploy demo` walks it on
+    the built-in model. MODEL is a diffusers folder or builtin:emoji.
+    """
+    ctx.obj = not quiet
+
+
+@main.command()
+@click.option("-o", "--out", type=PATH, default=Path("demo"), show_default=True, help="Folder for everything made.")
+@click.option("--samples", default=24, show_default=True, help="Trajectories to calibrate on.")
+@click.pass_obj
+def demo(show: bool, out: Path, samples: int) -> None:
+    """Quantize, export, run and measure the built-in model: two bundles, pictures and a report."""
+    from qdeploy.bench.report import print_table
+    from qdeploy.demo import run_demo
+    from qdeploy.progress import shown
+
+    with shown(show) as on_progress:
+        result = run_demo(out, samples=samples, on_progress=on_progress)
+    print_table(result.header, result.rows, "FP32 beside W8A8, ONNX Runtime CPU")
+    click.echo(f"bundles, pictures (grid.png) and report.md are in {result.folder}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--out", type=PATH, required=True, help="File to write, .safetensors.")
+@click.option("--mode", type=click.Choice(["timestep_aware"]), default="timestep_aware", show_default=True)
+@click.option("--prompts", type=PATH, help="Text file, one prompt a line. Default: the model's own or a general list.")
+@click.option("--samples", default=32, show_default=True, help="Trajectories, one prompt each.")
+@click.option("--steps", default=25, show_default=True, help="Sampler steps of each.")
+@click.option("--record", default=25, show_default=True, help="Steps of each to keep, evenly spaced.")
+@click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale.")
+@click.option("--sampler", help="pndm, ddim or dpm++. Default: the model's own.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--batch", default=8, show_default=True, help="Trajectories run at once.")
+@click.pass_obj
+def calibrate(
+    show: bool, model: str, out: Path, mode: str, prompts: Path | None, samples: int, steps: int, record: int,
+    guidance: float, sampler: str | None, seed: int, batch: int,
+) -> None:  # fmt: skip
+    """Record what MODEL's components are really given while it samples pictures.
+
+    Example: qdeploy calibrate builtin:emoji -o calibration.safetensors --samples 32
+    """
+    from qdeploy.calibrate.dataset import save_calibration
+    from qdeploy.calibrate.prompts import draw_prompts, read_prompts
+    from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+    from qdeploy.models.source import load_model
+    from qdeploy.progress import shown
+
+    settings = TimestepAware(samples, steps, record, guidance, sampler, seed, batch)
+    loaded = load_model(model)
+    drawn = draw_prompts(read_prompts(prompts, loaded.folder), samples, seed)
+    with shown(show) as on_progress:
+        save_calibration(record_trajectories(loaded, drawn, settings, on_progress), out)
+    click.echo(f"wrote {out}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--calib", type=PATH, required=True, help="Calibration set of `qdeploy calibrate`.")
+@click.option("-o", "--out", type=PATH, required=True, help="Table to write, .safetensors.")
+@click.option("--weight-bits", type=click.Choice(["4", "8"]), default="8", show_default=True)
+@click.option("--act-bits", type=click.Choice(["8"]), default="8", show_default=True)
+@click.pass_obj
+def quantize(show: bool, model: str, calib: Path, out: Path, weight_bits: str, act_bits: str) -> None:
+    """Choose ranges and round MODEL's weights; the result is a QuantTable.
+
+    Example: qdeploy quantize builtin:emoji --calib calibration.safetensors -o w8a8.safetensors
+    """
+    from qdeploy.calibrate.dataset import load_calibration
+    from qdeploy.calibrate.quantize import quantize_model
+    from qdeploy.models.source import load_model
+    from qdeploy.progress import shown
+    from qdeploy.spec import QuantSpec
+    from qdeploy.table import save_table
+
+    spec = QuantSpec(weight_bits=int(weight_bits), act_bits=int(act_bits))
+    calibration = load_calibration(calib)
+    with shown(show) as on_progress:
+        table = quantize_model(load_model(model), calibration, spec, on_progress)
+    save_table(table, out)
+    for name, quant in table.components.items():
+        click.echo(
+            f"{name}: {len(quant.layers)} layers in W{weight_bits}A{act_bits} ({quant.integer_mac_share():.1%} of "
+            f"MACs), {len(quant.float_layers)} in float"
+        )
+    click.echo(f"wrote {out}")
+
+
+@main.command()
+@click.argument("source", metavar="MODEL|QUANT")
+@click.option("-o", "--out", type=PATH, required=True, help="Bundle folder to write.")
+@click.option("--target", default="ort-cpu", show_default=True, help="What the graphs are lowered for.")
+@click.option("--precision", help="fp32 for a MODEL, int8 for a QUANT table (the defaults).")
+@click.option("--model", help="Where a table's model lies now, if it moved.")
+@click.pass_obj
+def export(show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None) -> None:
+    """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
+
+    A quantized export is gated: every layer of the table must run as an integer kernel, and the
+    engine must agree with the simulator on recorded inputs.
+
+    Example: qdeploy export w8a8.safetensors -o bundle
+    """
+    from qdeploy.export.exporter import check_precision, export_bundle
+    from qdeploy.models.source import load_model
+    from qdeploy.progress import shown
+    from qdeploy.spec import target_named
+    from qdeploy.table import load_table
+
+    spec = target_named(target)
+    table = load_table(Path(source)) if source.endswith(".safetensors") else None
+    natural = "fp32" if table is None else "int8"
+    check_precision(precision or natural)
+    if (precision or natural) != natural:
+        raise UsageError(f"--precision {precision} does not fit {source}: it exports as {natural}")
+    loaded = load_model(model or (source if table is None else table.model))
+    with shown(show) as on_progress:
+        manifest = export_bundle(loaded, table, spec, out, on_progress)
+    for name, info in manifest.components.items():
+        if info.parity_db is not None:
+            share = f"{info.integer_mac_share:.1%} of MACs in int8"
+            click.echo(f"{name}: {share}, engine against simulator {info.parity_db:.1f} dB")
+    click.echo(f"wrote {out}")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.argument("prompt")
+@click.option(
+    "-o", "--out", type=PATH, default=Path("out.png"), show_default=True, help="Picture; numbered if several."
+)
+@click.option("--negative-prompt", default="")
+@click.option("--engine", help="Default: the one the bundle was exported for.")
+@click.option("--threads", type=int, help="Default: all cores.")
+@click.option("--steps", default=25, show_default=True)
+@click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale; 1 turns it off.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--scheduler", help="pndm, ddim or dpm++. Default: the bundle's own.")
+@click.option("--count", default=1, show_default=True, help="Pictures to make.")
+@click.pass_obj
+def generate(
+    show: bool, bundle: Path, prompt: str, out: Path, negative_prompt: str, engine: str | None, threads: int | None,
+    steps: int, guidance: float, seed: int, scheduler: str | None, count: int,
+) -> None:  # fmt: skip
+    """Make pictures of PROMPT with BUNDLE. Needs no torch.
+
+    Example: qdeploy generate demo/w8a8 "a cat" -o cat.png --guidance 5
+    """
+    from qdeploy.files import staged_file
+    from qdeploy.progress import shown
+    from qdeploy.runtime.pipeline import load
+
+    with load(bundle, engine=engine, threads=threads) as pipe, shown(show) as on_progress:
+        result = pipe(
+            prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance, seed=seed, count=count,
+            scheduler=scheduler, callback=lambda step: on_progress("steps", step.index + 1, step.count),
+        )  # fmt: skip
+    for number, image in enumerate(result.images):
+        path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")
+        with staged_file(path) as scratch:
+            image.save(scratch, format="PNG")
+        click.echo(f"wrote {path}")
+
+
+@main.command()
+@click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
+@click.option("--engine", help="Default: each bundle's own.")
+@click.option("--threads", type=int, help="Default: all cores.")
+@click.option("--steps", default=25, show_default=True, help="Sampler steps of a picture.")
+@click.option("--pictures", default=5, show_default=True, help="Pictures timed per bundle.")
+@click.option("--json", "json_path", type=PATH, help="Write all figures and raw samples here.")
+@click.pass_obj
+def bench(
+    show: bool, bundles: Sequence[Path], engine: str | None, threads: int | None, steps: int, pictures: int,
+    json_path: Path | None,
+) -> None:  # fmt: skip
+    """Time several bundles in turn within one run; the first fp32 one is the twin for the SQNR.
+
+    Example: qdeploy bench demo/fp32 demo/w8a8 --json bench.json
+    """
+    from qdeploy.bench.environment import environment
+    from qdeploy.bench.fidelity import compare
+    from qdeploy.bench.latency import BenchSettings, measure
+    from qdeploy.bench.report import print_table, rows_of, write_json
+    from qdeploy.progress import shown
+    from qdeploy.runtime.pipeline import load
+
+    settings = BenchSettings(steps=steps, pictures=pictures, engine=engine, threads=threads)
+    with shown(show) as on_progress:
+        figures = measure(bundles, settings, on_progress)
+    twin = next((figure for figure in figures if figure.precision == "fp32"), None)
+    fidelity = {}
+    for figure in figures:
+        if twin is not None and figure is not twin:
+            with load(twin.path) as reference, load(figure.path) as tested:
+                fidelity[figure.name] = compare(reference, tested, [settings.prompt], steps)
+    about = environment(engine or "ort-cpu", threads)
+    header, rows = rows_of(figures, fidelity)
+    print_table(
+        header, rows, "; ".join(f"{name}: {about[name]}" for name in ("cpu", "threads", "integer instructions"))
+    )
+    if json_path is not None:
+        write_json(json_path, figures, fidelity, about)
+        click.echo(f"wrote {json_path}")
+
+
+@main.command()
+@click.argument("path")
+def inspect(path: str) -> None:
+    """Say what a model, calibration set, table or bundle holds.
+
+    Example: qdeploy inspect demo/w8a8
+    """
+    from qdeploy.describe import describe
+
+    facts = describe(path)
+    width = max(len(label) for label, _ in facts)
+    for label, value in facts:
+        click.echo(f"{label:{width}}  {value}")
+
+
+@main.command()
+def doctor() -> None:
+    """Say which engines run here and how to install those that do not."""
+    from qdeploy.bench.environment import cpu_model, integer_flags
+    from qdeploy.engines.base import engine_named, engine_names
+    from qdeploy.errors import EngineUnavailableError
+
+    click.echo(f"qdeploy {__version__}, python {sys.version.split()[0]}")
+    click.echo(f"cpu: {cpu_model()} ({' '.join(integer_flags()) or 'instruction sets unknown'})")
+    for name in engine_names():
+        try:
+            versions = ", ".join(f"{package} {version}" for package, version in engine_named(name).versions().items())
+            click.echo(f"{name}: {versions}")
+        except EngineUnavailableError as exc:
+            click.echo(f"{name}: missing. {exc}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The whole way on the built-in model: calibrate, quantize, export, run beside the float twin, measure, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.bench.environment import environment
+from qdeploy.bench.fidelity import compare
+from qdeploy.bench.latency import BenchSettings, measure
+from qdeploy.bench.report import Row, markdown, rows_of, write_json
+from qdeploy.calibrate.dataset import save_calibration
+from qdeploy.calibrate.prompts import draw_prompts, read_prompts
+from qdeploy.calibrate.quantize import quantize_model
+from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.export.exporter import export_bundle
+from qdeploy.files import staged_file
+from qdeploy.models.source import load_model
+from qdeploy.progress import OnProgress, silent
+from qdeploy.runtime.image import grid
+from qdeploy.runtime.pipeline import load
+from qdeploy.spec import QuantSpec, target_named
+from qdeploy.table import save_table
+
+PROMPTS = ("a cat", "rocket", "red apple", "grinning face", "flag: japan", "sunflower", "mushroom", "fire engine")
+SEED = 0
+GUIDANCE = 5.0
+STEPS = 25
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo left behind."""
+
+    folder: Path
+    header: Row
+    rows: Sequence[Row]
+
+
+def run_demo(
+    folder: Path, source: str = "builtin:emoji", samples: int = 24, on_progress: OnProgress = silent
+) -> DemoResult:
+    """Make ``folder`` hold the calibration set, the table, both bundles, the picture grid and the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_model(source)
+    settings = TimestepAware(samples=samples, guidance_scale=GUIDANCE, steps=STEPS)
+    prompts = draw_prompts(read_prompts(None, model.folder), settings.samples, settings.seed)
+    calibration = record_trajectories(model, prompts, settings, on_progress)
+    save_calibration(calibration, folder / "calibration.safetensors")
+    table = quantize_model(model, calibration, QuantSpec(), on_progress)
+    save_table(table, folder / "w8a8.safetensors")
+    target = target_named("ort-cpu")
+    bundles = {"fp32": folder / "fp32", "w8a8": folder / "w8a8"}
+    export_bundle(model, None, target, bundles["fp32"], on_progress)
+    export_bundle(model, table, target, bundles["w8a8"], on_progress)
+    del model, calibration, table
+
+    with load(bundles["fp32"]) as float_pipe, load(bundles["w8a8"]) as int8_pipe:
+        pictures = {}
+        for done, (name, pipe) in enumerate((("FP32", float_pipe), ("W8A8", int8_pipe)), start=1):
+            results = [pipe(prompt, seed=SEED, guidance_scale=GUIDANCE, steps=STEPS) for prompt in PROMPTS]
+            pictures[name] = [result.images[0] for result in results]
+            on_progress("generate: pictures", done, 2)
+        sheet = grid(list(pictures.items()), PROMPTS)
+        with staged_file(folder / "grid.png") as scratch:
+            sheet.save(scratch, format="PNG")
+        fidelity = {"w8a8": compare(float_pipe, int8_pipe, PROMPTS, STEPS, GUIDANCE)}
+    bench = BenchSettings(prompt=PROMPTS[0], steps=STEPS, guidance_scale=GUIDANCE)
+    figures = measure(list(bundles.values()), bench, on_progress)
+    about = environment(target.engine, bench.threads)
+    header, rows = rows_of(figures, fidelity)
+    write_json(folder / "bench.json", figures, fidelity, about)
+    write_report(folder / "report.md", header, rows, about)
+    return DemoResult(folder, header, rows)
+
+
+def write_report(path: Path, header: Row, rows: Sequence[Row], about: dict[str, str]) -> None:
+    """The table, where it was measured, and the pictures, as Markdown."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    text = f"# FP32 beside W8A8\n\n{markdown(header, rows)}\n## Measured on\n\n{facts}\n\n![pictures](grid.png)\n"
+    with staged_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

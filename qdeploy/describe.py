@@ -1,0 +1,109 @@
+"""What a model, calibration set, table or bundle holds, as label-value rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qdeploy.bundle import MANIFEST, open_bundle
+from qdeploy.errors import UsageError
+from qdeploy.table import load_table
+
+Facts = list[tuple[str, str]]
+
+
+def describe(path: str) -> Facts:
+    """Facts about whatever lies at ``path``; UsageError when it is nothing that qdeploy knows."""
+    if path.startswith("builtin:") or (Path(path) / "model_index.json").is_file():
+        return describe_model(path)
+    if (Path(path) / MANIFEST).is_file():
+        return describe_bundle(Path(path))
+    if Path(path).suffix == ".safetensors":
+        kind = safetensors_kind(Path(path))
+        if kind == "qdeploy_table":
+            return describe_table(Path(path))
+        if kind == "qdeploy_calibration":
+            return describe_calibration(Path(path))
+    raise UsageError(f"{path} is neither a model folder, builtin:NAME, a calibration set, a table nor a bundle")
+
+
+def safetensors_kind(path: Path) -> str:
+    """The key that qdeploy wrote into the file's header, or ``""``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return next((key for key in file.metadata() or {} if key.startswith("qdeploy_")), "")
+    except (SafetensorError, OSError):
+        return ""
+
+
+def describe_bundle(path: Path) -> Facts:
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    facts = [
+        ("bundle", str(path)),
+        ("kind", manifest.kind),
+        ("target", f"{manifest.target} ({manifest.precision})"),
+        ("size", f"{bundle.total_bytes / 1e6:.1f} MB, hashes verified"),
+        ("model", str(manifest.provenance.get("model"))),
+    ]
+    for name, info in manifest.components.items():
+        parity = "" if info.parity_db is None else f", engine against simulator {info.parity_db:.1f} dB"
+        facts.append(
+            (
+                name,
+                f"{bundle.component_bytes(name) / 1e6:.1f} MB, W{info.weight_bits}A{info.act_bits}, "
+                f"{info.integer_mac_share:.1%} of MACs in int8{parity}",
+            )
+        )
+        facts += [(f"  {key}", f"{t.dtype}{list(t.shape)}") for key, t in {**info.inputs, **info.outputs}.items()]
+    return facts
+
+
+def describe_table(path: Path) -> Facts:
+    table = load_table(path)
+    facts = [("table", str(path)), ("size", f"{path.stat().st_size / 1e6:.1f} MB"), ("model", table.model)]
+    facts.append(("made with", json.dumps(dict(table.provenance))))
+    for name, quant in table.components.items():
+        bits = sorted({layer.weight_bits for layer in quant.layers.values()})
+        facts.append((name, f"{len(quant.layers)} layers, weight bits {bits}, {quant.integer_mac_share():.1%} of MACs"))
+        facts += [
+            (f"  float: {layer}", f"{kept.macs:,} MACs, {kept.reason}") for layer, kept in quant.float_layers.items()
+        ]
+    return facts
+
+
+def describe_calibration(path: Path) -> Facts:
+    from qdeploy.calibrate.dataset import load_calibration
+
+    calibration = load_calibration(path)
+    return [
+        ("calibration set", str(path)),
+        ("made with", json.dumps(dict(calibration.provenance))),
+        ("unet samples", f"{len(calibration.sample)} x {list(calibration.sample.shape[1:])}, both CFG halves"),
+        (
+            "timesteps",
+            f"{len(calibration.timestep.unique())} from {calibration.timestep.min()} to {calibration.timestep.max()}",
+        ),
+        ("prompts", str(len(calibration.input_ids))),
+        ("decoder latents", str(len(calibration.latents))),
+    ]
+
+
+def describe_model(source: str) -> Facts:
+    from qdeploy.models.source import load_model
+
+    model = load_model(source)
+    latents = model.latents
+    facts = [
+        ("model", source),
+        ("picture", f"{latents.image_width}x{latents.image_height}"),
+        ("latents", f"{latents.channels}x{latents.height}x{latents.width}"),
+        ("prompt", f"{latents.tokens} tokens"),
+        ("scheduler", str(model.scheduler_config.get("_class_name"))),
+    ]
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        count = sum(parameter.numel() for parameter in model.component(name).parameters())
+        facts.append((name, f"{count / 1e6:.2f} M parameters" + (" (with encoder)" if name == "vae_decoder" else "")))
+    return facts

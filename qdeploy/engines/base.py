@@ -1,0 +1,61 @@
+"""What every engine offers; one engine is one sibling file whose name is its command-line name.
+
+An engine module has two functions::
+
+    def versions() -> dict[str, str]                                  # raises EngineUnavailableError
+    def open_session(path: Path, options: EngineOptions) -> Session   # loads one ONNX graph
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from numpy.typing import NDArray
+
+from qdeploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to open a session."""
+
+    threads: int | None = None  # None: the engine's own choice, all cores
+    optimized_path: Path | None = None  # where to leave the graph that the engine really runs
+    profile: bool = False
+
+
+class Session(Protocol):
+    """One loaded graph; ``run`` may be called from many threads."""
+
+    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Compute every output, by name."""
+
+    def close(self) -> None:
+        """Free the engine's memory; a second call does nothing."""
+
+
+class Engine(Protocol):
+    """The two functions of an engine's module."""
+
+    def versions(self) -> dict[str, str]: ...
+
+    def open_session(self, path: Path, options: EngineOptions) -> Session: ...
+
+
+def engine_names() -> list[str]:
+    """Command-line names of all engines, found by their files."""
+    import qdeploy.engines as package
+
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+
+
+def engine_named(name: str) -> Engine:
+    """The engine's module; UsageError lists the known ones."""
+    if name not in engine_names():
+        raise UsageError(f"unknown --engine {name!r}; known engines: {', '.join(engine_names())}")
+    return importlib.import_module(f"qdeploy.engines.{name.replace('-', '_')}")  # type: ignore[return-value]

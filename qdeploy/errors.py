@@ -1,0 +1,76 @@
+"""Every exception that qdeploy raises on purpose; what a caller may catch.
+
+::
+
+    QdeployError                     base; its text is one readable paragraph
+    ├── UsageError (ValueError)      a wrong argument or option                  exit code 2
+    ├── ModelError                   a model folder or checkpoint cannot be read
+    ├── CalibrationError             a calibration set is wrong or does not fit the model
+    ├── TableError                   a QuantTable is wrong or does not fit the model
+    ├── ExportError                  a graph could not be made
+    │   ├── AuditError               a layer that should run in integers does not
+    │   └── ParityError              engine and simulator disagree
+    ├── BundleError                  a bundle is incomplete, changed or hostile
+    ├── EngineError                  an engine failed while loading or running
+    │   └── EngineUnavailableError   the engine is not installed here
+    ├── RequestError (ValueError)    a prompt, size, step count … that cannot be served
+    └── CancelledError               the caller's callback stopped the request
+"""
+
+from __future__ import annotations
+
+
+class QdeployError(Exception):
+    """Base of all errors that qdeploy raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(QdeployError, ValueError):
+    """A wrong argument or option."""
+
+    exit_code = 2
+
+
+class ModelError(QdeployError):
+    """A model folder or checkpoint cannot be read."""
+
+
+class CalibrationError(QdeployError):
+    """A calibration set is wrong or does not fit the model."""
+
+
+class TableError(QdeployError):
+    """A QuantTable is wrong or does not fit the model."""
+
+
+class ExportError(QdeployError):
+    """A graph could not be made."""
+
+
+class AuditError(ExportError):
+    """A layer that should run in integers does not."""
+
+
+class ParityError(ExportError):
+    """The engine's output and the simulator's disagree."""
+
+
+class BundleError(QdeployError):
+    """A bundle is incomplete, changed or hostile."""
+
+
+class EngineError(QdeployError):
+    """An engine failed while loading or running."""
+
+
+class EngineUnavailableError(EngineError):
+    """The engine is not installed here."""
+
+
+class RequestError(QdeployError, ValueError):
+    """A prompt, size or step count that cannot be served."""
+
+
+class CancelledError(QdeployError):
+    """The caller's callback stopped the request."""

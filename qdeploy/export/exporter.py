@@ -1,0 +1,146 @@
+"""Write a bundle: trace each component, lower it for the target, gate it, and add what the runtime needs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+import qdeploy
+from qdeploy.bundle import SCHEDULER, TOKENIZER, ComponentInfo, Manifest, TensorInfo, write_manifest
+from qdeploy.engines.base import EngineOptions, engine_named
+from qdeploy.errors import TableError, UsageError
+from qdeploy.export.audit import audit_graph
+from qdeploy.export.graph import graph_from_component
+from qdeploy.export.parity import check_parity, parity_db
+from qdeploy.export.targets import lower
+from qdeploy.files import staged_folder
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.progress import OnProgress, silent
+from qdeploy.simulate import quantized_twin
+from qdeploy.spec import COMPONENTS, GRAPH_BATCH, TargetSpec
+from qdeploy.table import ComponentQuant, QuantTable
+
+PRECISIONS = ("fp32", "int8")
+GRAPH_FILE = "model.onnx"
+RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def export_bundle(
+    model: LatentDiffusion,
+    table: QuantTable | None,
+    target: TargetSpec,
+    out: Path,
+    on_progress: OnProgress = silent,
+) -> Manifest:
+    """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
+
+    ``out`` appears only when everything, gates included, has passed. Raises ExportError (AuditError,
+    ParityError) and TableError.
+    """
+    if table is not None and table.model_sha256 != model.sha256:
+        raise TableError(f"the table was made for other weights than {model.source} holds; quantize this model again")
+    precision = "fp32" if table is None else "int8"
+    with staged_folder(out) as folder:
+        infos = {}
+        for done, name in enumerate(COMPONENTS):
+            on_progress(f"export: {target.name} {precision}", done, len(COMPONENTS))
+            quant = None if table is None else table.components.get(name)
+            probes = [] if table is None else table.probes.get(name, [])
+            infos[name] = export_component(model, name, quant, probes, target, folder / name)
+        write_tokenizer(model, folder / TOKENIZER)
+        (folder / SCHEDULER).parent.mkdir()
+        (folder / SCHEDULER).write_text(json.dumps(dict(model.scheduler_config), indent=1) + "\n", encoding="utf-8")
+        manifest = Manifest(
+            kind="text-to-image",
+            target=target.name,
+            engine=target.engine,
+            precision=precision,
+            components=infos,
+            latents=model.latents,
+            provenance=provenance_of(model, table),
+        )
+        write_manifest(folder, manifest)
+        on_progress(f"export: {target.name} {precision}", len(COMPONENTS), len(COMPONENTS))
+    return manifest
+
+
+def export_component(
+    model: LatentDiffusion,
+    name: str,
+    quant: ComponentQuant | None,
+    probes: Sequence[Mapping[str, NDArray]],
+    target: TargetSpec,
+    folder: Path,
+) -> ComponentInfo:
+    """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
+    component = model.component(name)
+    if quant is not None:
+        component = quantized_twin(component, quant, target.conv_output_quantized)
+    graph = graph_from_component(component, model.example(name, GRAPH_BATCH[name]), target.opset)
+    lower(graph, target.name)
+    folder.mkdir(parents=True)
+    path = folder / GRAPH_FILE
+    ir.save(graph, path, external_data=GRAPH_FILE + ".data")
+    info = ComponentInfo(
+        file=f"{name}/{GRAPH_FILE}",
+        inputs=dict(map(named_tensor_info, graph.graph.inputs)),
+        outputs=dict(map(named_tensor_info, graph.graph.outputs)),
+        weight_bits=32 if quant is None else min(layer.weight_bits for layer in quant.layers.values()),
+        act_bits=32 if quant is None else 8,
+    )
+    if quant is None:
+        return info
+    audit = audit_graph(path, target.engine, quant)
+    audit.check(name)
+    session = engine_named(target.engine).open_session(path, EngineOptions())
+    measured_db = parity_db(component, session, probes)
+    session.close()
+    check_parity(name, measured_db)
+    return replace(info, integer_mac_share=audit.integer_mac_share, parity_db=measured_db)
+
+
+def named_tensor_info(value: ir.Value) -> tuple[str, TensorInfo]:
+    """Name, element type and static shape of a graph input or output."""
+    assert value.name is not None  # the exporter sets all three
+    assert value.dtype is not None
+    assert value.shape is not None
+    return value.name, TensorInfo(value.dtype.name.lower(), tuple(value.shape.numpy()))
+
+
+def write_tokenizer(model: LatentDiffusion, path: Path) -> None:
+    """``tokenizer.json`` that pads and truncates by itself to the text encoder's length."""
+    backend = model.tokenizer.backend_tokenizer
+    length = model.latents.tokens
+    path.parent.mkdir()
+    backend.enable_truncation(length)
+    backend.enable_padding(length=length, pad_id=model.tokenizer.pad_token_id, pad_token=model.tokenizer.pad_token)
+    backend.save(str(path))
+    backend.no_truncation()
+    backend.no_padding()
+
+
+def provenance_of(model: LatentDiffusion, table: QuantTable | None) -> dict[str, Any]:
+    """Where the bundle came from: model, calibration, settings, package versions."""
+    versions = {package: metadata.version(package) for package in RECORDED_PACKAGES}
+    return {
+        "model": model.source,
+        "model_sha256": model.sha256,
+        "quantization": None if table is None else dict(table.provenance),
+        "qdeploy": qdeploy.__version__,
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def check_precision(precision: str) -> None:
+    """UsageError unless ``precision`` is one that this version exports."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown --precision {precision!r}; known: {', '.join(PRECISIONS)}")

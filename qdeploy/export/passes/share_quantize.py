@@ -1,0 +1,35 @@
+"""Let layers that read the same activation with the same scale share one QuantizeLinear and DequantizeLinear.
+
+1. Q/K/V of one attention: three Q-DQ pairs on one tensor with equal constants become one pair.
+2. Unequal scale, zero point or element type: left alone.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+def share_quantize(model: ir.Model) -> int:
+    """Merge in place; the number of nodes removed."""
+    removed = 0
+    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+        first: dict[tuple, ir.Node] = {}
+        for node in list(model.graph):
+            if node.op_type != op_type or node.inputs[0] is None or node.inputs[0].is_initializer():
+                continue
+            keeper = first.setdefault(_key(node), node)
+            if keeper is not node:
+                ir.convenience.replace_all_uses_with(node.outputs[0], keeper.outputs[0])
+                model.graph.remove(node, safe=True)
+                removed += 1
+    return removed
+
+
+def _key(node: ir.Node) -> tuple:
+    """What two nodes must share to be the same: their input and the values of scale and zero point."""
+    constants = tuple(
+        (value.const_value.dtype, value.const_value.numpy().tobytes())
+        for value in node.inputs[1:]
+        if value is not None and value.const_value is not None
+    )
+    return (id(node.inputs[0]), constants)

@@ -1,0 +1,18 @@
+"""Lowering for ONNX Runtime's CPU provider.
+
+The exported graph is already close to what it fuses: DQ-Conv-Q becomes QLinearConv and DQ-DQ-MatMul
+becomes MatMulIntegerToFloat, because the quantized modules store a Linear's weight as [in, out].
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qdeploy.export.passes.name_by_layer import name_by_layer
+from qdeploy.export.passes.share_quantize import share_quantize
+
+
+def lower(model: ir.Model) -> None:
+    """Lower ``model`` in place."""
+    name_by_layer(model)
+    share_quantize(model)

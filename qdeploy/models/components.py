@@ -1,0 +1,88 @@
+"""The three traced parts of a pipeline, each with the one signature that its graph and its callers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ForwardHook = Callable[..., None]  # (module, args, output)
+
+
+class Component(nn.Module):
+    """A traced part: the original module in ``inner``, and the names of its graph's outputs."""
+
+    outputs: tuple[str, ...]
+    inner: nn.Module
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class TextEncoder(Component):
+    """``input_ids int64[B, T]`` -> ``hidden float32[B, T, D]``."""
+
+    outputs = ("hidden",)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(input_ids).last_hidden_state
+
+
+class UNet(Component):
+    """``sample float32[B, C, h, w], timestep int64[], encoder_hidden_states float32[B, T, D]`` -> ``noise_pred``."""
+
+    outputs = ("noise_pred",)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class VaeDecoder(Component):
+    """``latents float32[B, C, h, w]`` (already divided by the scaling factor) -> ``image float32[B, 3, H, W]``."""
+
+    outputs = ("image",)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.inner.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A Conv or Linear as it was met during a forward pass, in order of its first use."""
+
+    name: str
+    module: nn.Conv2d | nn.Linear
+    macs: int  # multiply-accumulates a call, batch included
+
+
+def called_layers(component: Component, feeds: dict[str, Tensor]) -> list[LayerCall]:
+    """Every Conv2d and Linear below ``component.inner`` that a forward pass with ``feeds`` really uses."""
+    met: dict[str, LayerCall] = {}
+
+    def watch(name: str) -> ForwardHook:
+        def hook(module: nn.Conv2d | nn.Linear, _: tuple[Tensor, ...], output: Tensor) -> None:
+            before = met[name].macs if name in met else 0
+            met[name] = LayerCall(name, module, before + macs_of(module, output))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in component.inner.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            component(**feeds)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(met.values())
+
+
+def macs_of(module: nn.Conv2d | nn.Linear, output: Tensor) -> int:
+    """Multiply-accumulates of one call: outputs times the weights that each one reads."""
+    return output.numel() * module.weight[0].numel()

@@ -1,0 +1,1 @@
+"""The torch-free runtime that services embed; :func:`qdeploy.load` is the way in."""

@@ -1,0 +1,229 @@
+"""From prompts to pictures over a bundle's sessions: text encoder, denoising loop, VAE decoder. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.bundle import SCHEDULER, TOKENIZER, Bundle, ComponentInfo, open_bundle
+from qdeploy.engines.base import EngineOptions, Session, engine_named
+from qdeploy.errors import BundleError, EngineError, RequestError
+from qdeploy.files import read_json
+from qdeploy.runtime.image import image_from_pixels, pixels_from_decoded
+from qdeploy.runtime.tokenizer import Tokenizer
+from qdeploy.sampling import make_sampler, with_scheduler
+from qdeploy.sampling.loop import denoise
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Array = NDArray[np.float32]
+MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback is shown after each step."""
+
+    index: int
+    count: int
+    timestep: int
+    latents: Array
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures of one request.
+
+    pixels: ``uint8[B, H, W, 3]``, prompt by prompt, ``count`` pictures each.
+    latents: ``float32[B, C, H/f, W/f]``.
+    timings_ms: per component, the UNet's summed over all steps.
+    """
+
+    pixels: NDArray[np.uint8]
+    latents: Array
+    seeds: tuple[tuple[int, int], ...]
+    timings_ms: Mapping[str, float]
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures as PIL images."""
+        return [image_from_pixels(pixels) for pixels in self.pixels]
+
+
+@dataclass
+class Clock:
+    """Milliseconds spent per component within one request."""
+
+    spent_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        start = time.perf_counter()
+        yield
+        self.spent_ms[name] = self.spent_ms.get(name, 0.0) + (time.perf_counter() - start) * 1e3
+
+
+class Component:
+    """One session with the static batch that its graph was made for."""
+
+    def __init__(self, name: str, info: ComponentInfo, session: Session) -> None:
+        self.name = name
+        self.info = info
+        self.session = session
+        self.batch = next(iter(info.outputs.values())).shape[0]
+
+    def run(self, feeds: Mapping[str, NDArray], clock: Clock | None = None) -> NDArray:
+        """First output for feeds of any batch size: cut to the graph's batch, the last piece padded.
+
+        Scalar inputs (the timestep) go along unchanged.
+        """
+        clock = Clock() if clock is None else clock
+        count = max(len(feeds[name]) for name in self._batched())
+        pieces = []
+        for start in range(0, count, self.batch):
+            piece = self._piece(feeds, start)
+            with clock.timing(self.name):
+                pieces.append(self.session.run(piece))
+        (output,) = self.info.outputs
+        joined = np.concatenate([piece[output] for piece in pieces])[:count]
+        if not np.isfinite(joined).all():
+            raise EngineError(f"{self.name} put out NaN or infinity; the bundle or its inputs are broken")
+        return joined
+
+    def _batched(self) -> list[str]:
+        return [name for name, info in self.info.inputs.items() if len(info.shape) > 0]
+
+    def _piece(self, feeds: Mapping[str, NDArray], start: int) -> dict[str, NDArray]:
+        piece = dict(feeds)
+        for name in self._batched():
+            part = feeds[name][start : start + self.batch]
+            missing = self.batch - len(part)
+            piece[name] = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+        return piece
+
+
+class Pipeline:
+    """Text-to-image over one bundle; many threads may call it at once."""
+
+    def __init__(self, bundle: Bundle, components: Mapping[str, Component]) -> None:
+        self.bundle = bundle
+        self.components = components
+        self.latents = bundle.manifest.latents
+        self._tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens)
+        self._scheduler = read_json(bundle.path(SCHEDULER))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 25,
+        guidance_scale: float = 7.5,
+        seed: int = 0,
+        count: int = 1,
+        scheduler: str | None = None,
+        latents: Array | None = None,
+        callback: Callable[[Step], bool | None] | None = None,
+    ) -> Result:
+        """Generate ``count`` pictures for each prompt.
+
+        Picture ``i`` of a prompt starts from noise drawn for (seed, i), whatever else is in the
+        batch; ``latents`` (``float32[B, C, H, W]``, unit noise) replaces that noise. ``scheduler``
+        swaps the bundle's own (pndm, ddim, ...). ``callback`` is called after every step and may
+        return False to cancel, which raises CancelledError. Raises RequestError for values that
+        cannot be served.
+        """
+        prompts = _checked_prompts(prompt, negative_prompt, count)
+        seeds = tuple((seed, i) for _ in prompts for i in range(count))
+        noise = self._noise(seeds) if latents is None else self._checked_latents(latents, len(seeds))
+        config = self._scheduler if scheduler is None else with_scheduler(self._scheduler, scheduler)
+        sampler = make_sampler(config, steps, rng=np.random.default_rng([seed, len(seeds)]))
+        clock = Clock()
+        cond = np.repeat(self.encode(prompts, clock), count, axis=0)
+        uncond = None if guidance_scale == 1 else np.repeat(self.encode([negative_prompt], clock), len(seeds), axis=0)
+
+        def on_step(index: int, t: int, x: Array) -> bool | None:
+            return None if callback is None else callback(Step(index, len(sampler.timesteps), t, x))
+
+        final = denoise(
+            lambda x, t, context: self.predict(x, t, context, clock),
+            sampler, noise, cond, uncond, guidance_scale, on_step,
+        )  # fmt: skip
+        return Result(self.decode(final, clock), final, seeds, clock.spent_ms)
+
+    def encode(self, prompts: Sequence[str], clock: Clock | None = None) -> Array:
+        """Text embeddings ``float32[B, T, D]``."""
+        return self.components["text_encoder"].run({"input_ids": self._tokenizer(prompts)}, clock)
+
+    def predict(self, x: Array, t: int, context: Array, clock: Clock | None = None) -> Array:
+        """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``."""
+        feeds: dict[str, NDArray] = {"sample": x, "timestep": np.array(t, np.int64), "encoder_hidden_states": context}
+        return self.components["unet"].run(feeds, clock)
+
+    def decode(self, latents: Array, clock: Clock | None = None) -> NDArray[np.uint8]:
+        """Pictures ``uint8[B, H, W, 3]`` of final latents."""
+        scaled = latents / np.float32(self.latents.scaling_factor)
+        return pixels_from_decoded(self.components["vae_decoder"].run({"latents": scaled}, clock))
+
+    def close(self) -> None:
+        """Free every session; a second call does nothing."""
+        for component in self.components.values():
+            component.session.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _noise(self, seeds: Sequence[tuple[int, int]]) -> Array:
+        shape = (self.latents.channels, self.latents.height, self.latents.width)
+        return np.stack([np.random.default_rng(pair).standard_normal(shape, dtype=np.float32) for pair in seeds])
+
+    def _checked_latents(self, latents: Array, count: int) -> Array:
+        expected = (count, self.latents.channels, self.latents.height, self.latents.width)
+        if latents.dtype != np.float32 or latents.shape != expected:
+            raise RequestError(f"latents: got {latents.dtype}{list(latents.shape)}, expected float32{list(expected)}")
+        if not np.isfinite(latents).all():
+            raise RequestError("latents hold NaN or infinity")
+        return latents
+
+
+def load(bundle: str | Path, *, engine: str | None = None, threads: int | None = None, verify: bool = True) -> Pipeline:
+    """Open a bundle and load its graphs.
+
+    ``engine`` defaults to the one the bundle was exported for; ``threads`` to all cores;
+    ``verify=False`` skips the hash check. Raises BundleError, EngineError or UsageError.
+    """
+    opened = open_bundle(bundle, verify=verify)
+    module = engine_named(opened.manifest.engine if engine is None else engine)
+    options = EngineOptions(threads=threads)
+    components = {
+        name: Component(name, info, module.open_session(opened.path(info.file), options))
+        for name, info in opened.manifest.components.items()
+    }
+    missing = {"text_encoder", "unet", "vae_decoder"} - set(components)
+    if missing:
+        raise BundleError(f"{bundle} is a {opened.manifest.kind} bundle without {', '.join(sorted(missing))}")
+    return Pipeline(opened, components)
+
+
+def _checked_prompts(prompt: str | Sequence[str], negative_prompt: str, count: int) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise RequestError("no prompt given; pass a string or a non-empty list of strings")
+    if count < 1:
+        raise RequestError(f"count: got {count}, expected at least 1")
+    for text in (*prompts, negative_prompt):
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise RequestError(f"a prompt of {len(text)} characters is too long; at most {MAX_PROMPT_CHARACTERS}")
+    return prompts

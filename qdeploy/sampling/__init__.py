@@ -1,0 +1,74 @@
+"""Samplers in NumPy alone, chosen by a ``scheduler_config.json``; the denoising loop is in ``loop.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.errors import RequestError, UsageError
+from qdeploy.sampling.ddim import DDIM
+from qdeploy.sampling.dpm_solver import DPMSolverMultistep
+from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule
+from qdeploy.sampling.pndm import PNDM
+from qdeploy.sampling.settings import refuse_unknown
+
+__all__ = ["DDIM", "NAMES", "PNDM", "DPMSolverMultistep", "NoiseSchedule", "Sampler", "make_sampler", "with_scheduler"]
+
+NAMES = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+
+
+class Sampler(Protocol):
+    """One request's sampler; it holds the request's state, so each request makes its own.
+
+    timesteps: ``int64[calls]``, one for each model call, in order.
+    init_noise_sigma: standard deviation of the first ``x``.
+    """
+
+    timesteps: NDArray[np.int64]
+    init_noise_sigma: float
+
+    def scale_model_input(self, x: Latents, index: int) -> Latents:
+        """What the model is to see of ``x`` in call ``index``; ``float32[B, C, H, W]``."""
+        ...
+
+    def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
+        """The ``x`` that follows call ``index``; calls come in order, ``float32[B, C, H, W]`` all."""
+        ...
+
+
+def make_sampler(
+    config: Mapping[str, Any], steps: int, *, eta: float = 0.0, rng: np.random.Generator | None = None
+) -> Sampler:
+    """A fresh sampler of the class that ``config["_class_name"]`` names, for one request of ``steps`` steps.
+
+    ``eta`` is DDIM's share of noise; ``rng`` is needed by stochastic samplers only.
+    """
+    refuse_unknown(config)
+    class_name = config.get("_class_name")
+    if eta != 0 and class_name != NAMES["ddim"]:
+        raise RequestError(f"eta: got {eta}, expected 0: only ddim takes noise this way, not {class_name}")
+    if class_name == NAMES["pndm"]:
+        return PNDM(config, steps)
+    if class_name == NAMES["ddim"]:
+        return DDIM(config, steps, eta, rng)
+    if class_name == NAMES["dpm++"]:
+        return DPMSolverMultistep(config, steps, rng)
+    raise UsageError(
+        f"scheduler `_class_name`: got {class_name!r}, supported: {', '.join(NAMES.values())}; "
+        f"choose one with --scheduler {'|'.join(NAMES)}"
+    )
+
+
+def with_scheduler(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """``config`` for the scheduler called ``name``, as diffusers' ``X.from_config(other.config)`` makes it.
+
+    Settings in the file are kept; those a live diffusers config lists as mere defaults of its own class
+    (``_use_default_values``) are left to the new one's defaults.
+    """
+    if name not in NAMES:
+        raise UsageError(f"unknown --scheduler {name!r}; known schedulers: {', '.join(NAMES)}")
+    dropped = {"_use_default_values", *config.get("_use_default_values", ())}
+    return {key: value for key, value in config.items() if key not in dropped} | {"_class_name": NAMES[name]}

@@ -1,0 +1,88 @@
+"""DDIM (Song et al. 2021, arXiv:2010.02502), equal to diffusers' ``DDIMScheduler``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qdeploy.errors import RequestError, UsageError
+from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule
+from qdeploy.sampling.settings import (
+    check_steps,
+    check_timesteps,
+    choice,
+    count,
+    flag,
+    number,
+    refuse_flags,
+    unsupported,
+)
+from qdeploy.sampling.timesteps import SPACINGS, spaced
+
+
+class DDIM:
+    """One request's sampler; ``eta`` 0 is deterministic, 1 is DDPM with noise from ``rng``."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(
+        self, config: Mapping[str, Any], steps: int, eta: float = 0.0, rng: np.random.Generator | None = None
+    ) -> None:
+        refuse_flags(config, ("thresholding",))
+        self._schedule = NoiseSchedule.from_config(config)
+        self._final = self._schedule.final_alpha_bar(config, default=True)
+        self._clip = _clip_range(config)
+        self._eta, self._rng = _checked_noise(eta, rng)
+        train_steps = self._schedule.train_steps
+        check_steps(steps, train_steps)
+        spacing = choice(config, "timestep_spacing", "leading", SPACINGS)
+        self._stride = train_steps // steps
+        self.timesteps = spaced(spacing, steps, train_steps, count(config, "steps_offset", 0, least=0))[::-1]
+        check_timesteps(self.timesteps, train_steps)
+        self._refuse_epsilon_without_signal()
+
+    def scale_model_input(self, x: Latents, index: int) -> Latents:
+        """``x`` itself: DDIM's model input needs no scaling."""
+        return x
+
+    def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
+        """``x`` one step less noisy (equation 12, sigma_t of equation 16); ``float32[B, C, H, W]`` all."""
+        t = int(self.timesteps[index])
+        a_t = self._schedule.alpha_bar(t, self._final)
+        a_prev = self._schedule.alpha_bar(t - self._stride, self._final)
+        x0, epsilon = self._x0_and_epsilon(noise_pred.astype(np.float64), x.astype(np.float64), a_t)
+        variance = self._eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+        x_prev = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - variance) * epsilon
+        if self._rng is not None:
+            x_prev += math.sqrt(variance) * self._rng.standard_normal(x.shape, dtype=np.float32)
+        return x_prev.astype(np.float32)
+
+    def _x0_and_epsilon(self, model_output: Floats, x: Floats, a_t: float) -> tuple[Floats, Floats]:
+        """Predicted x0, clipped, and the noise of the unclipped one, as in diffusers."""
+        alpha, sigma = math.sqrt(a_t), math.sqrt(1 - a_t)
+        x0 = self._schedule.x0(model_output, x, alpha, sigma)
+        epsilon = self._schedule.epsilon(model_output, x, alpha, sigma)
+        return (x0 if self._clip is None else np.clip(x0, -self._clip, self._clip)), epsilon
+
+    def _refuse_epsilon_without_signal(self) -> None:
+        """At alpha_bar_t = 0, x is pure noise and its prediction says nothing of x0 (arXiv:2305.08891, 3.3)."""
+        if self._schedule.prediction_type == "epsilon" and not self._schedule.alphas_cumprod[self.timesteps].all():
+            supported = "'v_prediction' or 'sample' where `rescale_betas_zero_snr` makes the first timestep pure noise"
+            raise unsupported("prediction_type", "epsilon", supported)
+
+
+def _clip_range(config: Mapping[str, Any]) -> float | None:
+    """Largest magnitude of a predicted x0; None when it is not clipped."""
+    return number(config, "clip_sample_range", 1.0) if flag(config, "clip_sample", True) else None
+
+
+def _checked_noise(eta: float, rng: np.random.Generator | None) -> tuple[float, np.random.Generator | None]:
+    """``eta`` and the generator it draws from, None where there is no noise to draw."""
+    if not 0 <= eta <= 1:
+        raise RequestError(f"eta: got {eta}, expected 0 (deterministic) to 1 (as noisy as DDPM)")
+    if eta > 0 and rng is None:
+        raise UsageError(f"eta={eta} draws noise; pass rng=numpy.random.default_rng(seed)")
+    return eta, rng if eta > 0 else None

@@ -1,0 +1,116 @@
+"""DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), equal to diffusers' ``DPMSolverMultistepScheduler``.
+
+The deterministic 2M solver and its stochastic twin, orders 1 and 2. Noise levels come from
+``noise_levels.py``; a level here is sigma_t / alpha_t, so exp(-h) is the ratio of two of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qdeploy.errors import UsageError
+from qdeploy.sampling.noise_levels import noise_levels
+from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule
+from qdeploy.sampling.settings import check_steps, choice, flag, refuse_flags
+
+# Names of other solvers' variants that a converted config carries; diffusers runs these instead.
+ALGORITHMS = {"dpmsolver++": "dpmsolver++", "sde-dpmsolver++": "sde-dpmsolver++", "deis": "dpmsolver++"}
+SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Settings of the solver alone."""
+
+    stochastic: bool
+    order: int
+    heun: bool
+    lower_order_final: bool
+    euler_at_final: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Solver:
+        """Read and check the settings in a ``scheduler_config.json``."""
+        refuse_flags(config, ("thresholding",))
+        choice(config, "variance_type", None, (None,))
+        algorithm = ALGORITHMS[choice(config, "algorithm_type", "dpmsolver++", tuple(ALGORITHMS))]
+        solver_type = SOLVER_TYPES[choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]
+        return cls(
+            stochastic=algorithm == "sde-dpmsolver++",
+            order=choice(config, "solver_order", 2, (1, 2)),
+            heun=solver_type == "heun",
+            lower_order_final=flag(config, "lower_order_final", True),
+            euler_at_final=flag(config, "euler_at_final", False),
+        )
+
+
+class DPMSolverMultistep:
+    """One request's sampler; remembers the last predicted x0."""
+
+    init_noise_sigma = 1.0
+    _previous_x0: Floats
+
+    def __init__(self, config: Mapping[str, Any], steps: int, rng: np.random.Generator | None = None) -> None:
+        self._solver = Solver.from_config(config)
+        self._schedule = NoiseSchedule.from_config(config)
+        check_steps(steps, self._schedule.train_steps)
+        self.timesteps, self._levels = noise_levels(config, self._schedule, steps)
+        if self._solver.stochastic and rng is None:
+            raise UsageError("algorithm_type 'sde-dpmsolver++' draws noise; pass rng=numpy.random.default_rng(seed)")
+        self._rng = rng
+
+    def scale_model_input(self, x: Latents, index: int) -> Latents:
+        """``x`` itself: x stays variance preserving."""
+        return x
+
+    def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
+        """``x`` one step less noisy (algorithm 2); ``float32[B, C, H, W]`` all."""
+        alpha, sigma = _alpha_sigma(self._levels[index])
+        x = x.astype(np.float64)
+        x0 = self._schedule.x0(noise_pred.astype(np.float64), x, alpha, sigma)
+        slope = None if self._is_first_order(index) else self._x0_slope(x0, index)
+        self._previous_x0 = x0
+        return self._update(x, x0, slope, index).astype(np.float32)
+
+    def _update(self, x: Floats, x0: Floats, slope: Floats | None, index: int) -> Floats:
+        """Equation 9 (ODE) or equation 18 (SDE), which decays the noise k = 2 times as fast."""
+        k = 2 if self._solver.stochastic else 1
+        level, next_level = self._levels[index : index + 2]
+        (_, sigma), (next_alpha, next_sigma) = _alpha_sigma(level), _alpha_sigma(next_level)
+        decay = next_level / level  # exp(-h)
+        gain = next_alpha * (1 - decay**k)
+        x_next = next_sigma / sigma * decay ** (k - 1) * x + gain * x0
+        if slope is not None:
+            # heun: the integral of the linear term; midpoint: half the constant term's
+            weight = next_alpha - gain / (k * -math.log(decay)) if self._solver.heun else gain / 2
+            x_next = x_next + weight * slope
+        if self._solver.stochastic:
+            noise = self._rng.standard_normal(x.shape, dtype=np.float32)
+            x_next = x_next + next_sigma * math.sqrt(1 - decay**2) * noise
+        return x_next
+
+    def _x0_slope(self, x0: Floats, index: int) -> Floats:
+        """D1 = (h / h_previous) (x0 - x0_previous), h the step in log-SNR."""
+        before, now, after = self._levels[index - 1 : index + 2]
+        return math.log(now / after) / math.log(before / now) * (x0 - self._previous_x0)
+
+    def _is_first_order(self, index: int) -> bool:
+        """The first step, which has no previous x0, and a last one that is not to extrapolate."""
+        steps = len(self.timesteps)
+        if index == 0 or self._solver.order == 1:
+            return True
+        solver, last_level, next_level = self._solver, self._levels[index], self._levels[index + 1]
+        return index == steps - 1 and (
+            solver.euler_at_final or (solver.lower_order_final and steps < 15) or next_level in (0, last_level)
+        )
+
+
+def _alpha_sigma(level: float) -> tuple[float, float]:
+    """Variance-preserving ``(alpha_t, sigma_t)`` whose ratio sigma_t / alpha_t is ``level``."""
+    alpha = 1 / math.sqrt(level**2 + 1)
+    return alpha, level * alpha

@@ -1,0 +1,50 @@
+"""The denoising loop with classifier-free guidance, written once for torch modules and engine sessions alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.errors import CancelledError
+from qdeploy.sampling import Sampler
+
+Array = NDArray[np.float32]
+# (x_t float32[B, C, H, W], t, context float32[B, T, D]) -> model output like x_t
+PredictNoise = Callable[[Array, int, Array], Array]
+# (index of the step, t, x after the step) -> False to stop
+OnStep = Callable[[int, int, Array], bool | None]
+
+
+def denoise(
+    predict: PredictNoise,
+    sampler: Sampler,
+    noise: Array,
+    cond: Array,
+    uncond: Array | None,
+    guidance_scale: float,
+    on_step: OnStep | None = None,
+) -> Array:
+    """Latents ``float32[B, C, H, W]`` from unit noise of that shape.
+
+    ``cond`` and ``uncond`` are ``float32[B, T, D]``; without ``uncond`` the model runs once a
+    step and ``guidance_scale`` plays no part. Raises CancelledError when ``on_step`` returns False.
+    """
+    x = noise * np.float32(sampler.init_noise_sigma)
+    for index, t in enumerate(sampler.timesteps):
+        model_input = sampler.scale_model_input(x, index)
+        noise_pred = guided(predict, model_input, int(t), cond, uncond, guidance_scale)
+        x = sampler.step(noise_pred, index, x)
+        if on_step is not None and on_step(index, int(t), x) is False:
+            raise CancelledError(f"stopped by the callback after step {index + 1} of {len(sampler.timesteps)}")
+    return x
+
+
+def guided(predict: PredictNoise, x: Array, t: int, cond: Array, uncond: Array | None, guidance_scale: float) -> Array:
+    """Classifier-free guidance (Ho & Salimans 2021): ``uncond + s (cond - uncond)`` from one double batch."""
+    if uncond is None:
+        return predict(x, t, cond)
+    both = predict(np.concatenate([x, x]), t, np.concatenate([uncond, cond]))
+    without, with_text = np.split(both, 2)
+    return without + np.float32(guidance_scale) * (with_text - without)

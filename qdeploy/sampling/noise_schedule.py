@@ -1,0 +1,134 @@
+"""The noise schedule a model was trained with: betas, their cumulative products, the prediction type.
+
+The schedule is float32 in diffusers' order of operations, since that is the one the model was trained
+with: a float64 one is 7e-5 apart in 1 - alpha_bar_0. Samplers take its numbers as Python floats and
+work in float64, where diffusers' formulas lose nothing to cancellation; only x and the model's output
+are float32. Which timesteps are visited is left to the samplers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.sampling.settings import choice, count, flag, number, unsupported
+
+Latents = NDArray[np.float32]
+Schedule = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Noise added in training: ``x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon``.
+
+    betas: ``float32[T]``.
+    alphas_cumprod: ``float32[T]``, ``alpha_bar_t``, the product of ``1 - beta`` up to ``t``.
+    prediction_type: what the model predicts, one of PREDICTION_TYPES.
+    """
+
+    betas: Schedule
+    alphas_cumprod: Schedule
+    prediction_type: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule that a ``scheduler_config.json`` describes."""
+        betas = _betas_from_config(config)
+        if flag(config, "rescale_betas_zero_snr", False):
+            betas = zero_terminal_snr(betas)
+        prediction_type = choice(config, "prediction_type", "epsilon", PREDICTION_TYPES)
+        return cls(betas, cumulative_alphas(betas), prediction_type)
+
+    @property
+    def train_steps(self) -> int:
+        """T, the number of trained timesteps."""
+        return len(self.betas)
+
+    def alpha_bar(self, t: int, final: float) -> float:
+        """``alpha_bar_t``, or ``final`` for the clean end of the trajectory, ``t < 0``."""
+        return float(self.alphas_cumprod[t]) if t >= 0 else final
+
+    def final_alpha_bar(self, config: Mapping[str, Any], default: bool) -> float:
+        """``alpha_bar`` behind the last step: 1 with `set_alpha_to_one`, else ``alpha_bar_0``."""
+        return 1.0 if flag(config, "set_alpha_to_one", default) else float(self.alphas_cumprod[0])
+
+    def x0(self, model_output: Floats, x: Floats, alpha: float, sigma: float) -> Floats:
+        """Predicted ``x_0`` from ``x = alpha x_0 + sigma epsilon``; ``float64[B, C, H, W]`` all."""
+        if self.prediction_type == "epsilon":
+            return (x - sigma * model_output) / alpha
+        if self.prediction_type == "sample":
+            return model_output
+        return alpha * x - sigma * model_output  # v = alpha epsilon - sigma x_0 (Salimans & Ho 2022, appendix D)
+
+    def epsilon(self, model_output: Floats, x: Floats, alpha: float, sigma: float) -> Floats:
+        """Predicted noise from ``x = alpha x_0 + sigma epsilon``; ``float64[B, C, H, W]`` all."""
+        if self.prediction_type == "epsilon":
+            return model_output
+        if self.prediction_type == "sample":
+            return (x - alpha * model_output) / sigma
+        return alpha * model_output + sigma * x
+
+
+def cumulative_alphas(betas: Schedule) -> Schedule:
+    """``alpha_bar``, ``float32[T]``; torch multiplies float32 factors in float64 and rounds each product."""
+    return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
+
+
+def zero_terminal_snr(betas: Schedule) -> Schedule:
+    """Betas whose last timestep is pure noise (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    root = np.sqrt(cumulative_alphas(betas))
+    shifted = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alpha_bar = shifted**2
+    return 1 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def linear_betas(start: float, end: float, train_steps: int) -> Schedule:
+    """``torch.linspace`` bit for bit: from both ends, a float32 step, each value rounded once (its FMA)."""
+    first, last = np.float32(start), np.float32(end)
+    step = float((last - first) / np.float32(max(train_steps - 1, 1)))
+    index = np.arange(train_steps)
+    ramp = np.where(index < train_steps // 2, first + step * index, last - step * (train_steps - 1 - index))
+    return ramp.astype(np.float32)
+
+
+def cosine_betas(train_steps: int, max_beta: float = 0.999) -> Schedule:
+    """Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17, capped at ``max_beta``."""
+    alpha_bar = [math.cos((t / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(train_steps + 1)]
+    betas = [min(1 - after / before, max_beta) for before, after in zip(alpha_bar, alpha_bar[1:], strict=False)]
+    return np.array(betas, np.float32)
+
+
+def _betas_from_config(config: Mapping[str, Any]) -> Schedule:
+    train_steps = count(config, "num_train_timesteps", 1000, least=1)
+    kind = choice(config, "beta_schedule", "linear", BETA_SCHEDULES)
+    if config.get("trained_betas") is not None:
+        return _trained_betas(config["trained_betas"], train_steps)
+    if kind == "squaredcos_cap_v2":
+        return cosine_betas(train_steps)
+    start, end = number(config, "beta_start", 0.0001), number(config, "beta_end", 0.02)
+    for name, beta in (("beta_start", start), ("beta_end", end)):
+        if not 0 < beta < 1:
+            raise unsupported(name, beta, "a number between 0 and 1, both excluded")
+    if kind == "scaled_linear":
+        return linear_betas(start**0.5, end**0.5, train_steps) ** 2
+    return linear_betas(start, end, train_steps)
+
+
+def _trained_betas(values: Any, train_steps: int) -> Schedule:
+    try:
+        betas = np.array(values, np.float32)
+    except (TypeError, ValueError) as exc:
+        raise unsupported("trained_betas", values, "a list of numbers") from exc
+    if betas.shape != (train_steps,) or not np.all((betas > 0) & (betas < 1)):
+        supported = f"num_train_timesteps={train_steps} numbers between 0 and 1, both excluded"
+        raise unsupported("trained_betas", values, supported)
+    return betas

@@ -1,0 +1,74 @@
+"""What both training scripts share: the schedule, the shuffled order, checkpoints, a progress line."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def learning_rate(peak: float, seen: int, total: int, warmup: int = 4_000) -> float:
+    """Linear warm-up over ``warmup`` samples, constant to 50 %, then a cosine to 1 % of the peak."""
+    done = seen / total
+    decay = 1.0 if done < 0.5 else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
+    return peak * min(1.0, (seen + 1) / warmup) * decay
+
+
+@dataclass
+class LoopState:
+    """Progress of a run: samples seen, steps, smoothed loss, and the shuffled order still to come."""
+
+    seen: int = 0
+    step: int = 0
+    loss: float = math.nan
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def batch(self, count: int, size: int) -> np.ndarray:
+        """The next ``size`` indices, each picture once before any comes again."""
+        while len(self.order) < size:
+            self.order = np.concatenate([self.order, self.rng.permutation(count)])
+        take, self.order = self.order[:size], self.order[size:]
+        return take
+
+    def note(self, loss: float, size: int) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss became {loss} at step {self.step}")
+        self.loss = loss if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * loss
+        self.seen += size
+        self.step += 1
+
+    def save(self, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        aside = path.with_suffix(".part")
+        torch.save(
+            {
+                "modules": {name: module.state_dict() for name, module in modules.items()},
+                "optimizer": optimizer.state_dict(),
+                "progress": {"seen": self.seen, "step": self.step, "loss": self.loss},
+            },
+            aside,
+        )
+        aside.replace(path)
+
+    @classmethod
+    def resume(cls, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> LoopState:
+        if not path.exists():
+            return cls()
+        saved = torch.load(path, weights_only=True, mmap=True)
+        for name, module in modules.items():
+            module.load_state_dict(saved["modules"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = cls(**saved["progress"])
+        state.rng = np.random.default_rng(state.step)  # a fresh order, not the first one again
+        torch.manual_seed(state.step)
+        return state
+
+
+def say(state: LoopState, total: int, started: float, first: int, extra: str = "") -> None:
+    rate = (state.seen - first) / (time.monotonic() - started)
+    eta_min = (total - state.seen) / rate / 60
+    print(f"{state.seen}/{total} loss {state.loss:.4f} {rate:.1f}/s eta {eta_min:.0f} min {extra}", flush=True)
