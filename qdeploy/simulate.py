@@ -92,7 +92,7 @@ class QuantConv2d(nn.Module):
         self.input_quant = ActivationQuant(layer.input)
         self.weight_quant = WeightQuant(torch.from_numpy(layer.weight), torch.from_numpy(layer.weight_scale), axis=0)
         self.output_quant = ActivationQuant(layer.output) if quantize_output and layer.output else nn.Identity()
-        self.bias = conv.bias
+        self.bias = bias_on_grid(conv.bias, layer) if quantize_output else conv.bias
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,6 +100,14 @@ class QuantConv2d(nn.Module):
             self.input_quant(x), self.weight_quant(), self.bias, self.stride, self.padding, self.dilation, self.groups
         )  # fmt: skip
         return self.output_quant(y)
+
+
+def bias_on_grid(bias: Tensor | None, layer: LayerQuant) -> Tensor | None:
+    """The float bias that an integer Conv really adds: whole multiples of input scale x weight scale."""
+    if bias is None:
+        return None
+    step = torch.from_numpy(layer.weight_scale) * layer.input.scale
+    return nn.Parameter(torch.round(bias.detach() / step) * step, requires_grad=False)
 
 
 class QuantLinear(nn.Module):

@@ -9,6 +9,7 @@ whole StableDiffusionPipeline folder, with averaged weights in fp16, to ``DIR/mo
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -140,6 +141,9 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, model: TextToLatent, tokeniz
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    # As Stable Diffusion's file does: other schedulers' default is to clip x0 to [-1, 1], wrong for latents.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"clip_sample": False}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -187,12 +191,13 @@ def main() -> None:
         if state.step % 300 == 0:
             kept = torch.get_rng_state()
             print(
-                f"  first guess among the 10 % nearest: {first_guess_hits(model, latents, probe_tokens):.1%}",
+                f"  first guess among the 10 % nearest: {first_guess_hits(averaged.module, latents, probe_tokens):.1%}",
                 flush=True,
             )
             torch.set_rng_state(kept)
             state.save(args.work / "diffusion.ckpt", parts, optimizer)
     state.save(args.work / "diffusion.ckpt", parts, optimizer)
+    state.record(args.work / "training.json", "diffusion", args.batch)
     save_pipeline(args.work / "model", vae, averaged.module, tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -53,6 +54,13 @@ class LoopState:
             aside,
         )
         aside.replace(path)
+
+    def record(self, path: Path, name: str, batch: int) -> None:
+        """Add this run's samples, steps, batch and smoothed loss to a JSON file, for the model card."""
+        facts = json.loads(path.read_text()) if path.exists() else {}
+        facts |= {f"{name}_samples": self.seen, f"{name}_steps": self.step}
+        facts |= {f"{name}_batch": batch, f"{name}_loss": self.loss}
+        path.write_text(json.dumps(facts, indent=1) + "\n")
 
     @classmethod
     def resume(cls, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> LoopState:

@@ -100,6 +100,7 @@ def main() -> None:
         if state.step % 500 == 0:
             state.save(args.work / "vae.ckpt", {"vae": vae}, optimizer)
     state.save(args.work / "vae.ckpt", {"vae": vae}, optimizer)
+    state.record(args.work / "training.json", "vae", args.batch)
     center_latents(vae, x)
     print(f"round trip {psnr_db(vae, x):.2f} dB over {len(x)} pictures")
     vae.save_pretrained(args.work / "vae")

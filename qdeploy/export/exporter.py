@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 import qdeploy
 from qdeploy.bundle import SCHEDULER, TOKENIZER, ComponentInfo, Manifest, TensorInfo, write_manifest
 from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import TableError, UsageError
+from qdeploy.errors import ExportError, TableError, UsageError
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import check_parity, parity_db
@@ -88,7 +89,7 @@ def export_component(
     lower(graph, target.name)
     folder.mkdir(parents=True)
     path = folder / GRAPH_FILE
-    ir.save(graph, path, external_data=GRAPH_FILE + ".data")
+    save_graph(graph, path)
     info = ComponentInfo(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(named_tensor_info, graph.graph.inputs)),
@@ -105,6 +106,15 @@ def export_component(
     session.close()
     check_parity(name, measured_db)
     return replace(info, integer_mac_share=audit.integer_mac_share, parity_db=measured_db)
+
+
+def save_graph(graph: ir.Model, path: Path) -> None:
+    """Write the graph with its weights as external data beside it, so that no 2 GB limit is ever met."""
+    try:
+        ir.save(graph, path, external_data=path.name + ".data")
+    except OSError as exc:  # NumPy's own, when the disk is full, carries neither errno nor file name
+        free_mb = shutil.disk_usage(path.parent).free / 1e6
+        raise ExportError(f"writing {path} failed ({exc}); {free_mb:.0f} MB are free there, make room") from exc
 
 
 def named_tensor_info(value: ir.Value) -> tuple[str, TensorInfo]:

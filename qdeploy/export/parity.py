@@ -14,9 +14,10 @@ from qdeploy.errors import ParityError
 from qdeploy.numerics import sqnr_db
 
 # Both sides do the same integer arithmetic; what is left is float rounding around the norms and the
-# softmax, which now and then moves a value across a rounding edge (1/256 of the range), and that
-# difference spreads. Measured 33 to 60 dB on real models; a wrong scale or kernel gives below 20.
-PARITY_MIN_DB = 28.0
+# softmax. Where it moves no value across a rounding edge the two agree to 130 dB; in a deep UNet a few
+# values move by one step (1/256 of the range), and that spreads: 40 dB and more. Saturating kernels
+# (below 20 dB) or a wrong scale do not pass.
+PARITY_MIN_DB = 30.0
 
 
 def parity_db(simulator: nn.Module, session: Session, probes: Sequence[Mapping[str, NDArray]]) -> float:

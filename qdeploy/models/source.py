@@ -95,7 +95,9 @@ def load_model(source: str) -> LatentDiffusion:
     """Load a ``StableDiffusionPipeline`` folder; ModelError says what is missing or broken."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # loading shows one of its own on every call
     folder = model_folder(source)
     try:
         kind = read_json(folder / "model_index.json")["_class_name"]

@@ -43,7 +43,9 @@ def grid(rows: Sequence[tuple[str, Sequence[Image]]], columns: Sequence[str], zo
         top = header + row * (height + gap)
         draw.text((6, top + height // 2), label, fill=(0, 0, 0))
         for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((width, height), PilImage.Resampling.NEAREST), (margin + column * (width + gap), top))
+            sheet.paste(
+                picture.resize((width, height), PilImage.Resampling.NEAREST), (margin + column * (width + gap), top)
+            )
     return sheet
 
 

@@ -68,7 +68,7 @@ class DDIM:
         return (x0 if self._clip is None else np.clip(x0, -self._clip, self._clip)), epsilon
 
     def _refuse_epsilon_without_signal(self) -> None:
-        """At alpha_bar_t = 0, x is pure noise and its prediction says nothing of x0 (arXiv:2305.08891, 3.3)."""
+        """At alpha_bar_t = 0, x is pure noise and its prediction says nothing of x0 (arXiv:2305.08891, 3.2)."""
         if self._schedule.prediction_type == "epsilon" and not self._schedule.alphas_cumprod[self.timesteps].all():
             supported = "'v_prediction' or 'sample' where `rescale_betas_zero_snr` makes the first timestep pure noise"
             raise unsupported("prediction_type", "epsilon", supported)

@@ -18,8 +18,8 @@ from qdeploy.sampling.noise_levels import noise_levels
 from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule
 from qdeploy.sampling.settings import check_steps, choice, flag, refuse_flags
 
-# Names of other solvers' variants that a converted config carries; diffusers runs these instead.
-ALGORITHMS = {"dpmsolver++": "dpmsolver++", "sde-dpmsolver++": "sde-dpmsolver++", "deis": "dpmsolver++"}
+ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
+# The last three are DEIS's and UniPC's, which a converted config carries; diffusers runs midpoint for them.
 SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
 
 
@@ -38,7 +38,7 @@ class Solver:
         """Read and check the settings in a ``scheduler_config.json``."""
         refuse_flags(config, ("thresholding",))
         choice(config, "variance_type", None, (None,))
-        algorithm = ALGORITHMS[choice(config, "algorithm_type", "dpmsolver++", tuple(ALGORITHMS))]
+        algorithm = choice(config, "algorithm_type", "dpmsolver++", ALGORITHMS)
         solver_type = SOLVER_TYPES[choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]
         return cls(
             stochastic=algorithm == "sde-dpmsolver++",
@@ -62,7 +62,7 @@ class DPMSolverMultistep:
         self.timesteps, self._levels = noise_levels(config, self._schedule, steps)
         if self._solver.stochastic and rng is None:
             raise UsageError("algorithm_type 'sde-dpmsolver++' draws noise; pass rng=numpy.random.default_rng(seed)")
-        self._rng = rng
+        self._rng = rng if self._solver.stochastic else None
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
         """``x`` itself: x stays variance preserving."""
@@ -71,14 +71,14 @@ class DPMSolverMultistep:
     def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
         """``x`` one step less noisy (algorithm 2); ``float32[B, C, H, W]`` all."""
         alpha, sigma = _alpha_sigma(self._levels[index])
-        x = x.astype(np.float64)
-        x0 = self._schedule.x0(noise_pred.astype(np.float64), x, alpha, sigma)
+        x_wide = x.astype(np.float64)
+        x0 = self._schedule.x0(noise_pred.astype(np.float64), x_wide, alpha, sigma)
         slope = None if self._is_first_order(index) else self._x0_slope(x0, index)
         self._previous_x0 = x0
-        return self._update(x, x0, slope, index).astype(np.float32)
+        return self._update(x_wide, x0, slope, index).astype(np.float32)
 
     def _update(self, x: Floats, x0: Floats, slope: Floats | None, index: int) -> Floats:
-        """Equation 9 (ODE) or equation 18 (SDE), which decays the noise k = 2 times as fast."""
+        """DPM-Solver++(2M), k = 1, or SDE-DPM-Solver++(2M), which decays the old noise as exp(-2h), k = 2."""
         k = 2 if self._solver.stochastic else 1
         level, next_level = self._levels[index : index + 2]
         (_, sigma), (next_alpha, next_sigma) = _alpha_sigma(level), _alpha_sigma(next_level)
@@ -89,7 +89,7 @@ class DPMSolverMultistep:
             # heun: the integral of the linear term; midpoint: half the constant term's
             weight = next_alpha - gain / (k * -math.log(decay)) if self._solver.heun else gain / 2
             x_next = x_next + weight * slope
-        if self._solver.stochastic:
+        if self._rng is not None:
             noise = self._rng.standard_normal(x.shape, dtype=np.float32)
             x_next = x_next + next_sigma * math.sqrt(1 - decay**2) * noise
         return x_next

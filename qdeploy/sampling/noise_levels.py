@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ def noise_levels(
     trained = _trained_levels(config, schedule)
     final = choice(config, "final_sigmas_type", "zero", ("zero", "sigma_min"))
     spacing = _level_spacing(config)
+    timesteps = _spaced_timesteps(config, trained, steps)
     if spacing is None:
-        timesteps = _spaced_timesteps(config, trained, steps)
         levels = np.interp(timesteps, np.arange(len(trained)), trained)
     else:
         levels = _spaced_levels(config, spacing, trained, steps)
@@ -118,5 +119,5 @@ def _timesteps_from_levels(levels: NDArray[np.float64], trained: Schedule, round
 
 def _refuse_repeats(levels: tuple[float, ...], steps: int) -> None:
     """A level that does not fall makes a step of length 0, and the next step divide by it."""
-    if not all(before > after for before, after in zip(levels[:-1], levels[1:-1], strict=False)):
+    if not all(before > after for before, after in pairwise(levels[:-1])):
         raise RequestError(f"steps: {steps} repeat a noise level of this schedule; ask for fewer steps")

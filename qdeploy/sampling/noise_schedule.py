@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def linear_betas(start: float, end: float, train_steps: int) -> Schedule:
 def cosine_betas(train_steps: int, max_beta: float = 0.999) -> Schedule:
     """Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17, capped at ``max_beta``."""
     alpha_bar = [math.cos((t / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(train_steps + 1)]
-    betas = [min(1 - after / before, max_beta) for before, after in zip(alpha_bar, alpha_bar[1:], strict=False)]
+    betas = [min(1 - after / before, max_beta) for before, after in pairwise(alpha_bar)]
     return np.array(betas, np.float32)
 
 

@@ -20,11 +20,11 @@ from qdeploy.sampling.timesteps import SPACINGS, spaced
 
 RUNGE_KUTTA_CALLS = 12  # three steps of four calls
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
-ADAMS_BASHFORTH = (  # divisor and weights, newest noise first; equation 12 and its lower orders
-    (1, (1,)),
-    (2, (3, -1)),
-    (12, (23, -16, 5)),
-    (24, (55, -59, 37, -9)),
+ADAMS_BASHFORTH = (  # newest noise first; equation 12 and its lower orders
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
 
 
@@ -79,8 +79,7 @@ class PNDM:
         if index == 0:
             self._x_start = x
         self._outputs = [noise_pred, *self._outputs[:3]]
-        divisor, weights = ADAMS_BASHFORTH[len(self._outputs) - 1]
-        slope = sum(weight * output for weight, output in zip(weights, self._outputs, strict=True)) / divisor
+        slope = np.tensordot(ADAMS_BASHFORTH[len(self._outputs) - 1], np.stack(self._outputs), axes=1)
         return self._transfer(x, t, t - self._stride, slope)
 
     def _transfer(self, x: Floats, t: int, t_prev: int, model_output: Floats) -> Floats:
@@ -110,7 +109,7 @@ def _runge_kutta_timesteps(ascending: NDArray[np.int64], stride: int) -> NDArray
     """Three steps of four calls (start, middle twice, end), then single calls: ``int64[steps + 9]``."""
     if len(ascending) < 4:
         raise RequestError(
-            f"steps: got {len(ascending)}, expected 4 or more, which PNDM's Runge-Kutta start (`skip_prk_steps` false) takes"
+            f"steps: got {len(ascending)}, expected 4 or more, the Runge-Kutta start's (`skip_prk_steps` false)"
         )
     halves = ascending[-4:].repeat(2) + np.tile([0, stride // 2], 4)
     return np.concatenate([halves[:-1].repeat(2)[1:-1][::-1], ascending[:-3][::-1]])

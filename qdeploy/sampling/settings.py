@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,9 @@ KNOWN_SETTINGS = frozenset(
 
 def unsupported(name: str, value: Any, supported: str) -> UsageError:
     """The error for a setting whose value no sampler here can honour."""
-    return UsageError(f"scheduler setting `{name}`: got {value!r}, supported: {supported}; edit scheduler_config.json")
+    return UsageError(
+        f"scheduler setting `{name}`: got {reprlib.repr(value)}, supported: {supported}; edit scheduler_config.json"
+    )
 
 
 def refuse_unknown(config: Mapping[str, Any]) -> None:

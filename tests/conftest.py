@@ -1,0 +1,52 @@
+"""One tiny random model, and what the way makes of it, shared by the whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.quantize import quantize_model
+from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.export.exporter import export_bundle
+from qdeploy.models.source import LatentDiffusion, load_model
+from qdeploy.spec import QuantSpec, target_named
+from qdeploy.table import QuantTable
+from tests.tiny import write_tiny_model
+
+PROMPTS = ["a cat", "a red house", "rocket"]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> LatentDiffusion:
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def calibration(tiny_model: LatentDiffusion) -> CalibrationSet:
+    return record_trajectories(tiny_model, PROMPTS, TimestepAware(samples=3, steps=6, record=6, batch=2))
+
+
+@pytest.fixture(scope="session")
+def table(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> QuantTable:
+    return quantize_model(tiny_model, calibration, QuantSpec())
+
+
+@pytest.fixture(scope="session")
+def float_bundle(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "fp32"
+    export_bundle(tiny_model, None, target_named("ort-cpu"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "w8a8"
+    export_bundle(tiny_model, table, target_named("ort-cpu"), folder)
+    return folder

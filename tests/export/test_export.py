@@ -1,0 +1,142 @@
+"""What leaves the exporter: integer kernels for every layer of the table, and gates that do close."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from qdeploy.bundle import open_bundle
+from qdeploy.engines.base import EngineOptions, engine_named
+from qdeploy.errors import AuditError, ParityError, TableError
+from qdeploy.export.audit import audit_graph
+from qdeploy.export.exporter import export_bundle
+from qdeploy.export.parity import PARITY_MIN_DB, check_parity, parity_db
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.simulate import quantized_twin
+from qdeploy.spec import target_named
+from qdeploy.table import QuantTable
+
+
+def test_every_layer_of_the_table_runs_in_integers(int8_bundle: Path, table: QuantTable) -> None:
+    for name, quant in table.components.items():
+        audit = audit_graph(int8_bundle / name / "model.onnx", "ort-cpu", quant)
+        assert {finding.op_type for finding in audit.findings} <= {"QLinearConv", "MatMulIntegerToFloat"}
+        assert audit.integer_mac_share == pytest.approx(quant.integer_mac_share())
+        audit.check(name)
+
+
+def test_weights_are_stored_as_int8_under_the_layers_names(int8_bundle: Path, table: QuantTable) -> None:
+    graph = onnx.load(int8_bundle / "unet" / "model.onnx", load_external_data=False).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for layer in table.components["unet"].layers:
+        assert types[f"{layer}.weight_quant.codes"] == onnx.TensorProto.INT8
+        assert f"{layer}.weight" not in types
+    named = Counter(node.name for node in graph.node if node.op_type in ("Conv", "MatMul"))
+    assert all(named[layer] == 1 for layer in table.components["unet"].layers)
+
+
+def test_weights_lie_in_external_data(int8_bundle: Path) -> None:
+    assert (int8_bundle / "unet" / "model.onnx").stat().st_size < (
+        int8_bundle / "unet" / "model.onnx.data"
+    ).stat().st_size
+
+
+def test_the_engine_agrees_with_the_simulator(int8_bundle: Path) -> None:
+    for info in open_bundle(int8_bundle).manifest.components.values():
+        assert info.parity_db is not None
+        assert info.parity_db >= PARITY_MIN_DB
+
+
+def test_qkv_share_one_quantize(int8_bundle: Path) -> None:
+    graph = onnx.load(int8_bundle / "unet" / "model.onnx", load_external_data=False).graph
+    readers = Counter(node.input[0] for node in graph.node if node.op_type == "QuantizeLinear")
+    attention = next(node for node in graph.node if node.name.endswith("attn1.to_q"))
+    dq = next(node for node in graph.node if node.output[0] == attention.input[0])
+    q = next(node for node in graph.node if node.output[0] == dq.input[0])
+    assert readers[q.input[0]] == 1
+    users = {node.name.rpartition(".")[2] for node in graph.node if dq.output[0] in node.input}
+    assert users == {"to_q", "to_k", "to_v"}
+
+
+def test_a_conv_without_q_behind_it_is_named_by_the_audit(int8_bundle: Path, table: QuantTable, tmp_path: Path) -> None:
+    """The graph is broken on purpose: one Conv's consumers read it raw."""
+    graph = onnx.load(int8_bundle / "vae_decoder" / "model.onnx")
+    broken = "decoder.mid_block.resnets.0.conv1"
+    conv = next(node for node in graph.graph.node if node.name == broken)
+    q = next(node for node in graph.graph.node if conv.output[0] in node.input)
+    dq = next(node for node in graph.graph.node if q.output[0] in node.input)
+    for node in graph.graph.node:
+        for i, name in enumerate(node.input):
+            if name == dq.output[0]:
+                node.input[i] = conv.output[0]
+    graph.graph.node.remove(q)
+    graph.graph.node.remove(dq)
+    path = tmp_path / "broken.onnx"
+    onnx.save(graph, path)
+    audit = audit_graph(path, "ort-cpu", table.components["vae_decoder"])
+    with pytest.raises(AuditError, match=rf"{broken} \(runs as \w*Conv\)"):
+        audit.check("vae_decoder")
+    assert audit.integer_mac_share < table.components["vae_decoder"].integer_mac_share()
+
+
+def test_a_wrong_scale_fails_parity(int8_bundle: Path, table: QuantTable, tiny_model: LatentDiffusion) -> None:
+    quant = table.components["unet"]
+    name = next(n for n, layer in quant.layers.items() if layer.output is not None)
+    layer = quant.layers[name]
+    other = dataclasses.replace(layer, weight_scale=layer.weight_scale * np.float32(1.5))
+    wrong = dataclasses.replace(quant, layers={**quant.layers, name: other})
+    session = engine_named("ort-cpu").open_session(int8_bundle / "unet" / "model.onnx", EngineOptions())
+    right_db = parity_db(quantized_twin(tiny_model.unet, quant, True), session, table.probes["unet"])
+    wrong_db = parity_db(quantized_twin(tiny_model.unet, wrong, True), session, table.probes["unet"])
+    check_parity("unet", right_db)
+    assert wrong_db < right_db - 6
+    with pytest.raises(ParityError, match="dB"):
+        check_parity("unet", float("nan"))
+
+
+def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path) -> None:
+    stranger = dataclasses.replace(table, model_sha256="0" * 64)
+    with pytest.raises(TableError, match="other weights"):
+        export_bundle(tiny_model, stranger, target_named("ort-cpu"), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_gate_leaves_nothing(
+    tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdeploy.export.exporter.parity_db", lambda *_: 3.0)
+    with pytest.raises(ParityError, match=r"3\.0 dB"):
+        export_bundle(tiny_model, table, target_named("ort-cpu"), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saturation_free_on_every_cpu(int8_bundle: Path, tmp_path: Path) -> None:
+    """Without VNNI, ORT's u8 x s8 kernels saturate unless told not to; extreme codes show it."""
+    import torch
+    from torch import nn
+
+    from qdeploy.export.graph import graph_from_component
+    from qdeploy.models.components import Component
+    from qdeploy.simulate import QuantLinear
+    from qdeploy.table import Affine, LayerQuant
+
+    class One(Component):
+        outputs = ("y",)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    import onnx_ir as ir
+
+    codes = np.full((16, 64), 127, np.int8)
+    layer = LayerQuant(codes, np.full(16, 0.01, np.float32), 8, Affine(1 / 255, 0))
+    component = One(QuantLinear(nn.Linear(64, 16).requires_grad_(False), layer))
+    x = torch.ones(1, 4, 64)
+    ir.save(graph_from_component(component, {"x": x}, 20), tmp_path / "one.onnx")
+    session = engine_named("ort-cpu").open_session(tmp_path / "one.onnx", EngineOptions())
+    assert np.allclose(session.run({"x": x.numpy()})["y"], component(x).numpy(), rtol=1e-5)

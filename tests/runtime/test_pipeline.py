@@ -1,0 +1,143 @@
+"""The runtime makes diffusers' pictures, serves what it promises and refuses what it cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import qdeploy
+from qdeploy.errors import CancelledError, EngineError, RequestError, UsageError
+from qdeploy.runtime.pipeline import Pipeline, Step
+
+
+@pytest.fixture(scope="module")
+def pipe(float_bundle: Path) -> Iterator[Pipeline]:
+    with qdeploy.load(float_bundle) as pipeline:
+        yield pipeline
+
+
+def unit_noise(pipe: Pipeline, count: int = 1) -> np.ndarray:
+    latents = pipe.latents
+    shape = (count, latents.channels, latents.height, latents.width)
+    return np.random.default_rng(3).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_same_picture_as_diffusers_within_one_grey_level(
+    pipe: Pipeline, tiny_folder: Path, guidance_scale: float
+) -> None:
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    reference = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(tiny_folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(tiny_folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(tiny_folder / "unet"),
+        scheduler=PNDMScheduler.from_pretrained(tiny_folder / "scheduler"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    reference.set_progress_bar_config(disable=True)
+    noise = unit_noise(pipe)
+    expected = reference(
+        "a red house", negative_prompt="blue", num_inference_steps=8, guidance_scale=guidance_scale,
+        latents=torch.from_numpy(noise), output_type="np",
+    ).images  # fmt: skip
+    found = pipe("a red house", negative_prompt="blue", steps=8, guidance_scale=guidance_scale, latents=noise)
+    assert np.abs(found.pixels[0].astype(int) - np.rint(expected[0] * 255)).max() <= 1
+
+
+def test_equal_seed_equal_picture_whatever_else_is_in_the_batch(pipe: Pipeline) -> None:
+    alone = pipe("a cat", steps=4, seed=9)
+    among = pipe(["a dog", "a cat"], steps=4, seed=9, count=2)
+    assert among.pixels.shape[0] == 4
+    assert np.array_equal(alone.pixels[0], among.pixels[2])
+    assert not np.array_equal(among.pixels[2], among.pixels[3])
+    assert not np.array_equal(alone.pixels, pipe("a cat", steps=4, seed=10).pixels)
+
+
+def test_threads_share_one_pipeline(pipe: Pipeline) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = [pipe("a cat", steps=3, seed=seed).pixels for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: pipe("a cat", steps=3, seed=seed).pixels, range(4)))
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_callback_sees_every_step_and_can_cancel(pipe: Pipeline) -> None:
+    seen: list[Step] = []
+    pipe("a cat", steps=5, callback=lambda step: seen.append(step))
+    assert [step.index for step in seen] == list(range(seen[0].count))
+    with pytest.raises(CancelledError, match="after step 2"):
+        pipe("a cat", steps=5, callback=lambda step: step.index < 1)
+    assert pipe("a cat", steps=2).pixels.shape[0] == 1
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "ddim", "dpm++"])
+def test_schedulers_can_be_swapped(pipe: Pipeline, scheduler: str) -> None:
+    assert np.isfinite(pipe("a cat", steps=4, scheduler=scheduler).latents).all()
+
+
+def test_timings_name_the_components(pipe: Pipeline) -> None:
+    assert set(pipe("a cat", steps=2).timings_ms) == {"text_encoder", "unet", "vae_decoder"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "no prompt"),
+        ({"prompt": "x" * 10_001}, "too long"),
+        ({"prompt": "x", "steps": 0}, "steps"),
+        ({"prompt": "x", "steps": 5000}, "steps"),
+        ({"prompt": "x", "count": 0}, "count"),
+        ({"prompt": "x", "latents": np.zeros((1, 1, 1, 1), np.float32)}, "expected float32"),
+        ({"prompt": "x", "latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, "NaN"),
+    ],
+)
+def test_bad_requests_are_refused_and_the_pipeline_goes_on(pipe: Pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe(**arguments)
+    assert pipe("a cat", steps=1).pixels.dtype == np.uint8
+
+
+def test_unknown_scheduler_and_engine(pipe: Pipeline, float_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="pndm"):
+        pipe("a cat", scheduler="none such")
+    with pytest.raises(UsageError, match="ort-cpu"):
+        qdeploy.load(float_bundle, engine="none-such")
+
+
+def test_a_cut_prompt_is_reported(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    pipe("word " * 50, steps=1)
+    assert "cut to 16 tokens" in caplog.text
+
+
+def test_a_closed_pipeline_says_so(float_bundle: Path) -> None:
+    pipeline = qdeploy.load(float_bundle)
+    pipeline.close()
+    pipeline.close()
+    with pytest.raises(EngineError, match="closed"):
+        pipeline("a cat", steps=1)
+
+
+def test_tokens_equal_transformers(pipe: Pipeline, tiny_folder: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    reference = CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
+    prompts = ["", "a cat", "Café  Ünïcode", "漢字 🙂", "it's  (odd) 1234!", "long " * 40]
+    expected = reference(prompts, padding="max_length", truncation=True, max_length=16, return_tensors="np").input_ids
+    assert np.array_equal(pipe._tokenizer(prompts), expected)
+
+
+def test_int8_is_near_its_float_twin(pipe: Pipeline, int8_bundle: Path) -> None:
+    from qdeploy.bench.fidelity import compare
+
+    with qdeploy.load(int8_bundle) as int8:
+        fidelity = compare(pipe, int8, ["a cat"], steps=4)
+    assert min(fidelity.step_sqnr_db) > 15
+    assert len(fidelity.step_sqnr_db) == len(fidelity.timesteps) == 5

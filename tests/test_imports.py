@@ -1,0 +1,119 @@
+"""The runtime side never needs torch, and imports go from higher floors to lower ones only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "qdeploy"
+TORCH_FREE = (
+    "errors",
+    "spec",
+    "numerics",
+    "files",
+    "progress",
+    "table",
+    "bundle",
+    "sampling",
+    "engines",
+    "runtime",
+    "bench",
+)
+FLOORS = {
+    **dict.fromkeys(("errors", "numerics", "files", "progress", "spec", "table", "bundle"), 0),
+    **dict.fromkeys(("sampling", "engines", "models"), 1),
+    "simulate": 2,
+    **dict.fromkeys(("runtime", "calibrate", "export"), 3),
+    "bench": 4,
+    **dict.fromkeys(("demo", "describe"), 5),
+    "cli": 6,
+}
+BASE = {"errors", "numerics", "files", "progress", "spec"}  # floor 0's own lower half: table and bundle read these
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(dotted: str) -> str:
+    return dotted.split(".")[1] if "." in dotted else ""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Rooms of qdeploy that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "qdeploy":
+            names = [f"qdeploy.{alias.name}" for alias in node.names if alias.name in FLOORS]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {room_of(name) for name in names if name.startswith("qdeploy.")}
+    return found
+
+
+def own_room(path: Path) -> str:
+    part = path.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    room = own_room(path)
+    if room in ("__init__", "__main__"):
+        return
+    assert room in FLOORS, f"{path} has no floor; add it to FLOORS"
+    for other in imports_of(path) - {room, ""}:
+        lower = FLOORS[other] < FLOORS[room] or (room in ("table", "bundle", "spec") and other in BASE)
+        assert lower, f"{path} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+
+
+def test_calibrate_and_export_meet_only_in_the_table() -> None:
+    for path in modules():
+        if own_room(path) in ("calibrate", "export"):
+            assert not {"calibrate", "export"} - {own_room(path)} & imports_of(path), path
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run_blocked(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED + code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_runtime_side_imports_without_torch() -> None:
+    names = [
+        ".".join(("qdeploy", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in modules()
+        if own_room(path) in TORCH_FREE
+    ]
+    run_blocked("import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)", *names)
+
+
+def test_importing_qdeploy_loads_no_torch() -> None:
+    code = "import qdeploy, sys; qdeploy.load; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_generate_and_bench_run_without_torch(int8_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    command = "from qdeploy.cli import main\nmain(sys.argv[1:])"
+    run_blocked(command, "--quiet", "generate", str(int8_bundle), "a cat", "-o", str(out), "--steps", "3")
+    assert out.stat().st_size > 0
+    shown = run_blocked(command, "--quiet", "bench", str(int8_bundle), "--pictures", "1", "--steps", "2")
+    assert "unet step" in shown

@@ -1,0 +1,85 @@
+"""The table survives a round trip and refuses what is not one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qdeploy.errors import TableError
+from qdeploy.table import (
+    Affine,
+    ComponentQuant,
+    FloatLayer,
+    LayerQuant,
+    QuantTable,
+    load_table,
+    pack_int4,
+    save_table,
+    unpack_int4,
+)
+
+
+def small_table(bits: int) -> QuantTable:
+    rng = np.random.default_rng(bits)
+    half = 2 ** (bits - 1)
+    layer = LayerQuant(
+        weight=rng.integers(-half, half, (3, 5, 3, 3)).astype(np.int8),
+        weight_scale=rng.random(3).astype(np.float32),
+        weight_bits=bits,
+        input=Affine(0.5, 7),
+        output=Affine(0.25, 128),
+    )
+    quant = ComponentQuant({"block.conv": layer}, {"conv_in": FloatLayer("keep list", 100)}, {"block.conv": 300})
+    probes = {"unet": [{"sample": np.ones((1, 2), np.float32), "timestep": np.array(3)}]}
+    return QuantTable({"unet": quant}, "builtin:emoji", "ab" * 32, {"spec": {"weight_bits": bits}}, probes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_round_trip_keeps_everything(tmp_path: Path, bits: int) -> None:
+    table = small_table(bits)
+    save_table(table, tmp_path / "q.safetensors")
+    loaded = load_table(tmp_path / "q.safetensors")
+    before, after = table.components["unet"], loaded.components["unet"]
+    assert np.array_equal(before.layers["block.conv"].weight, after.layers["block.conv"].weight)
+    assert np.array_equal(before.layers["block.conv"].weight_scale, after.layers["block.conv"].weight_scale)
+    assert after.layers["block.conv"].output == Affine(0.25, 128)
+    assert after.float_layers == before.float_layers
+    assert after.integer_mac_share() == 0.75
+    assert (loaded.model, loaded.model_sha256, loaded.provenance) == (table.model, table.model_sha256, table.provenance)
+    assert loaded.probes["unet"][0]["timestep"] == 3
+
+
+def test_four_bits_take_half_the_space() -> None:
+    assert pack_int4(np.zeros(1000, np.int8)).nbytes == 500
+
+
+@given(st.lists(st.integers(-8, 7), min_size=1, max_size=33))
+def test_int4_packing_is_exact(codes: list[int]) -> None:
+    array = np.array(codes, np.int8)
+    assert np.array_equal(unpack_int4(pack_int4(array), array.shape), array)
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    save_table(small_table(8), path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(TableError, match="not a readable qdeploy table"):
+        load_table(path)
+
+
+def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(TableError, match="qdeploy quantize"):
+        load_table(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_scale_is_refused(scale: float) -> None:
+    with pytest.raises(TableError):
+        Affine(scale, 0)
