@@ -34,7 +34,7 @@ class Commands(click.Group):
     def _fail(ctx: click.Context, text: str, code: int) -> None:
         if ctx.params.get("debug"):
             raise  # noqa: PLE0704 - called from an except block: keep the traceback
-        click.echo(f"qdeploy: {text}", err=True)
+        click.echo(f"qdeploy: {' '.join(text.split())}", err=True)  # one paragraph, whatever came
         ctx.exit(code)
 
 

@@ -59,7 +59,7 @@ class BundleFigures:
 def measure(paths: Sequence[Path], settings: BenchSettings, on_progress: OnProgress = silent) -> list[BundleFigures]:
     """Figures of every bundle: fresh-process load and peak memory, then UNet steps and pictures in turn."""
     pipelines = [load(path, engine=settings.engine, threads=settings.threads) for path in paths]
-    figures = [figures_of(path, pipeline) for path, pipeline in zip(paths, pipelines, strict=True)]
+    figures = [figures_of(name, p) for name, p in zip(distinct_names(paths), pipelines, strict=True)]
     try:
         _interleaved(pipelines, figures, STEP, one_step, settings.step_calls, settings, on_progress)
         _interleaved(pipelines, figures, PICTURE, one_picture, settings.pictures, settings, on_progress)
@@ -75,11 +75,19 @@ def measure(paths: Sequence[Path], settings: BenchSettings, on_progress: OnProgr
     return figures
 
 
-def figures_of(path: Path, pipeline: Pipeline) -> BundleFigures:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' own names, or the whole paths where two folders are named alike."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def figures_of(name: str, pipeline: Pipeline) -> BundleFigures:
     """A bundle's static figures, samples still empty."""
     manifest = pipeline.bundle.manifest
     unet = manifest.components["unet"]
-    return BundleFigures(path.name, str(path), manifest.precision, pipeline.bundle.total_bytes, unet.integer_mac_share)
+    return BundleFigures(
+        name, str(pipeline.bundle.folder), manifest.precision, pipeline.bundle.total_bytes, unet.integer_mac_share
+    )
 
 
 def _interleaved(

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import qdeploy
 from qdeploy.calibrate.dataset import CalibrationSet, check_fits
 from qdeploy.calibrate.ranges import StreamingHistogram, mse_affine
 from qdeploy.calibrate.weights import mse_scale, nearest_codes
@@ -29,16 +30,26 @@ def quantize_model(
     latents = model.latents
     check_fits(calibration, (latents.channels, latents.height, latents.width), (latents.tokens, model.text_width))
     components = {name: quantize_component(model, name, calibration, spec, on_progress) for name in spec.components}
-    provenance = {"spec": asdict(spec), "calibration": dict(calibration.provenance)}
+    provenance = {
+        "qdeploy": qdeploy.__version__,
+        "torch": torch.__version__,
+        "spec": asdict(spec),
+        "calibration": dict(calibration.provenance),
+    }
     probes = {name: probes_of(calibration, name) for name in spec.components}
     return QuantTable(components, model.source, model.sha256, provenance, probes)
 
 
 def probes_of(calibration: CalibrationSet, component: str) -> list[dict[str, NDArray]]:
     """A few inputs of ``component``, evenly spaced over the set (so over the timesteps), at the export's batch."""
-    batches = list(calibration.batches(component, GRAPH_BATCH[component]))
-    chosen = np.linspace(0, len(batches) - 1, min(PROBES, len(batches))).round().astype(int)
-    return [{name: value.numpy() for name, value in batches[i].items()} for i in chosen]
+    size = GRAPH_BATCH[component]
+    count = sum(1 for _ in calibration.batches(component, size))  # counted, not kept: the set may be large
+    chosen = set(np.linspace(0, count - 1, min(PROBES, count)).round().astype(int))
+    return [
+        {name: value.numpy() for name, value in feeds.items()}
+        for number, feeds in enumerate(calibration.batches(component, size))
+        if number in chosen
+    ]
 
 
 def quantize_component(

@@ -26,7 +26,6 @@ class EngineOptions:
 
     threads: int | None = None  # None: the engine's own choice, all cores
     optimized_path: Path | None = None  # where to leave the graph that the engine really runs
-    profile: bool = False
 
 
 class Session(Protocol):

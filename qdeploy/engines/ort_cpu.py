@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
@@ -35,12 +36,6 @@ class OrtCpuSession:
         except Exception as exc:  # ONNX Runtime raises plain RuntimeError subclasses of its own
             raise EngineError(f"{self._path}: {exc}") from exc
 
-    def end_profile(self) -> Path:
-        """Stop profiling and return the JSON trace's path."""
-        if self._session is None:
-            raise EngineError(f"{self._path}: the session was closed")
-        return Path(self._session.end_profiling())
-
     def close(self) -> None:
         self._session = None
 
@@ -65,8 +60,6 @@ def open_session(path: Path, options: EngineOptions) -> OrtCpuSession:
         settings.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", options.optimized_path.name + ".data"
         )
-    if options.profile:
-        settings.enable_profiling = True
     try:
         session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as exc:
@@ -74,7 +67,7 @@ def open_session(path: Path, options: EngineOptions) -> OrtCpuSession:
     return OrtCpuSession(session, path)
 
 
-def _onnxruntime():  # noqa: ANN202 - a module
+def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as exc:
