@@ -22,7 +22,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One input or output of a component's graph: ONNX element type and static shape."""
+    """One input or output of a component's graph: NumPy dtype name and static shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,7 +38,10 @@ class ComponentInfo:
     weight_bits: int
     act_bits: int
     integer_mac_share: float = 0.0
-    parity_db: float | None = None  # SQNR between simulator and engine, measured at export
+    # Measured at export on recorded inputs, for quantized components:
+    parity_db: float | None = None  # SQNR of the engine's output against the simulator's
+    simulator_sqnr_db: float | None = None  # of the simulator's against the float model's
+    engine_sqnr_db: float | None = None  # of the engine's against the float model's
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ def export(show: bool, source: str, out: Path, target: str, precision: str | Non
 
     Example: qdeploy export w8a8.safetensors -o bundle
     """
+    from qdeploy.describe import parity_text
     from qdeploy.export.exporter import check_precision, export_bundle
     from qdeploy.models.source import load_model
     from qdeploy.progress import shown
@@ -168,7 +169,7 @@ def export(show: bool, source: str, out: Path, target: str, precision: str | Non
     for name, info in manifest.components.items():
         if info.parity_db is not None:
             share = f"{info.integer_mac_share:.1%} of MACs in int8"
-            click.echo(f"{name}: {share}, engine against simulator {info.parity_db:.1f} dB")
+            click.echo(f"{name}: {share}; {parity_text(info)}")
     click.echo(f"wrote {out}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qdeploy.bundle import MANIFEST, open_bundle
+from qdeploy.bundle import MANIFEST, ComponentInfo, open_bundle
 from qdeploy.errors import UsageError
 from qdeploy.table import load_table
 
@@ -49,7 +49,7 @@ def describe_bundle(path: Path) -> Facts:
         ("model", str(manifest.provenance.get("model"))),
     ]
     for name, info in manifest.components.items():
-        parity = "" if info.parity_db is None else f", engine against simulator {info.parity_db:.1f} dB"
+        parity = "" if info.parity_db is None else f", {parity_text(info)}"
         facts.append(
             (
                 name,
@@ -59,6 +59,14 @@ def describe_bundle(path: Path) -> Facts:
         )
         facts += [(f"  {key}", f"{t.dtype}{list(t.shape)}") for key, t in {**info.inputs, **info.outputs}.items()]
     return facts
+
+
+def parity_text(info: ComponentInfo) -> str:
+    """The export gate's three figures."""
+    return (
+        f"SQNR engine/simulator {info.parity_db:.1f} dB, engine/float {info.engine_sqnr_db:.1f} dB, "
+        f"simulator/float {info.simulator_sqnr_db:.1f} dB"
+    )
 
 
 def describe_table(path: Path) -> Facts:

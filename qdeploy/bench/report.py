@@ -21,7 +21,7 @@ def rows_of(figures: Sequence[BundleFigures], fidelity: Mapping[str, Fidelity]) 
     ``fidelity`` is by bundle name; the float twin itself has none.
     """
     two = len(figures) == 2
-    header = ("", *(figure.name for figure in figures), *(("ratio",) if two else ()))
+    header = ("", *(figure.name for figure in figures), *((f"{figures[0].name} / {figures[1].name}",) if two else ()))
     rows: list[Row] = []
 
     def add(label: str, values: Sequence[float], form: str) -> None:

@@ -20,7 +20,7 @@ from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import ExportError, TableError, UsageError
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import check_parity, parity_db
+from qdeploy.export.parity import measure_parity
 from qdeploy.export.targets import lower
 from qdeploy.files import staged_folder
 from qdeploy.models.source import LatentDiffusion
@@ -82,9 +82,10 @@ def export_component(
     folder: Path,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
-    component = model.component(name)
+    float_component = model.component(name)
+    component = float_component
     if quant is not None:
-        component = quantized_twin(component, quant, target.conv_output_quantized)
+        component = quantized_twin(float_component, quant, target.conv_output_quantized)
     graph = graph_from_component(component, model.example(name, GRAPH_BATCH[name]), target.opset)
     lower(graph, target.name)
     folder.mkdir(parents=True)
@@ -102,10 +103,16 @@ def export_component(
     audit = audit_graph(path, target.engine, quant)
     audit.check(name)
     session = engine_named(target.engine).open_session(path, EngineOptions())
-    measured_db = parity_db(component, session, probes)
+    parity = measure_parity(float_component, component, session, probes)
     session.close()
-    check_parity(name, measured_db)
-    return replace(info, integer_mac_share=audit.integer_mac_share, parity_db=measured_db)
+    parity.check(name)
+    return replace(
+        info,
+        integer_mac_share=audit.integer_mac_share,
+        parity_db=parity.between_db,
+        simulator_sqnr_db=parity.simulator_db,
+        engine_sqnr_db=parity.engine_db,
+    )
 
 
 def save_graph(graph: ir.Model, path: Path) -> None:
@@ -122,7 +129,7 @@ def named_tensor_info(value: ir.Value) -> tuple[str, TensorInfo]:
     assert value.name is not None  # the exporter sets all three
     assert value.dtype is not None
     assert value.shape is not None
-    return value.name, TensorInfo(value.dtype.name.lower(), tuple(value.shape.numpy()))
+    return value.name, TensorInfo(value.dtype.numpy().name, tuple(value.shape.numpy()))
 
 
 def write_tokenizer(model: LatentDiffusion, path: Path) -> None:

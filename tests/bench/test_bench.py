@@ -25,7 +25,7 @@ def test_rows_hold_percentiles_ratio_and_fidelity() -> None:
     pair = [figures("a", "fp32", 10.0), figures("b", "int8", 5.0)]
     header, rows = rows_of(pair, {"b": Fidelity((20.0, 30.0), (900, 100), 33.3)})
     table = {row[0]: row[1:] for row in rows}
-    assert header == ("", "a", "b", "ratio")
+    assert header == ("", "a", "b", "a / b")
     assert table["unet step, ms p50"] == ("20.0", "10.0", "2.00x")
     assert table["unet step, ms p90"] == ("28.0", "14.0", "2.00x")
     assert table["load (fresh process), ms p50"] == ("20", "20", "1.00x")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from qdeploy.bundle import open_bundle
@@ -15,7 +16,8 @@ from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import AuditError, ParityError, TableError
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle
-from qdeploy.export.parity import PARITY_MIN_DB, check_parity, parity_db
+from qdeploy.export.graph import graph_from_component
+from qdeploy.export.parity import Parity, measure_parity
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate import quantized_twin
 from qdeploy.spec import target_named
@@ -50,7 +52,8 @@ def test_weights_lie_in_external_data(int8_bundle: Path) -> None:
 def test_the_engine_agrees_with_the_simulator(int8_bundle: Path) -> None:
     for info in open_bundle(int8_bundle).manifest.components.values():
         assert info.parity_db is not None
-        assert info.parity_db >= PARITY_MIN_DB
+        assert info.parity_db > info.simulator_sqnr_db
+        assert info.engine_sqnr_db == pytest.approx(info.simulator_sqnr_db, abs=0.3)
 
 
 def test_qkv_share_one_quantize(int8_bundle: Path) -> None:
@@ -85,19 +88,41 @@ def test_a_conv_without_q_behind_it_is_named_by_the_audit(int8_bundle: Path, tab
     assert audit.integer_mac_share < table.components["vae_decoder"].integer_mac_share()
 
 
-def test_a_wrong_scale_fails_parity(int8_bundle: Path, table: QuantTable, tiny_model: LatentDiffusion) -> None:
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_an_engine_with_one_wrong_scale_fails_parity(
+    table: QuantTable, tiny_model: LatentDiffusion, tmp_path: Path, kind: str
+) -> None:
     quant = table.components["unet"]
-    name = next(n for n, layer in quant.layers.items() if layer.output is not None)
+    name = next(n for n, layer in quant.layers.items() if (layer.weight.ndim == 4) == (kind == "conv"))
     layer = quant.layers[name]
     other = dataclasses.replace(layer, weight_scale=layer.weight_scale * np.float32(1.5))
     wrong = dataclasses.replace(quant, layers={**quant.layers, name: other})
-    session = engine_named("ort-cpu").open_session(int8_bundle / "unet" / "model.onnx", EngineOptions())
-    right_db = parity_db(quantized_twin(tiny_model.unet, quant, True), session, table.probes["unet"])
-    wrong_db = parity_db(quantized_twin(tiny_model.unet, wrong, True), session, table.probes["unet"])
-    check_parity("unet", right_db)
-    assert wrong_db < right_db - 6
-    with pytest.raises(ParityError, match="dB"):
-        check_parity("unet", float("nan"))
+    graph = graph_from_component(quantized_twin(tiny_model.unet, wrong, True), tiny_model.example("unet", 2), 20)
+    ir.save(graph, tmp_path / "wrong.onnx")
+    session = engine_named("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
+    right = quantized_twin(tiny_model.unet, quant, True)
+    with pytest.raises(ParityError, match="does not compute what the table says"):
+        measure_parity(tiny_model.unet, right, session, table.probes["unet"]).check("unet")
+
+
+@pytest.mark.parametrize(
+    ("parity", "passes"),
+    [
+        (Parity(130, 30, 30), True),
+        (Parity(30, 30, 29.8), True),
+        (Parity(27, 30, 30), False),
+        (Parity(40, 30, 25), False),
+        (Parity(float("nan"), 30, 30), False),
+        (Parity(40, 30, float("nan")), False),
+        (Parity(float("inf"), float("inf"), float("inf")), True),
+    ],
+)
+def test_the_parity_gate(parity: Parity, passes: bool) -> None:
+    if passes:
+        parity.check("unet")
+    else:
+        with pytest.raises(ParityError, match="unet"):
+            parity.check("unet")
 
 
 def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path) -> None:
@@ -110,7 +135,7 @@ def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table:
 def test_a_failing_gate_leaves_nothing(
     tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qdeploy.export.exporter.parity_db", lambda *_: 3.0)
+    monkeypatch.setattr("qdeploy.export.exporter.measure_parity", lambda *_: Parity(3.0, 30.0, 3.0))
     with pytest.raises(ParityError, match=r"3\.0 dB"):
         export_bundle(tiny_model, table, target_named("ort-cpu"), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
@@ -121,7 +146,6 @@ def test_saturation_free_on_every_cpu(int8_bundle: Path, tmp_path: Path) -> None
     import torch
     from torch import nn
 
-    from qdeploy.export.graph import graph_from_component
     from qdeploy.models.components import Component
     from qdeploy.simulate import QuantLinear
     from qdeploy.table import Affine, LayerQuant
@@ -131,8 +155,6 @@ def test_saturation_free_on_every_cpu(int8_bundle: Path, tmp_path: Path) -> None
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x)
-
-    import onnx_ir as ir
 
     codes = np.full((16, 64), 127, np.int8)
     layer = LayerQuant(codes, np.full(16, 0.01, np.float32), 8, Affine(1 / 255, 0))
