@@ -89,14 +89,20 @@ def test_a_conv_without_q_behind_it_is_named_by_the_audit(int8_bundle: Path, tab
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_an_engine_with_one_wrong_scale_fails_parity(
+def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
     table: QuantTable, tiny_model: LatentDiffusion, tmp_path: Path, kind: str
 ) -> None:
     quant = table.components["unet"]
-    name = next(n for n, layer in quant.layers.items() if (layer.weight.ndim == 4) == (kind == "conv"))
-    layer = quant.layers[name]
-    other = dataclasses.replace(layer, weight_scale=layer.weight_scale * np.float32(1.5))
-    wrong = dataclasses.replace(quant, layers={**quant.layers, name: other})
+    off = np.float32(1.25)
+    wrong = dataclasses.replace(
+        quant,
+        layers={
+            name: dataclasses.replace(layer, weight_scale=layer.weight_scale * off)
+            if (layer.weight.ndim == 4) == (kind == "conv")
+            else layer
+            for name, layer in quant.layers.items()
+        },
+    )
     graph = graph_from_component(quantized_twin(tiny_model.unet, wrong, True), tiny_model.example("unet", 2), 20)
     ir.save(graph, tmp_path / "wrong.onnx")
     session = engine_named("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
