@@ -141,9 +141,14 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, model: TextToLatent, tokeniz
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    config = folder / "scheduler" / "scheduler_config.json"
     # As Stable Diffusion's file does: other schedulers' default is to clip x0 to [-1, 1], wrong for latents.
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"clip_sample": False}, indent=2) + "\n")
+    edit_json(folder / "scheduler" / "scheduler_config.json", {"clip_sample": False})
+    edit_json(folder / "vae" / "config.json", {}, drop="_name_or_path")  # where it lay on this machine
+
+
+def edit_json(path: Path, changes: dict[str, object], drop: str = "") -> None:
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key != drop}
+    path.write_text(json.dumps(kept | changes, indent=2) + "\n")
 
 
 def main() -> None:
