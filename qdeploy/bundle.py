@@ -56,6 +56,11 @@ class LatentInfo:
     scaling_factor: float
     tokens: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One picture's latents: (C, h, w)."""
+        return self.channels, self.height, self.width
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qdeploy.bundle import SCHEDULER
 from qdeploy.errors import BundleError
 from qdeploy.files import read_json
-from qdeploy.numerics import psnr_db
+from qdeploy.numerics import psnr_db, sqnr_db
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import make_sampler
 from qdeploy.sampling.loop import denoise
@@ -38,29 +38,18 @@ def compare(
     if reference.latents != tested.latents:
         raise BundleError("the two bundles are not of one model: their latents differ")
     sampler = make_sampler(read_json(reference.bundle.path(SCHEDULER)), steps)
-    signal: dict[int, float] = {}
-    noise: dict[int, float] = {}
-    call = 0
+    curve: list[float] = []
 
     def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32]) -> NDArray[np.float32]:
-        nonlocal call
         expected = reference.predict(x, t, context)
         found = tested.predict(x, t, context)
-        signal[call] = float(np.sum(np.square(expected, dtype=np.float64)))
-        noise[call] = float(np.sum(np.square(expected.astype(np.float64) - found)))
-        call += 1
+        curve.append(sqnr_db(expected, found))
         return expected
 
-    unit = np.random.default_rng(0).standard_normal(_latent_shape(reference, len(prompts)), np.float32)
+    unit = np.random.default_rng(0).standard_normal((len(prompts), *reference.latents.shape), np.float32)
     cond = reference.encode(prompts)
     uncond = np.repeat(reference.encode([""]), len(prompts), axis=0)
     final = denoise(predict, sampler, unit, cond, uncond, guidance_scale)
     own = tested(list(prompts), steps=steps, guidance_scale=guidance_scale, latents=unit)
-    curve = tuple(10 * float(np.log10(signal[i] / noise[i])) if noise[i] > 0 else float("inf") for i in sorted(signal))
     image_psnr = psnr_db(reference.decode(final).astype(np.float32), own.pixels.astype(np.float32), peak=255.0)
-    return Fidelity(curve, tuple(int(t) for t in sampler.timesteps), image_psnr)
-
-
-def _latent_shape(pipeline: Pipeline, count: int) -> tuple[int, int, int, int]:
-    latents = pipeline.latents
-    return (count, latents.channels, latents.height, latents.width)
+    return Fidelity(tuple(curve), tuple(int(t) for t in sampler.timesteps), image_psnr)

@@ -28,7 +28,7 @@ def quantize_model(
 ) -> QuantTable:
     """The QuantTable of ``model`` under ``spec``, ranges taken over the whole calibration set."""
     latents = model.latents
-    check_fits(calibration, (latents.channels, latents.height, latents.width), (latents.tokens, model.text_width))
+    check_fits(calibration, latents.shape, (latents.tokens, model.text_width))
     components = {name: quantize_component(model, name, calibration, spec, on_progress) for name in spec.components}
     provenance = {
         "qdeploy": qdeploy.__version__,

@@ -17,7 +17,7 @@ from qdeploy.errors import UsageError
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
 from qdeploy.sampling import make_sampler, with_scheduler
-from qdeploy.sampling.loop import Array, denoise
+from qdeploy.sampling.loop import Array, denoise, unit_noise
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def record_trajectories(
     samples, timesteps, owners, latents = [], [], [], []
     for start in range(0, len(chosen), settings.batch):
         batch = rows[start : start + settings.batch]
-        noise = _noise(model, settings.seed, start, len(batch))
+        noise = unit_noise(model.latents.shape, [(settings.seed, start + i) for i in range(len(batch))])
         trajectory, final = _trajectory(model, contexts, batch, noise, settings)
         for t, x in trajectory:
             samples.append(x)
@@ -99,8 +99,3 @@ def _trajectory(
     uncond = contexts[:1].expand(len(rows), -1, -1).numpy()
     final = denoise(predict, sampler, noise, cond, uncond, settings.guidance_scale)
     return recorded, final
-
-
-def _noise(model: LatentDiffusion, seed: int, start: int, count: int) -> Array:
-    shape = (model.latents.channels, model.latents.height, model.latents.width)
-    return np.stack([np.random.default_rng([seed, start + i]).standard_normal(shape, np.float32) for i in range(count)])

@@ -55,7 +55,7 @@ class LatentDiffusion:
 
     def example(self, component: str, batch: int) -> dict[str, Tensor]:
         """Inputs of the right shapes and types, for tracing and for counting."""
-        latent_shape = (batch, self.latents.channels, self.latents.height, self.latents.width)
+        latent_shape = (batch, *self.latents.shape)
         if component == "text_encoder":
             return {"input_ids": self.tokens([""] * batch)}
         if component == "vae_decoder":

@@ -19,7 +19,7 @@ from qdeploy.files import read_json
 from qdeploy.runtime.image import image_from_pixels, pixels_from_decoded
 from qdeploy.runtime.tokenizer import Tokenizer
 from qdeploy.sampling import make_sampler, with_scheduler
-from qdeploy.sampling.loop import denoise
+from qdeploy.sampling.loop import denoise, unit_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,7 +144,7 @@ class Pipeline:
         """
         prompts = _checked_prompts(prompt, negative_prompt, count)
         seeds = tuple((seed, i) for _ in prompts for i in range(count))
-        noise = self._noise(seeds) if latents is None else self._checked_latents(latents, len(seeds))
+        noise = unit_noise(self.latents.shape, seeds) if latents is None else self._checked_latents(latents, len(seeds))
         config = self._scheduler if scheduler is None else with_scheduler(self._scheduler, scheduler)
         sampler = make_sampler(config, steps, rng=np.random.default_rng([seed, len(seeds)]))
         clock = Clock()
@@ -185,12 +185,8 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _noise(self, seeds: Sequence[tuple[int, int]]) -> Array:
-        shape = (self.latents.channels, self.latents.height, self.latents.width)
-        return np.stack([np.random.default_rng(pair).standard_normal(shape, dtype=np.float32) for pair in seeds])
-
     def _checked_latents(self, latents: Array, count: int) -> Array:
-        expected = (count, self.latents.channels, self.latents.height, self.latents.width)
+        expected = (count, *self.latents.shape)
         if latents.dtype != np.float32 or latents.shape != expected:
             raise RequestError(f"latents: got {latents.dtype}{list(latents.shape)}, expected float32{list(expected)}")
         if not np.isfinite(latents).all():
@@ -205,15 +201,15 @@ def load(bundle: str | Path, *, engine: str | None = None, threads: int | None =
     ``verify=False`` skips the hash check. Raises BundleError, EngineError or UsageError.
     """
     opened = open_bundle(bundle, verify=verify)
+    missing = {"text_encoder", "unet", "vae_decoder"} - set(opened.manifest.components)
+    if missing:
+        raise BundleError(f"{bundle} is a {opened.manifest.kind} bundle without {', '.join(sorted(missing))}")
     module = engine_named(opened.manifest.engine if engine is None else engine)
     options = EngineOptions(threads=threads)
     components = {
         name: Component(name, info, module.open_session(opened.path(info.file), options))
         for name, info in opened.manifest.components.items()
     }
-    missing = {"text_encoder", "unet", "vae_decoder"} - set(components)
-    if missing:
-        raise BundleError(f"{bundle} is a {opened.manifest.kind} bundle without {', '.join(sorted(missing))}")
     return Pipeline(opened, components)
 
 

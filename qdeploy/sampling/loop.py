@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,11 @@ Array = NDArray[np.float32]
 PredictNoise = Callable[[Array, int, Array], Array]
 # (index of the step, t, x after the step) -> False to stop
 OnStep = Callable[[int, int, Array], bool | None]
+
+
+def unit_noise(shape: tuple[int, int, int], seeds: Sequence[tuple[int, int]]) -> Array:
+    """Starting noise ``float32[B, *shape]``, each picture's drawn for its own (seed, index) alone."""
+    return np.stack([np.random.default_rng(pair).standard_normal(shape, dtype=np.float32) for pair in seeds])
 
 
 def denoise(
