@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
+from qdeploy.cpu import has_vnni
 from qdeploy.engines.base import EngineOptions
 from qdeploy.errors import EngineError, EngineUnavailableError
 
@@ -50,9 +51,10 @@ def open_session(path: Path, options: EngineOptions) -> OrtCpuSession:
     ort = _onnxruntime()
     settings = ort.SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
-    # Without VNNI, ORT's u8 x s8 kernels add two 16-bit products and saturate: silently wrong
-    # results. This makes it use u8 x u8 there; where VNNI is present it changes nothing.
-    settings.add_session_config_entry("session.x64quantprecision", "1")
+    if not has_vnni():
+        # There ORT's u8 x s8 kernels add two 16-bit products and saturate: silently wrong results.
+        # This makes it use u8 x u8. Never set it where VNNI is present: it costs 3.6x of a conv's speed.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     if options.optimized_path is not None:
