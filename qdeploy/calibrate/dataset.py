@@ -19,22 +19,26 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Recorded inputs of a text-to-image model.
+    """Recorded inputs of a latent-diffusion model.
 
     sample: ``float16[N, C, h, w]``, the UNet's x_t.
-    timestep: ``int64[N]``, the t that the UNet was called with for that x_t.
+    timestep: ``int64[N]``, the t that belongs to each x_t.
     prompt: ``int64[N]``, row of ``contexts`` for the conditional half.
     contexts: ``float16[P, T, D]``, text embeddings; row 0 is the empty prompt, the unconditional half.
     input_ids: ``int64[P, T]``, the tokens behind ``contexts``.
     latents: ``float16[M, C, h, w]``, final latents, divided by the scaling factor: the decoder's input.
+
+    A set of an unconditional model has neither ``prompt`` nor ``contexts`` nor ``input_ids``. One read from
+    Q-Diffusion's layout has no ``input_ids`` and no ``latents``: it says nothing of text encoder and decoder,
+    so :meth:`batches` yields none for them.
     """
 
     sample: Tensor
     timestep: Tensor
-    prompt: Tensor
-    contexts: Tensor
-    input_ids: Tensor
-    latents: Tensor
+    prompt: Tensor | None = None
+    contexts: Tensor | None = None
+    input_ids: Tensor | None = None
+    latents: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, component: str, size: int) -> Iterator[dict[str, Tensor]]:
@@ -43,30 +47,44 @@ class CalibrationSet:
         The UNet takes one t a call, so its samples are grouped by timestep.
         """
         if component == "text_encoder":
-            yield from ({"input_ids": chunk} for chunk in self.input_ids.split(size))
+            yield from ({"input_ids": chunk} for chunk in _chunks(self.input_ids, size))
         elif component == "vae_decoder":
-            yield from ({"latents": chunk.float()} for chunk in self.latents.split(size))
+            yield from ({"latents": chunk.float()} for chunk in _chunks(self.latents, size))
         else:
             for t in self.timestep.unique():
-                for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // 2)):
-                    x, cond = self.sample[rows].float(), self.contexts[self.prompt[rows]].float()
-                    uncond = self.contexts[:1].float().expand_as(cond)
-                    yield {
-                        "sample": torch.cat([x, x]),
-                        "timestep": t,
-                        "encoder_hidden_states": torch.cat([uncond, cond]),
-                    }
+                for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // self._halves)):
+                    yield self._unet_feeds(rows, t)
 
     def count(self, component: str) -> int:
         """How many inputs :meth:`batches` will yield for ``component``, CFG halves counted twice."""
         return {
-            "text_encoder": len(self.input_ids),
-            "unet": 2 * len(self.sample),
-            "vae_decoder": len(self.latents),
+            "text_encoder": 0 if self.input_ids is None else len(self.input_ids),
+            "unet": self._halves * len(self.sample),
+            "vae_decoder": 0 if self.latents is None else len(self.latents),
         }[component]
 
+    @property
+    def _halves(self) -> int:
+        return 1 if self.contexts is None else 2
 
-TENSORS = ("sample", "timestep", "prompt", "contexts", "input_ids", "latents")
+    def _unet_feeds(self, rows: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """One UNet call for ``rows int64[B]``: B inputs, or 2 B with both CFG halves, unconditional first."""
+        x = self.sample[rows].float()
+        if self.contexts is None or self.prompt is None:
+            return {"sample": x, "timestep": t}
+        cond = self.contexts[self.prompt[rows]].float()
+        uncond = self.contexts[:1].float().expand_as(cond)
+        return {"sample": torch.cat([x, x]), "timestep": t, "encoder_hidden_states": torch.cat([uncond, cond])}
+
+
+# name: (dtype, dimensions); a file without the optional ones is one of fewer components.
+REQUIRED = {"sample": (torch.float16, 4), "timestep": (torch.int64, 1)}
+OPTIONAL = {
+    "prompt": (torch.int64, 1),
+    "contexts": (torch.float16, 3),
+    "input_ids": (torch.int64, 2),
+    "latents": (torch.float16, 4),
+}
 
 
 def save_calibration(calibration: CalibrationSet, path: Path) -> None:
@@ -74,9 +92,10 @@ def save_calibration(calibration: CalibrationSet, path: Path) -> None:
     from safetensors.torch import save_file
 
     header = json.dumps({"schema_version": SCHEMA_VERSION, "provenance": dict(calibration.provenance)})
+    tensors = {name: getattr(calibration, name) for name in (*REQUIRED, *OPTIONAL)}
     with staged_file(path) as scratch:
         save_file(
-            {name: getattr(calibration, name).contiguous() for name in TENSORS},
+            {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
             scratch,
             metadata={"qdeploy_calibration": header},
         )
@@ -93,22 +112,75 @@ def load_calibration(path: Path) -> CalibrationSet:
                 raise CalibrationError(
                     f"{path} has calibration schema {header['schema_version']}, this qdeploy reads {SCHEMA_VERSION}"
                 )
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
+            present = [*REQUIRED, *(name for name in OPTIONAL if name in file.keys())]  # noqa: SIM118 - not a dict
+            calibration = CalibrationSet(
+                **{name: file.get_tensor(name) for name in present}, provenance=dict(header["provenance"])
+            )
+        _check_whole(calibration)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
         raise CalibrationError(
             f"{path} is not a readable calibration set ({exc}); make it again with `qdeploy calibrate`"
         ) from exc
-    return CalibrationSet(**tensors, provenance=header["provenance"])
+    return calibration
 
 
-def check_fits(calibration: CalibrationSet, latent_shape: tuple[int, int, int], context_shape: tuple[int, int]) -> None:
-    """CalibrationError unless the set's latents and text embeddings have the model's shapes and are finite."""
-    found = (tuple(calibration.sample.shape[1:]), tuple(calibration.contexts.shape[1:]))
+def check_fits(
+    calibration: CalibrationSet, latent_shape: tuple[int, int, int], context_shape: tuple[int, int] | None
+) -> None:
+    """CalibrationError unless the set has the model's shapes and is finite.
+
+    ``latent_shape`` is (C, h, w); ``context_shape`` (T, D) of the text embeddings, None without text.
+    """
+    found = (tuple(calibration.sample.shape[1:]), _context_shape(calibration))
     if found != (latent_shape, context_shape):
         raise CalibrationError(
-            f"calibration set was recorded for latents {list(found[0])} and text {list(found[1])}, the model has "
-            f"{list(latent_shape)} and {list(context_shape)}; calibrate this model"
+            f"calibration set was recorded for latents {list(found[0])} and {_text(found[1])}, the model has "
+            f"{list(latent_shape)} and {_text(context_shape)}; calibrate this model"
         )
     for name in ("sample", "contexts", "latents"):
-        if not torch.isfinite(getattr(calibration, name)).all():
+        tensor = getattr(calibration, name)
+        if tensor is not None and not torch.isfinite(tensor).all():
             raise CalibrationError(f"calibration set holds NaN or infinity in {name!r}; calibrate again")
+
+
+def check_model(calibration: CalibrationSet, model_sha256: str) -> None:
+    """CalibrationError when the set says that it was made with other weights; a converted set says nothing."""
+    made_with = calibration.provenance.get("model_sha256")
+    if made_with is not None and made_with != model_sha256:
+        raise CalibrationError(
+            f"calibration set was made with another model (weights {str(made_with)[:12]}, these are "
+            f"{model_sha256[:12]}); calibrate this model"
+        )
+
+
+def _chunks(tensor: Tensor | None, size: int) -> tuple[Tensor, ...]:
+    return () if tensor is None else tensor.split(size)
+
+
+def _context_shape(calibration: CalibrationSet) -> tuple[int, ...] | None:
+    return None if calibration.contexts is None else tuple(calibration.contexts.shape[1:])
+
+
+def _text(shape: tuple[int, ...] | None) -> str:
+    return "no text" if shape is None else f"text {list(shape)}"
+
+
+def _check_whole(calibration: CalibrationSet) -> None:
+    """ValueError unless the tensors have their types and agree with one another."""
+    for name, (dtype, dimensions) in {**REQUIRED, **OPTIONAL}.items():
+        tensor = getattr(calibration, name)
+        if tensor is not None and (tensor.dtype, tensor.dim()) != (dtype, dimensions):
+            raise ValueError(
+                f"`{name}` is {tensor.dtype}{list(tensor.shape)}, expected {dtype} of {dimensions} dimensions"
+            )
+    samples, contexts, prompt = len(calibration.sample), calibration.contexts, calibration.prompt
+    if samples == 0 or len(calibration.timestep) != samples:
+        raise ValueError(f"{samples} samples but {len(calibration.timestep)} timesteps")
+    if contexts is None or prompt is None:
+        if contexts is not None or prompt is not None or calibration.input_ids is not None:
+            raise ValueError("`prompt`, `contexts` and `input_ids` go together")
+        return
+    if len(prompt) != samples or len(contexts) == 0 or prompt.min() < 0 or prompt.max() >= len(contexts):
+        raise ValueError(f"`prompt` does not name one of the {len(contexts)} contexts for each of {samples} samples")
+    if calibration.input_ids is not None and len(calibration.input_ids) != len(contexts):
+        raise ValueError(f"{len(calibration.input_ids)} rows of tokens but {len(contexts)} contexts")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from qdeploy.errors import UsageError
 
 GENERAL = Path(__file__).with_name("prompts.txt")
+Item = TypeVar("Item")
 OWN = "prompts.txt"
 MAX_BYTES = 16 * 2**20
 
@@ -29,7 +32,12 @@ def read_prompts(file: Path | None, model_folder: Path) -> list[str]:
 
 def draw_prompts(prompts: list[str], count: int, seed: int) -> list[str]:
     """``count`` prompts in a seeded random order, each used once before any repeats."""
+    return draw(prompts, count, seed)
+
+
+def draw(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """``count`` items in a seeded random order, each used once before any repeats."""
     rng = np.random.default_rng(seed)
-    rounds = -(-count // len(prompts))
-    order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])
-    return [prompts[i] for i in order[:count]]
+    rounds = -(-count // len(items))
+    order = np.concatenate([rng.permutation(len(items)) for _ in range(rounds)])
+    return [items[i] for i in order[:count]]

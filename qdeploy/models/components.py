@@ -1,4 +1,4 @@
-"""The three traced parts of a pipeline, each with the one signature that its graph and its callers share."""
+"""The parts of a pipeline, each with the one signature that its graph and its callers share."""
 
 from __future__ import annotations
 
@@ -40,6 +40,25 @@ class UNet(Component):
         return self.inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
+class UnconditionalUNet(Component):
+    """``sample float32[B, C, h, w], timestep int64[]`` -> ``noise_pred``; diffusers' ``UNet2DModel``."""
+
+    outputs = ("noise_pred",)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.inner(sample, timestep, return_dict=False)[0]
+
+
+class VaeEncoder(Component):
+    """``image float32[B, 3, H, W]`` in [-1, 1] -> mean ``latents float32[B, C, h, w]``, unscaled; calibration only."""
+
+    outputs = ("latents",)
+
+    def forward(self, image: Tensor) -> Tensor:
+        encoded = self.inner.encode(image, return_dict=False)[0]  # type: ignore[operator]
+        return encoded if isinstance(encoded, Tensor) else encoded.mode()  # a VQ model has no posterior
+
+
 class VaeDecoder(Component):
     """``latents float32[B, C, h, w]`` (already divided by the scaling factor) -> ``image float32[B, 3, H, W]``."""
 
@@ -51,11 +70,15 @@ class VaeDecoder(Component):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A Conv or Linear as it was met during a forward pass, in order of its first use."""
+    """A Conv or Linear as it was met during a forward pass, in order of its first use.
+
+    first_token_float: to be quantized for tokens 1..T-1 of its input only (QuantSpec.first_token_float).
+    """
 
     name: str
     module: nn.Conv2d | nn.Linear
     macs: int  # multiply-accumulates a call, batch included
+    first_token_float: bool = False
 
 
 def called_layers(component: Component, feeds: dict[str, Tensor]) -> list[LayerCall]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from qdeploy.bundle import LatentInfo
 from qdeploy.errors import ModelError
 from qdeploy.files import read_json, sha256_of
-from qdeploy.models.components import Component, TextEncoder, UNet, VaeDecoder
+from qdeploy.models.components import Component, TextEncoder, UnconditionalUNet, UNet, VaeDecoder, VaeEncoder
 
 BUILTIN = Path(__file__).parent / "builtin"
 PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
@@ -25,25 +25,38 @@ PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """A text-to-image latent-diffusion model in float32, ready to run, calibrate or export."""
+    """A latent-diffusion model in float32, ready to run, calibrate or export.
+
+    An unconditional one has neither text encoder nor tokenizer, and an ``UnconditionalUNet``.
+    """
 
     source: str
     folder: Path
     sha256: str  # over all weight files
-    text_encoder: TextEncoder
-    unet: UNet
+    text_encoder: TextEncoder | None
+    unet: UNet | UnconditionalUNet
     vae_decoder: VaeDecoder
-    tokenizer: Any  # transformers.CLIPTokenizer
+    tokenizer: Any  # transformers.CLIPTokenizer or None
     scheduler_config: Mapping[str, Any]
     latents: LatentInfo
 
     def component(self, name: str) -> Component:
-        """``text_encoder``, ``unet`` or ``vae_decoder``."""
-        return getattr(self, name)
+        """``text_encoder``, ``unet`` or ``vae_decoder``; ModelError for one that the model lacks."""
+        found = getattr(self, name)
+        if found is None:
+            raise ModelError(f"{self.source} has no {name}: it is an unconditional model")
+        return found
+
+    @property
+    def vae_encoder(self) -> VaeEncoder:
+        """The encoder of the same VAE; it is run to calibrate, never exported."""
+        return VaeEncoder(self.vae_decoder.inner).eval()
 
     def tokens(self, prompts: list[str]) -> Tensor:
         """``int64[B, T]``, padded and cut to the text encoder's length."""
         length = self.latents.tokens
+        if self.tokenizer is None:
+            raise ModelError(f"{self.source} takes no prompts: it is an unconditional model")
         return self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
@@ -53,6 +66,11 @@ class LatentDiffusion:
         """Channels D of the text embeddings that the UNet's cross-attention reads."""
         return int(self.unet.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
 
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        """(T, D) of one prompt's text embeddings; None for an unconditional model."""
+        return None if self.text_encoder is None else (self.latents.tokens, self.text_width)
+
     def example(self, component: str, batch: int) -> dict[str, Tensor]:
         """Inputs of the right shapes and types, for tracing and for counting."""
         latent_shape = (batch, *self.latents.shape)
@@ -60,11 +78,10 @@ class LatentDiffusion:
             return {"input_ids": self.tokens([""] * batch)}
         if component == "vae_decoder":
             return {"latents": torch.randn(latent_shape)}
-        return {
-            "sample": torch.randn(latent_shape),
-            "timestep": torch.tensor(500),
-            "encoder_hidden_states": torch.randn(batch, self.latents.tokens, self.text_width),
-        }
+        feeds = {"sample": torch.randn(latent_shape), "timestep": torch.tensor(500)}
+        if self.context_shape is not None:
+            feeds["encoder_hidden_states"] = torch.randn(batch, *self.context_shape)
+        return feeds
 
 
 def builtin_names() -> list[str]:

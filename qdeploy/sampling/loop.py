@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,10 @@ from qdeploy.errors import CancelledError
 from qdeploy.sampling import Sampler
 
 Array = NDArray[np.float32]
-# (x_t float32[B, C, H, W], t, context float32[B, T, D]) -> model output like x_t
-PredictNoise = Callable[[Array, int, Array], Array]
+# What the model is conditioned on: float32[B, T, D], or None for an unconditional model.
+Context = TypeVar("Context", Array, None)
+# (x_t float32[B, C, H, W], t, context) -> model output like x_t
+PredictNoise = Callable[[Array, int, Context], Array]
 # (index of the step, t, x after the step) -> False to stop
 OnStep = Callable[[int, int, Array], bool | None]
 
@@ -23,18 +26,19 @@ def unit_noise(shape: tuple[int, int, int], seeds: Sequence[tuple[int, int]]) ->
 
 
 def denoise(
-    predict: PredictNoise,
+    predict: PredictNoise[Context],
     sampler: Sampler,
     noise: Array,
-    cond: Array,
-    uncond: Array | None,
+    cond: Context,
+    uncond: Context | None,
     guidance_scale: float,
     on_step: OnStep | None = None,
 ) -> Array:
     """Latents ``float32[B, C, H, W]`` from unit noise of that shape.
 
     ``cond`` and ``uncond`` are ``float32[B, T, D]``; without ``uncond`` the model runs once a
-    step and ``guidance_scale`` plays no part. Raises CancelledError when ``on_step`` returns False.
+    step and ``guidance_scale`` plays no part; an unconditional model has neither. Raises CancelledError
+    when ``on_step`` returns False.
     """
     x = noise * np.float32(sampler.init_noise_sigma)
     for index, t in enumerate(sampler.timesteps):
@@ -46,7 +50,9 @@ def denoise(
     return x
 
 
-def guided(predict: PredictNoise, x: Array, t: int, cond: Array, uncond: Array | None, guidance_scale: float) -> Array:
+def guided(
+    predict: PredictNoise[Context], x: Array, t: int, cond: Context, uncond: Context | None, guidance_scale: float
+) -> Array:
     """Classifier-free guidance (Ho & Salimans 2021): ``uncond + s (cond - uncond)`` from one double batch."""
     if uncond is None:
         return predict(x, t, cond)

@@ -54,6 +54,11 @@ class NoiseSchedule:
         """T, the number of trained timesteps."""
         return len(self.betas)
 
+    def noised(self, x0: Latents, epsilon: Latents, timesteps: NDArray[np.int64]) -> Latents:
+        """A draw of ``q(x_t | x_0)`` for each picture's own t: ``float32[B, C, H, W]``, timesteps ``int64[B]``."""
+        alpha_bar = self.alphas_cumprod[timesteps].astype(np.float64)[:, None, None, None]
+        return (np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * epsilon).astype(np.float32)
+
     def alpha_bar(self, t: int, final: float) -> float:
         """``alpha_bar_t``, or ``final`` for the clean end of the trajectory, ``t < 0``."""
         return float(self.alphas_cumprod[t]) if t >= 0 else final
