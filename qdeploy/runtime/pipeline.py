@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from qdeploy.bundle import SCHEDULER, TOKENIZER, Bundle, ComponentInfo, open_bundle
 from qdeploy.engines.base import EngineOptions, Session, engine_named
-from qdeploy.errors import BundleError, EngineError, RequestError
+from qdeploy.errors import BundleError, EngineError, RequestError, TableError
 from qdeploy.files import read_json
+from qdeploy.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
+from qdeploy.noise_correction import NoiseCorrection, load_noise_correction
 from qdeploy.runtime.image import image_from_pixels, pixels_from_decoded
 from qdeploy.runtime.tokenizer import Tokenizer
 from qdeploy.sampling import make_sampler, with_scheduler
@@ -120,6 +122,7 @@ class Pipeline:
         self.latents = bundle.manifest.latents
         self._tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens)
         self._scheduler = read_json(bundle.path(SCHEDULER))
+        self._noise_correction = noise_correction_of(bundle)
 
     def __call__(
         self,
@@ -165,9 +168,10 @@ class Pipeline:
         return self.components["text_encoder"].run({"input_ids": self._tokenizer(prompts)}, clock)
 
     def predict(self, x: Array, t: int, context: Array, clock: Clock | None = None) -> Array:
-        """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``."""
+        """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included."""
         feeds: dict[str, NDArray] = {"sample": x, "timestep": np.array(t, np.int64), "encoder_hidden_states": context}
-        return self.components["unet"].run(feeds, clock)
+        noise_pred = self.components["unet"].run(feeds, clock)
+        return noise_pred if self._noise_correction is None else self._noise_correction.corrected(noise_pred, t)
 
     def decode(self, latents: Array, clock: Clock | None = None) -> NDArray[np.uint8]:
         """Pictures ``uint8[B, H, W, 3]`` of final latents."""
@@ -211,6 +215,23 @@ def load(bundle: str | Path, *, engine: str | None = None, threads: int | None =
         for name, info in opened.manifest.components.items()
     }
     return Pipeline(opened, components)
+
+
+def noise_correction_of(bundle: Bundle) -> NoiseCorrection | None:
+    """The correction of the UNet's output that the bundle lists, or None; BundleError when it does not fit."""
+    if NOISE_CORRECTION not in bundle.files:
+        return None
+    try:
+        correction = load_noise_correction(bundle.path(NOISE_CORRECTION))
+    except TableError as exc:
+        raise BundleError(f"{bundle.path(NOISE_CORRECTION)} is refused: {exc}") from exc
+    (output,) = bundle.manifest.components["unet"].outputs.values()
+    if correction.channels != output.shape[1]:
+        raise BundleError(
+            f"{bundle.path(NOISE_CORRECTION)} corrects {correction.channels} channels, the UNet puts out "
+            f"{output.shape[1]}; export the bundle again"
+        )
+    return correction
 
 
 def _checked_prompts(prompt: str | Sequence[str], negative_prompt: str, count: int) -> list[str]:

@@ -1,0 +1,22 @@
+"""Exact float rewrites of a component's copy before it is quantized: one file each, holding a function of its name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from qdeploy.errors import TableError
+from qdeploy.models.components import Component
+from qdeploy.models.rewrites.surgery import copy_of
+
+__all__ = ["REWRITES", "apply_rewrite", "copy_of"]
+
+REWRITES = ("split_skips", "timestep_table")
+
+
+def apply_rewrite(component: Component, name: str) -> list[str]:
+    """Make the rewrite called ``name`` in place, with its defaults; the modules replaced, by name below ``inner``."""
+    if name not in REWRITES:
+        raise TableError(
+            f"unknown rewrite {name!r}, expected one of {', '.join(REWRITES)}; was the table made by a newer qdeploy?"
+        )
+    return getattr(import_module(f"{__name__}.{name}"), name)(component)

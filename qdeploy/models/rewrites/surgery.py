@@ -1,0 +1,28 @@
+"""Copying a component without copying its weights, and putting one module in another's place."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+from qdeploy.models.components import Component
+
+AnyComponent = TypeVar("AnyComponent", bound=Component)
+
+
+def copy_of(component: AnyComponent) -> AnyComponent:
+    """A copy with its own modules and ``component``'s own parameters and buffers, so that a rewrite costs no weights.
+
+    Replacing modules in the copy leaves ``component`` as it is; writing into a weight changes both.
+    """
+    shared = {id(tensor): tensor for tensor in (*component.parameters(), *component.buffers())}
+    return copy.deepcopy(component, memo=dict(shared))
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the dotted ``name`` below ``root``, in the mode (train or eval) of what was there."""
+    parent, _, leaf = name.rpartition(".")
+    module.train(root.get_submodule(name).training)
+    setattr(root.get_submodule(parent), leaf, module)
