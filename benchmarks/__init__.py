@@ -1,0 +1,1 @@
+"""Measurements that back what the README and docs claim; not part of the installed package."""

@@ -1,0 +1,100 @@
+"""What every row starts from, made once in the work folder: reference, calibration set, float ONNX UNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.protocol import Protocol, Reference, fresh_prompts, load_reference, record_reference, save_reference
+from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_calibration
+from qdeploy.calibrate.prompts import draw_prompts, read_prompts
+from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.errors import UsageError
+from qdeploy.export.exporter import save_graph
+from qdeploy.export.graph import graph_from_component
+from qdeploy.export.targets import lower
+from qdeploy.files import staged_folder
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.progress import OnProgress, silent
+from qdeploy.spec import GRAPH_BATCH, target_named
+
+MODEL = "builtin:emoji"
+TARGET = "ort-cpu"
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Where everything lies; made once, used by every row."""
+
+    root: Path
+
+    @property
+    def reference(self) -> Path:
+        return self.root / "reference.safetensors"
+
+    @property
+    def calibration(self) -> Path:
+        return self.root / "calibration.safetensors"
+
+    @property
+    def float_unet(self) -> Path:
+        """Static batch 2, opset 20, Conv and Gemm nodes named after the torch layers."""
+        return self.root / "float_unet" / "model.onnx"
+
+    def model_of(self, row: str) -> Path:
+        """Folder for the quantized model of ``row``."""
+        return self.root / "models" / row
+
+    def figures_of(self, row: str) -> Path:
+        """The measured figures of ``row``."""
+        return self.root / "rows" / f"{row}.json"
+
+
+def make_inputs(
+    work: WorkFolder, model: LatentDiffusion, protocol: Protocol, on_progress: OnProgress = silent
+) -> Reference:
+    """Make what is missing; the reference. UsageError when the folder was made with other settings."""
+    prompts = read_prompts(None, model.folder)
+    if not work.calibration.exists():
+        settings = TimestepAware(
+            protocol.calibrated, protocol.steps, protocol.steps, protocol.guidance_scale, seed=protocol.calibrated_seed
+        )
+        drawn = draw_prompts(prompts, protocol.calibrated, protocol.calibrated_seed)
+        save_calibration(record_trajectories(model, drawn, settings, on_progress), work.calibration)
+    if not work.reference.exists():
+        save_reference(record_reference(model, fresh_prompts(prompts, protocol), protocol, on_progress), work.reference)
+    if not work.float_unet.exists():
+        with staged_folder(work.float_unet.parent) as folder:
+            export_float_unet(model, folder / work.float_unet.name)
+    reference = load_reference(work.reference)
+    if (reference.protocol, reference.model_sha256) != (protocol, model.sha256):
+        raise UsageError(
+            f"{work.root} was made with {reference.protocol} on another model or settings than the {protocol} asked "
+            f"for; give another --work folder or remove this one"
+        )
+    return reference
+
+
+def export_float_unet(model: LatentDiffusion, path: Path) -> None:
+    """The graph that every peer quantizes."""
+    graph = graph_from_component(model.unet, model.example("unet", GRAPH_BATCH["unet"]), target_named(TARGET).opset)
+    lower(graph, TARGET)
+    save_graph(graph, path)
+
+
+def unet_feeds(calibration: CalibrationSet) -> list[dict[str, NDArray]]:
+    """Every recorded x_t with its own t, both halves of guidance: the graph's static batch of 2."""
+    return [
+        {
+            name: np.array(value.numpy()) for name, value in feeds.items()
+        }  # ascontiguousarray would make the scalar rank 1
+        for feeds in calibration.batches("unet", GRAPH_BATCH["unet"])
+    ]
+
+
+def peer_feeds(work: WorkFolder) -> list[dict[str, NDArray]]:
+    """:func:`unet_feeds` of the work folder's calibration set."""
+    return unet_feeds(load_calibration(work.calibration))

@@ -1,0 +1,88 @@
+"""qdeploy's own rows: which settings are measured, and how a row's UNet is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.inputs import MODEL, TARGET, WorkFolder
+from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.quantize import quantize_model
+from qdeploy.export.exporter import save_graph
+from qdeploy.export.graph import graph_from_component
+from qdeploy.export.targets import lower
+from qdeploy.models.source import LatentDiffusion, load_model
+from qdeploy.noise_correction import NoiseCorrection
+from qdeploy.simulate.twin import quantized_twin
+from qdeploy.spec import EFFORTS, GRAPH_BATCH, QuantSpec, target_named
+from qdeploy.table import QuantTable, load_table, save_table
+
+TABLE = "table.safetensors"
+ENGINES = ("ort-cpu",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of ours: ``settings`` are QuantSpec's."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = "ort-cpu"
+
+    @property
+    def note(self) -> str:
+        return "qdeploy, " + (", ".join(f"{key}={value}" for key, value in self.settings.items()) or "defaults")
+
+
+ONE_PASS: dict[str, tuple[str, ...]] = {"unet": ()}
+PLAIN: dict[str, Any] = {"equalize": False, "two_passes": ONE_PASS}
+ROUNDING = replace(EFFORTS["fast"], learn_act_scales=False)
+LEARNED = EFFORTS["fast"]
+
+
+def ladder(bits: int) -> list[Row]:
+    """One ingredient more from row to row."""
+    name = f"qdeploy-w{bits}a8"
+    bit: dict[str, Any] = {"weight_bits": bits}
+    learned = bit | {"reconstruction": LEARNED}
+    return [
+        Row(f"{name}-minmax", bit | {"observer": "minmax"} | PLAIN),
+        Row(f"{name}-mse", bit | PLAIN),
+        Row(f"{name}-equalize", bit | {"two_passes": ONE_PASS}),
+        Row(f"{name}-two-passes", bit),
+        Row(f"{name}-adaround", bit | {"reconstruction": ROUNDING}),
+        Row(f"{name}-act-scales", learned),
+        Row(f"{name}-split", learned | {"rewrites": ("split_skips",)}),
+        Row(f"{name}-timestep-table", learned | {"rewrites": ("timestep_table",)}),
+        Row(f"{name}-noise-correction", learned | {"noise_correction": True}),
+    ]
+
+
+OURS: list[Row] = [*ladder(8), *ladder(4)]
+
+
+def quantize_ours(row: Row, work: WorkFolder) -> Path:
+    """Quantize the UNet on the work folder's calibration set: its table, and the ONNX file for ``row``'s engine."""
+    model = load_model(MODEL)
+    spec = QuantSpec(components=("unet",), **row.settings)
+    folder = work.model_of(row.name)
+    table = quantize_model(model, load_calibration(work.calibration), spec, work=folder / "blocks")
+    save_table(table, folder / TABLE)
+    for engine in ENGINES:
+        save_for(engine, model, table, folder)
+    return folder / f"{row.engine}.onnx"
+
+
+def save_for(engine: str, model: LatentDiffusion, table: QuantTable, folder: Path) -> None:
+    """``ENGINE.onnx``: with Q behind spatial convolutions for ONNX Runtime, without for OpenVINO."""
+    twin = quantized_twin(model.unet, table.components["unet"], engine == "ort-cpu")
+    graph = graph_from_component(twin, model.example("unet", GRAPH_BATCH["unet"]), target_named(TARGET).opset)
+    lower(graph, TARGET)
+    save_graph(graph, folder / f"{engine}.onnx")
+
+
+def correction_of(row: Row, work: WorkFolder) -> NoiseCorrection | None:
+    """What the runtime would take off the UNet's output."""
+    return load_table(work.model_of(row.name) / TABLE).noise_correction

@@ -1,0 +1,99 @@
+"""ONNX Runtime's ``quantize_static``: QDQ, activations u8 per tensor, weights s8 per channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from numpy.typing import NDArray
+
+from qdeploy.spec import QuantSpec
+
+Feeds = list[dict[str, NDArray]]
+LAYER_OPS = ["Conv", "MatMul", "Gemm"]
+STRIDE = 32  # feeds whose activations are held at once: 50 MB each, and np.histogram copies them
+
+
+@dataclass(frozen=True)
+class OrtSettings:
+    """One way to call it.
+
+    method: ``MinMax``, ``Entropy`` or ``Percentile`` (99.999, its default).
+    keep_list: quantize the layers that qdeploy quantizes, instead of every op it can.
+    outputs: put Q/DQ behind a layer too, as it does by default; False leaves the layer's output in float.
+    """
+
+    method: str
+    keep_list: bool = False
+    outputs: bool = True
+
+    @property
+    def note(self) -> str:
+        layers = "qdeploy's layers" if self.keep_list else "all ops"
+        return f"{self.method}, {layers}{'' if self.outputs else ', inputs and weights only'}"
+
+
+def quantize_with_ort(float_unet: Path, feeds: Feeds, settings: OrtSettings, folder: Path) -> Path:
+    """Pre-process, calibrate on all ``feeds`` and quantize into ``folder``; the ONNX file."""
+    import onnxruntime.quantization as ortq
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared, out = folder / "prepared.onnx", folder / "model.onnx"
+    quant_pre_process(float_unet, prepared)
+    ortq.quantize_static(
+        prepared,
+        out,
+        _reader(feeds),
+        quant_format=ortq.QuantFormat.QDQ,
+        activation_type=ortq.QuantType.QUInt8,
+        weight_type=ortq.QuantType.QInt8,
+        per_channel=True,
+        calibrate_method=ortq.CalibrationMethod[settings.method],
+        op_types_to_quantize=LAYER_OPS if settings.keep_list else None,
+        nodes_to_exclude=kept_nodes(prepared) if settings.keep_list else None,
+        extra_options={
+            "CalibStridedMinMax": stride_of(len(feeds)),  # in spite of its name it strides every method
+            "OpTypesToExcludeOutputQuantization": [] if settings.outputs else LAYER_OPS,
+        },
+    )
+    return out
+
+
+def stride_of(count: int) -> int:
+    """The largest stride up to STRIDE that divides ``count``, as ``quantize_static`` asks."""
+    return next(stride for stride in range(min(STRIDE, count), 0, -1) if count % stride == 0)
+
+
+def kept_nodes(graph: Path) -> list[str]:
+    """Layers on qdeploy's keep list, and attention's MatMuls of two activations."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False).graph
+    weights = {tensor.name for tensor in model.initializer}
+    spec = QuantSpec()
+    return [
+        node.name
+        for node in model.node
+        if node.op_type in LAYER_OPS and (node.input[1] not in weights or spec.keeps_float("unet", node.name))
+    ]
+
+
+def _reader(feeds: Feeds):  # noqa: ANN202 - a class of a library that is imported inside
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        """All feeds, or the range that the strided calibration asks for."""
+
+        def __init__(self) -> None:
+            self._left = iter(feeds)
+
+        def __len__(self) -> int:
+            return len(feeds)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self._left = iter(feeds[start_index:end_index])
+
+        def get_next(self) -> dict[str, NDArray] | None:
+            return next(self._left, None)
+
+    return Reader()

@@ -1,0 +1,168 @@
+"""What every engine promises, checked on each one that is installed here; a new engine passes this file unedited."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from qdeploy.engines.base import Engine, EngineOptions, Session, engine_named, engine_names
+from qdeploy.errors import EngineError, EngineUnavailableError
+
+WEIGHT = np.random.default_rng(0).standard_normal((8, 4), np.float32)
+CODES = np.full((64, 16), 127, np.int8)  # the largest, so that an accumulator of 16 bits saturates
+RTOL = 1e-5  # float32 sums of 8 and 64 products, in whatever order
+
+Feeds = dict[str, NDArray]
+
+
+@pytest.fixture(params=engine_names())
+def engine(request: pytest.FixtureRequest) -> Engine:
+    found = engine_named(request.param)
+    try:
+        found.versions()
+    except EngineUnavailableError as exc:
+        pytest.skip(str(exc))
+    return found
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``noise_pred = sample @ WEIGHT + timestep`` and ``doubled = 2 noise_pred``; timestep is a scalar int64."""
+    nodes = [
+        helper.make_node("MatMul", ["sample", "weight"], ["product"]),
+        helper.make_node("Cast", ["timestep"], ["t"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["product", "t"], ["noise_pred"]),
+        helper.make_node("Add", ["noise_pred", "noise_pred"], ["doubled"]),
+    ]
+    inputs = [tensor("sample", TensorProto.FLOAT, [2, 8]), tensor("timestep", TensorProto.INT64, [])]
+    outputs = [tensor(name, TensorProto.FLOAT, [2, 4]) for name in ("noise_pred", "doubled")]
+    return saved(nodes, inputs, outputs, {"weight": WEIGHT}, tmp_path_factory.mktemp("engines") / "float.onnx")
+
+
+@pytest.fixture
+def session(engine: Engine, graph: Path) -> Session:
+    return engine.open_session(graph, EngineOptions())
+
+
+def tensor(name: str, kind: int, shape: list[int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def saved(nodes: list, inputs: list, outputs: list, constants: dict[str, NDArray], path: Path) -> Path:
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    made = helper.make_graph(nodes, "graph", inputs, outputs, initializers)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def feeds(seed: int = 0, t: int = 3) -> Feeds:
+    sample = np.random.default_rng(seed).standard_normal((2, 8), np.float32)
+    return {"sample": sample, "timestep": np.array(t, np.int64)}
+
+
+def test_it_names_its_versions(engine: Engine) -> None:
+    assert all(name and version for name, version in engine.versions().items())
+
+
+def test_outputs_come_by_name(session: Session) -> None:
+    given = feeds(t=7)
+    found = session.run(given)
+    expected = given["sample"] @ WEIGHT + 7
+    assert set(found) == {"noise_pred", "doubled"}
+    assert found["noise_pred"].dtype == np.float32
+    np.testing.assert_allclose(found["noise_pred"], expected, rtol=RTOL)
+    np.testing.assert_allclose(found["doubled"], 2 * expected, rtol=RTOL)
+
+
+def test_an_output_outlives_the_next_run(session: Session) -> None:
+    first = session.run(feeds(t=1))["noise_pred"]
+    kept = first.copy()
+    session.run(feeds(t=500))
+    assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sample": np.zeros((2, 9), np.float32)},
+        {"sample": np.zeros((3, 8), np.float32)},
+        {"sample": np.zeros((2, 8), np.float64)},
+        {"timestep": np.array(3, np.int32)},
+        {"stranger": np.zeros(1, np.float32)},
+    ],
+    ids=["width", "batch", "float64", "int32", "unknown name"],
+)
+def test_a_wrong_feed_is_refused(session: Session, wrong: Feeds) -> None:
+    with pytest.raises(EngineError):
+        session.run(feeds() | wrong)
+
+
+def test_a_missing_feed_is_refused(session: Session) -> None:
+    session.run(feeds())
+    with pytest.raises(EngineError):
+        session.run({"sample": feeds()["sample"]})
+
+
+def test_it_runs_on_after_a_refused_feed(session: Session) -> None:
+    with pytest.raises(EngineError):
+        session.run({})
+    assert session.run(feeds())["noise_pred"].shape == (2, 4)
+
+
+def test_a_closed_session_is_refused(session: Session) -> None:
+    session.close()
+    session.close()
+    with pytest.raises(EngineError, match="closed"):
+        session.run(feeds())
+
+
+def test_the_number_of_threads_changes_no_result(engine: Engine, graph: Path) -> None:
+    one, two = (engine.open_session(graph, EngineOptions(threads=count)).run(feeds()) for count in (1, 2))
+    np.testing.assert_allclose(one["noise_pred"], two["noise_pred"], rtol=RTOL)
+
+
+def test_concurrent_runs_equal_serial_runs(session: Session) -> None:
+    given = [feeds(seed, t=seed) for seed in range(200)]
+    serial = [session.run(one)["noise_pred"] for one in given]
+    with ThreadPoolExecutor(8) as pool:
+        concurrent = list(pool.map(lambda one: session.run(one)["noise_pred"], given))
+    for expected, found in zip(serial, concurrent, strict=True):
+        assert np.array_equal(expected, found)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph"], ids=["empty", "text"])
+def test_what_is_no_graph_is_refused(engine: Engine, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.onnx").write_bytes(content)
+    with pytest.raises(EngineError, match=r"broken\.onnx"):
+        engine.open_session(tmp_path / "broken.onnx", EngineOptions())
+
+
+def test_a_missing_file_is_refused(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"nowhere\.onnx"):
+        engine.open_session(tmp_path / "nowhere.onnx", EngineOptions())
+
+
+def test_the_largest_integer_codes_do_not_saturate(engine: Engine, tmp_path: Path) -> None:
+    """u8 activation and s8 weight: 64 products of 255 x 127 need more than 16 bits."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["x_codes"]),
+        helper.make_node("DequantizeLinear", ["x_codes", "x_scale", "x_zero"], ["x_real"]),
+        helper.make_node("DequantizeLinear", ["codes", "w_scale"], ["weight"], axis=1),
+        helper.make_node("MatMul", ["x_real", "weight"], ["y"]),
+    ]
+    constants = {
+        "x_scale": np.float32(1 / 255),
+        "x_zero": np.uint8(0),
+        "codes": CODES,
+        "w_scale": np.full(16, 0.01, np.float32),
+    }
+    inputs, outputs = [tensor("x", TensorProto.FLOAT, [1, 4, 64])], [tensor("y", TensorProto.FLOAT, [1, 4, 16])]
+    path = saved(nodes, inputs, outputs, constants, tmp_path / "int8.onnx")
+    found = engine.open_session(path, EngineOptions()).run({"x": np.ones((1, 4, 64), np.float32)})["y"]
+    np.testing.assert_allclose(found, np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=RTOL)
