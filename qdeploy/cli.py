@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qdeploy import __version__
 from qdeploy.errors import QdeployError, UsageError
@@ -70,36 +71,43 @@ def demo(show: bool, out: Path, samples: int) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("-o", "--out", type=PATH, required=True, help="File to write, .safetensors.")
-@click.option("--mode", type=click.Choice(["timestep_aware"]), default="timestep_aware", show_default=True)
+@click.option("-o", "--out", type=PATH, required=True, help="File to write; .pt takes Q-Diffusion's layout.")
+@click.option(
+    "--mode", type=click.Choice(["timestep_aware", "raw_data", "noise_data"]), default="timestep_aware",
+    show_default=True, help="Record the sampler's run, noise real pictures, or take noise alone (fast, biased).",
+)  # fmt: skip
+@click.option("--data", type=PATH, help="raw_data: folder of pictures (PNG, JPEG, WebP) or LSUN lmdb.")
 @click.option("--prompts", type=PATH, help="Text file, one prompt a line. Default: the model's own or a general list.")
-@click.option("--samples", default=32, show_default=True, help="Trajectories, one prompt each.")
+@click.option("--samples", default=32, show_default=True, help="Trajectories or pictures, one prompt each.")
 @click.option("--steps", default=25, show_default=True, help="Sampler steps of each.")
 @click.option("--record", default=25, show_default=True, help="Steps of each to keep, evenly spaced.")
 @click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale.")
 @click.option("--sampler", help="pndm, ddim or dpm++. Default: the model's own.")
+@click.option("--eta", default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--batch", default=8, show_default=True, help="Trajectories run at once.")
+@click.option("--batch", default=8, show_default=True, help="Trajectories or pictures run at once.")
+@click.option("--from-qdiffusion", type=PATH, help="Convert this Q-Diffusion .pt file instead of recording.")
+@click.option("--cali-st", type=int, help="Steps to take from it, evenly spaced. Default: all.")
+@click.option("--cali-n", type=int, help="Samples of each step to take from it. Default: all.")
 @click.pass_obj
-def calibrate(
-    show: bool, model: str, out: Path, mode: str, prompts: Path | None, samples: int, steps: int, record: int,
-    guidance: float, sampler: str | None, seed: int, batch: int,
-) -> None:  # fmt: skip
+def calibrate(show: bool, model: str, out: Path, **options: Any) -> None:
     """Record what MODEL's components are really given while it samples pictures.
+
+    An interrupted timestep_aware recording goes on where it stopped when the same command is run again.
 
     Example: qdeploy calibrate builtin:emoji -o calibration.safetensors --samples 32
     """
-    from qdeploy.calibrate.dataset import save_calibration
-    from qdeploy.calibrate.prompts import draw_prompts, read_prompts
-    from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+    from qdeploy.calibrate.modes import Request, calibrate_to_file, check_request
     from qdeploy.models.source import load_model
     from qdeploy.progress import shown
 
-    settings = TimestepAware(samples, steps, record, guidance, sampler, seed, batch)
+    context = click.get_current_context()
+    given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    request = Request(**options)
+    check_request(request, given, out)
     loaded = load_model(model)
-    drawn = draw_prompts(read_prompts(prompts, loaded.folder), samples, seed)
     with shown(show) as on_progress:
-        save_calibration(record_trajectories(loaded, drawn, settings, on_progress), out)
+        calibrate_to_file(loaded, request, out, on_progress)
     click.echo(f"wrote {out}")
 
 
@@ -107,30 +115,77 @@ def calibrate(
 @click.argument("model")
 @click.option("--calib", type=PATH, required=True, help="Calibration set of `qdeploy calibrate`.")
 @click.option("-o", "--out", type=PATH, required=True, help="Table to write, .safetensors.")
-@click.option("--weight-bits", type=click.Choice(["4", "8"]), default="8", show_default=True)
+@click.option("--weight-bits", type=click.IntRange(2, 8), default=8, show_default=True)
 @click.option("--act-bits", type=click.Choice(["8"]), default="8", show_default=True)
+@click.option(
+    "--observer", type=click.Choice(["minmax", "percentile", "mse"]), default="mse", show_default=True,
+    help="How ranges are read off the histograms.",
+)  # fmt: skip
+@click.option(
+    "--equalize/--no-equalize", default=True, show_default=True, help="Per-channel ratios between input and weight."
+)
+@click.option("--split/--no-split", default=False, show_default=True, help="Split convolutions behind a concatenation.")
+@click.option(
+    "--timestep-table/--no-timestep-table", default=False, show_default=True,
+    help="Precompute all that depends on t alone.",
+)  # fmt: skip
+@click.option("--keep-float", multiple=True, metavar="NAME", help="UNet layers to keep in float besides; last names.")
+@click.option(
+    "--adaround/--no-adaround",
+    default=None,
+    help="Learn the rounding, block by block. Default: where weights have less than 8 bits.",
+)
+@click.option("--effort", type=click.Choice(["fast", "standard", "paper"]), default="standard", show_default=True)
+@click.option("--cache-gb", default=8.0, show_default=True, help="Disk for the blocks' inputs and outputs.")
+@click.option("--device", default="cpu", show_default=True, help="Where blocks are fitted: cpu or cuda.")
+@click.option("--sensitivity", is_flag=True, help="Measure each layer alone; `inspect` shows it.")
+@click.option(
+    "--float-macs", default=0.0, show_default=True, help="Share of MACs to keep in float where it helps most."
+)
+@click.option(
+    "--max-mb", type=float, help="Most MB of integer weights for the UNet: mixes 4 and 8 bits where it hurts least."
+)
+@click.option(
+    "--noise-correction", is_flag=True, help="PTQD: measure the UNet's mean error by step; the runtime takes it off."
+)
+@click.option("--first-token-float", is_flag=True, help="Keep the text's first token in float in cross-attention.")
+@click.option(
+    "--attention-bits", type=click.Choice(["0", "8", "16"]), default="0", show_default=True,
+    help="Bits of the attentions' own products; 0 is float, 16 cannot be exported.",
+)  # fmt: skip
 @click.pass_obj
-def quantize(show: bool, model: str, calib: Path, out: Path, weight_bits: str, act_bits: str) -> None:
+def quantize(show: bool, model: str, calib: Path, out: Path, **options: Any) -> None:
     """Choose ranges and round MODEL's weights; the result is a QuantTable.
 
-    Example: qdeploy quantize builtin:emoji --calib calibration.safetensors -o w8a8.safetensors
+    An interrupted --adaround goes on behind its last finished block when the same command is run again.
+
+    \b
+    Examples:
+      qdeploy quantize builtin:emoji --calib calibration.safetensors -o w8a8.safetensors
+      qdeploy quantize builtin:emoji --calib calibration.safetensors -o w4a8.safetensors --weight-bits 4 --effort fast
     """
+    from qdeploy.calibrate.checkpoint import checkpoint_beside
     from qdeploy.calibrate.dataset import load_calibration
     from qdeploy.calibrate.quantize import quantize_model
+    from qdeploy.describe_table import widths_text
     from qdeploy.models.source import load_model
     from qdeploy.progress import shown
-    from qdeploy.spec import QuantSpec
+    from qdeploy.spec import spec_from_options
     from qdeploy.table import save_table
 
-    spec = QuantSpec(weight_bits=int(weight_bits), act_bits=int(act_bits))
+    spec = spec_from_options(**options)
     calibration = load_calibration(calib)
-    with shown(show) as on_progress:
-        table = quantize_model(load_model(model), calibration, spec, on_progress)
-    save_table(table, out)
-    for name, quant in table.components.items():
+    with shown(show) as on_progress, checkpoint_beside(out) as work:
+        table = quantize_model(load_model(model), calibration, spec, on_progress, work)
+        save_table(table, out)
+    for name in spec.components:
+        if name not in table.components:
+            click.echo(f"{name}: stays in float, the calibration set has no inputs for it")
+            continue
+        quant = table.components[name]
         click.echo(
-            f"{name}: {len(quant.layers)} layers in W{weight_bits}A{act_bits} ({quant.integer_mac_share():.1%} of "
-            f"MACs), {len(quant.float_layers)} in float"
+            f"{name}: {len(quant.layers)} layers in {widths_text(quant)}A{spec.act_bits} "
+            f"({quant.integer_mac_share():.1%} of MACs), {len(quant.float_layers)} in float"
         )
     click.echo(f"wrote {out}")
 
@@ -256,23 +311,33 @@ def bench(
 
 @main.command()
 @click.argument("path")
-def inspect(path: str) -> None:
+@click.option("--all", "every", is_flag=True, help="List all layers of a table by sensitivity, not the worst 20 alone.")
+@click.option("--plot", type=PATH, help="PNG to draw a table's sensitivities into.")
+def inspect(path: str, every: bool, plot: Path | None) -> None:
     """Say what a model, calibration set, table or bundle holds.
 
-    Example: qdeploy inspect demo/w8a8
+    \b
+    Examples:
+      qdeploy inspect demo/w8a8
+      qdeploy inspect w8a8.safetensors --plot sensitivity.png
     """
-    from qdeploy.describe import describe
+    from qdeploy.describe import describe, table_to_plot
+    from qdeploy.plot import plot_sensitivity
 
-    facts = describe(path)
+    if plot is not None:
+        plot_sensitivity(table_to_plot(path), plot)
+    facts = describe(path, every)
     width = max(len(label) for label, _ in facts)
     for label, value in facts:
         click.echo(f"{label:{width}}  {value}")
+    if plot is not None:
+        click.echo(f"wrote {plot}")
 
 
 @main.command()
 def doctor() -> None:
     """Say which engines run here and how to install those that do not."""
-    from qdeploy.bench.environment import cpu_model, integer_flags
+    from qdeploy.cpu import cpu_model, integer_flags
     from qdeploy.engines.base import engine_named, engine_names
     from qdeploy.errors import EngineUnavailableError
 

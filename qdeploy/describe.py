@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 from qdeploy.bundle import MANIFEST, ComponentInfo, open_bundle
+from qdeploy.describe_table import Facts, describe_table
 from qdeploy.errors import UsageError
-from qdeploy.table import load_table
-
-Facts = list[tuple[str, str]]
+from qdeploy.table import QuantTable, load_table
 
 
-def describe(path: str) -> Facts:
-    """Facts about whatever lies at ``path``; UsageError when it is nothing that qdeploy knows."""
+def describe(path: str, every: bool = False) -> Facts:
+    """Facts about whatever lies at ``path``; UsageError when it is nothing that qdeploy knows.
+
+    ``every``: list all layers of a table by sensitivity, not the worst ones alone.
+    """
     if path.startswith("builtin:") or (Path(path) / "model_index.json").is_file():
         return describe_model(path)
     if (Path(path) / MANIFEST).is_file():
@@ -21,7 +23,7 @@ def describe(path: str) -> Facts:
     if Path(path).suffix == ".safetensors":
         kind = safetensors_kind(Path(path))
         if kind == "qdeploy_table":
-            return describe_table(Path(path))
+            return describe_table(Path(path), every)
         if kind == "qdeploy_calibration":
             return describe_calibration(Path(path))
     raise UsageError(f"{path} is neither a model folder, builtin:NAME, a calibration set, a table nor a bundle")
@@ -36,6 +38,13 @@ def safetensors_kind(path: Path) -> str:
             return next((key for key in file.metadata() or {} if key.startswith("qdeploy_")), "")
     except (SafetensorError, OSError):
         return ""
+
+
+def table_to_plot(path: str) -> QuantTable:
+    """The table at ``path``; UsageError when something else lies there."""
+    if safetensors_kind(Path(path)) != "qdeploy_table":
+        raise UsageError(f"--plot draws a table's sensitivities and {path} is no table; give one of `qdeploy quantize`")
+    return load_table(Path(path))
 
 
 def describe_bundle(path: Path) -> Facts:
@@ -69,19 +78,6 @@ def parity_text(info: ComponentInfo) -> str:
     )
 
 
-def describe_table(path: Path) -> Facts:
-    table = load_table(path)
-    facts = [("table", str(path)), ("size", f"{path.stat().st_size / 1e6:.1f} MB"), ("model", table.model)]
-    facts.append(("made with", json.dumps(dict(table.provenance))))
-    for name, quant in table.components.items():
-        bits = sorted({layer.weight_bits for layer in quant.layers.values()})
-        facts.append((name, f"{len(quant.layers)} layers, weight bits {bits}, {quant.integer_mac_share():.1%} of MACs"))
-        facts += [
-            (f"  float: {layer}", f"{kept.macs:,} MACs, {kept.reason}") for layer, kept in quant.float_layers.items()
-        ]
-    return facts
-
-
 def describe_calibration(path: Path) -> Facts:
     from qdeploy.calibrate.dataset import load_calibration
 
@@ -89,13 +85,17 @@ def describe_calibration(path: Path) -> Facts:
     return [
         ("calibration set", str(path)),
         ("made with", json.dumps(dict(calibration.provenance))),
-        ("unet samples", f"{len(calibration.sample)} x {list(calibration.sample.shape[1:])}, both CFG halves"),
+        (
+            "unet samples",
+            f"{len(calibration.sample)} x {list(calibration.sample.shape[1:])}, "
+            + ("unconditional" if calibration.contexts is None else "both CFG halves"),
+        ),
         (
             "timesteps",
             f"{len(calibration.timestep.unique())} from {calibration.timestep.min()} to {calibration.timestep.max()}",
         ),
-        ("prompts", str(len(calibration.input_ids))),
-        ("decoder latents", str(len(calibration.latents))),
+        ("text encoder inputs", str(calibration.count("text_encoder"))),
+        ("decoder latents", str(calibration.count("vae_decoder"))),
     ]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-OnProgress = Callable[[str, int, int], None]  # (what is being done, done so far, total)
+
+class OnProgress(Protocol):
+    """Told what is being done, how much of it is done, and perhaps a note such as the loss."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
-def silent(_what: str, _done: int, _total: int) -> None:
+def silent(what: str, done: int, total: int, note: str = "") -> None:
     """Show nothing."""
 
 
@@ -35,9 +40,9 @@ def shown(enabled: bool = True) -> Iterator[OnProgress]:
     tasks = {}
     with Progress(*columns, console=Console(stderr=True)) as bars:
 
-        def update(what: str, done: int, total: int) -> None:
+        def update(what: str, done: int, total: int, note: str = "") -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total, description=f"{what} {note}".rstrip())
 
         yield update

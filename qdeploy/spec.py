@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from qdeploy.errors import UsageError
 
@@ -19,26 +20,153 @@ KEEP_FLOAT = {
 }
 
 
+# Read in two integer passes, a 16-bit activation: the 1x1 shortcuts carry the sampler's x past all
+# norms, and at the least noisy steps what they round off is most of the UNet's error (benchmarks/).
+TWO_PASSES = {"unet": ("conv_shortcut", "conv_shortcut.h", "conv_shortcut.skip"), "vae_decoder": (), "text_encoder": ()}
+
+# Keys and values of the text: its first token's embedding is an outlier (MixDQ, arXiv 2405.17873, section 4.1)
+READ_TEXT = ("attn2.to_k", "attn2.to_v")
+
+OBSERVERS = ("minmax", "percentile", "mse")
+ATTENTION_BITS = (0, 8, 16)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """AdaRound with block reconstruction (Nagel et al. 2020, arXiv 2004.10568; BRECQ, Li et al. 2021, 2102.05426).
+
+    iterations: optimizer steps for each block.
+    samples: calibration inputs that a block is fitted on; cache_gb bounds them on disk.
+    """
+
+    iterations: int = 2000
+    samples: int = 512
+    batch: int = 16
+    learn_rounding: bool = True
+    learn_act_scales: bool = True
+    cache_gb: float = 8.0
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "samples", "batch", "cache_gb"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"reconstruction {name}: got {getattr(self, name)}, expected more than 0")
+
+
+EFFORTS = {
+    "fast": Reconstruction(iterations=300, samples=256),
+    "standard": Reconstruction(iterations=2000, samples=512),
+    "paper": Reconstruction(iterations=20_000, samples=1024, batch=32),
+}
+
+
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a model is quantized after training."""
+    """How a model is quantized after training.
+
+    observer: how activation ranges are read off the histograms, and weight scales off the weights
+        ("minmax" for both, otherwise weights take the MSE scale).
+    equalize: per-channel ratios between each layer's input and weight, and per-channel output scales.
+    noise_correction: measure PTQD's correction of the quantized UNet for the runtime.
+    rewrites: exact rewrites of the UNet made first (qdeploy.models.rewrites): split_skips, timestep_table.
+    float_macs: share of MACs, 0..1, that may go back to float where that helps most; needs a sensitivity pass.
+    first_token_float: the text's first token stays in float where the UNet's cross-attention reads it.
+    attention_bits: of the attentions' own products, softmax(Q K^T) V; 0 keeps them in float, 16 is for simulation.
+    max_mb: most megabytes (1e6 bytes) for the UNet's integer weights and their scales; its layers then take 4 or 8
+        weight bits, by their sensitivity at both. Layers in float and biases are not counted.
+    """
 
     weight_bits: int = 8
     act_bits: int = 8
     components: tuple[str, ...] = COMPONENTS
     keep_float: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(KEEP_FLOAT))
+    two_passes: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(TWO_PASSES))
+    observer: str = "mse"
+    equalize: bool = True
+    rewrites: tuple[str, ...] = ()
+    sensitivity: bool = False
+    float_macs: float = 0.0
+    max_mb: float | None = None
+    reconstruction: Reconstruction | None = None
+    noise_correction: bool = False
+    first_token_float: bool = False
+    attention_bits: int = 0
 
     def __post_init__(self) -> None:
-        if self.weight_bits not in (4, 8):
-            raise UsageError(f"weight bits: got {self.weight_bits}, expected 4 or 8")
+        if not 2 <= self.weight_bits <= 8:
+            raise UsageError(f"weight bits: got {self.weight_bits}, expected 2 to 8")
         if self.act_bits != 8:
             raise UsageError(
                 f"activation bits: got {self.act_bits}, expected 8 (the engines' integer kernels are 8 bit)"
             )
+        if self.observer not in OBSERVERS:
+            raise UsageError(f"observer: got {self.observer!r}, expected one of {', '.join(OBSERVERS)}")
+        if not 0 <= self.float_macs < 1:
+            raise UsageError(f"share of MACs in float: got {self.float_macs}, expected 0 or more and less than 1")
+        if self.attention_bits not in ATTENTION_BITS:
+            raise UsageError(f"attention bits: got {self.attention_bits}, expected 0 (float), 8 or 16")
+        if self.max_mb is not None and self.max_mb <= 0:
+            raise UsageError(f"--max-mb: got {self.max_mb:g}, expected more than 0")
+        if self.max_mb is not None and self.float_macs:
+            raise UsageError("--max-mb and --float-macs spend the same sensitivities in two ways; give one of them")
 
     def keeps_float(self, component: str, layer: str) -> bool:
         """Whether the module path ``layer`` of ``component`` stays in float."""
-        return any(layer == tail or layer.endswith("." + tail) for tail in self.keep_float[component])
+        return named(layer, self.keep_float[component])
+
+    def takes_two_passes(self, component: str, layer: str) -> bool:
+        """Whether ``layer``'s activation is read in two integer passes."""
+        return named(layer, self.two_passes[component])
+
+    def keeps_first_token_float(self, layer: str) -> bool:
+        """Whether ``layer`` reads the text and its first token stays in float."""
+        return self.first_token_float and named(layer, READ_TEXT)
+
+
+def spec_from_options(
+    *,
+    weight_bits: int,
+    act_bits: str,
+    observer: str,
+    equalize: bool,
+    split: bool,
+    timestep_table: bool,
+    keep_float: Sequence[str],
+    adaround: bool | None,
+    effort: str,
+    cache_gb: float,
+    device: str,
+    sensitivity: bool,
+    float_macs: float,
+    max_mb: float | None,
+    noise_correction: bool,
+    first_token_float: bool,
+    attention_bits: str,
+) -> QuantSpec:
+    """The spec that the command line's options mean; AdaRound is on where weights may have less than 8 bits."""
+    wanted = weight_bits < 8 or max_mb is not None if adaround is None else adaround
+    rewrites = [name for name, on in (("split_skips", split), ("timestep_table", timestep_table)) if on]
+    return QuantSpec(
+        weight_bits=weight_bits,
+        act_bits=int(act_bits),
+        keep_float=KEEP_FLOAT | {"unet": (*KEEP_FLOAT["unet"], *keep_float)},
+        observer=observer,
+        equalize=equalize,
+        rewrites=tuple(rewrites),
+        sensitivity=sensitivity,
+        float_macs=float_macs,
+        max_mb=max_mb,
+        reconstruction=replace(EFFORTS[effort], cache_gb=cache_gb, device=device) if wanted else None,
+        noise_correction=noise_correction,
+        first_token_float=first_token_float,
+        attention_bits=int(attention_bits),
+    )
+
+
+def named(layer: str, tails: tuple[str, ...]) -> bool:
+    """Whether the module path ``layer`` ends with one of the dotted ``tails``."""
+    return any(layer == tail or layer.endswith("." + tail) for tail in tails)
 
 
 @dataclass(frozen=True)
@@ -48,7 +176,7 @@ class TargetSpec:
     name: str
     engine: str
     opset: int
-    conv_output_quantized: bool  # ONNX Runtime makes an integer Conv only where a Q follows it
+    conv_output_quantized: bool  # ONNX Runtime makes an integer Conv only where a Q follows it; 1x1 ones become MatMul
 
 
 TARGETS = {spec.name: spec for spec in (TargetSpec("ort-cpu", "ort-cpu", opset=20, conv_output_quantized=True),)}

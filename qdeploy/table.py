@@ -18,32 +18,45 @@ from numpy.typing import NDArray
 
 from qdeploy.errors import TableError
 from qdeploy.files import staged_file
+from qdeploy.noise_correction import NoiseCorrection
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+NOISE_CORRECTION = "noise_correction/"
+OPTIONAL_ARRAYS = ("input_ratio", "output_ratio", "output_zero_point", "bias")
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Per-tensor unsigned 8-bit quantization of an activation: ``x ~ (q - zero_point) * scale``."""
+    """Per-tensor unsigned quantization of an activation, ``bits`` wide: ``x ~ (q - zero_point) * scale``."""
 
     scale: float
     zero_point: int
+    bits: int = 8
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.scale) and self.scale > 0):
             raise TableError(f"activation scale must be finite and positive, got {self.scale}")
-        if not 0 <= self.zero_point <= 255:
-            raise TableError(f"activation zero point must lie in 0..255, got {self.zero_point}")
+        if not 0 <= self.zero_point < 2**self.bits:
+            raise TableError(f"activation zero point must lie in 0..{2**self.bits - 1}, got {self.zero_point}")
 
 
 @dataclass(frozen=True)
 class LayerQuant:
-    """One quantized Conv or Linear.
+    """One quantized Conv or Linear, ``y = W x + b``.
 
-    weight: ``int8[out, in, ...]`` codes (4-bit weights use [-8, 7] of them).
+    weight: ``int8[out, in, ...]`` codes of ``W * input_ratio`` (4-bit weights use [-8, 7] of them).
     weight_scale: ``float32[out]``, symmetric per output channel.
-    input: quantization of the layer's input activation.
-    output: of its output, used where an engine needs Q behind the layer; None for Linear.
+    input: quantization of ``x / input_ratio``.
+    output: of ``(y - offset) / output_ratio``, for engines that need Q behind the layer; None where none does.
+    input_ratio: ``float32[in]``, per-channel equalization: Q runs with scale ``input.scale * input_ratio``
+        and the ratio moves into the weight, so that DQ stays per tensor, as integer kernels want it.
+    output_ratio, output_zero_point: ``float32[out]``, ``uint8[out]``: DQ behind the layer runs per
+        channel; ratio and offset move into weight scale and bias.
+    bias: ``float32[out]`` in place of the model's own, where it was corrected.
+    passes: 2 adds a second integer pass over what the first one rounded off: a 16-bit activation.
+    symmetric_scale: of ``x / input_ratio`` for engines that know signed codes around 0 only.
+    first_token_float: of an input ``float32[B, T, in]``, token 0 goes through the model's own float weight and
+        the ranges above are those of tokens 1..T-1 (MixDQ, Zhao et al. 2024, arXiv 2405.17873).
     """
 
     weight: NDArray[np.int8]
@@ -51,6 +64,13 @@ class LayerQuant:
     weight_bits: int
     input: Affine
     output: Affine | None = None
+    input_ratio: NDArray[np.float32] | None = None
+    output_ratio: NDArray[np.float32] | None = None
+    output_zero_point: NDArray[np.uint8] | None = None
+    bias: NDArray[np.float32] | None = None
+    passes: int = 1
+    symmetric_scale: float | None = None
+    first_token_float: bool = False
 
     def __post_init__(self) -> None:
         if self.weight.dtype != np.int8 or self.weight_scale.shape != (self.weight.shape[0],):
@@ -58,6 +78,14 @@ class LayerQuant:
                 f"weight must be int8[out, ...] with float32[out] scales, got {self.weight.dtype}"
                 f"{list(self.weight.shape)} and {list(self.weight_scale.shape)}"
             )
+        if self.passes not in (1, 2):
+            raise TableError(f"passes over an activation: got {self.passes}, expected 1 or 2")
+        if self.first_token_float and self.weight.ndim != 2:
+            raise TableError(f"only a Linear reads tokens, so first_token_float does not fit {list(self.weight.shape)}")
+        for name, length in zip(OPTIONAL_ARRAYS, (self.weight.shape[1], *[self.weight.shape[0]] * 3), strict=True):
+            array = getattr(self, name)
+            if array is not None and array.shape != (length,):
+                raise TableError(f"{name}: got {array.dtype}{list(array.shape)}, expected [{length}]")
 
 
 @dataclass(frozen=True)
@@ -69,12 +97,37 @@ class FloatLayer:
 
 
 @dataclass(frozen=True)
+class AttentionQuant:
+    """Quantization of the two products of one attention, softmax(Q K^T) V; all three of equal bits, 8 or 16.
+
+    Probabilities need no range: zero point 0 and scale ``1 / (2**bits - 1)``.
+    """
+
+    q: Affine
+    k: Affine
+    v: Affine
+
+    def __post_init__(self) -> None:
+        if len({self.q.bits, self.k.bits, self.v.bits}) != 1 or self.bits not in (8, 16):
+            raise TableError(
+                f"attention bits of q, k and v: got {self.q.bits}, {self.k.bits} and {self.v.bits}, expected 8 or 16"
+            )
+
+    @property
+    def bits(self) -> int:
+        return self.q.bits
+
+
+@dataclass(frozen=True)
 class ComponentQuant:
     """Everything the table holds on one component (text_encoder, unet, vae_decoder)."""
 
     layers: Mapping[str, LayerQuant]
     float_layers: Mapping[str, FloatLayer] = field(default_factory=dict)
     macs: Mapping[str, int] = field(default_factory=dict)
+    rewrites: Sequence[str] = ()  # exact rewrites of the float module, made before its layers were named
+    sensitivity_db: Mapping[str, float] = field(default_factory=dict)  # output SQNR with that layer alone quantized
+    attention: Mapping[str, AttentionQuant] = field(default_factory=dict)  # by Attention module; others are float
 
     def integer_mac_share(self) -> float:
         """Share of Conv and Linear multiply-accumulates in quantized layers, 0..1."""
@@ -88,6 +141,7 @@ class QuantTable:
     """Quantization of a whole model plus where it came from.
 
     probes: per component a few recorded inputs, on which an export is compared with the simulator.
+    noise_correction: of the UNet's output, for the runtime's denoising loop.
     """
 
     components: Mapping[str, ComponentQuant]
@@ -95,6 +149,7 @@ class QuantTable:
     model_sha256: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     probes: Mapping[str, Sequence[Mapping[str, NDArray]]] = field(default_factory=dict)
+    noise_correction: NoiseCorrection | None = None
 
 
 def save_table(table: QuantTable, path: Path) -> None:
@@ -113,15 +168,19 @@ def save_table(table: QuantTable, path: Path) -> None:
         header["components"][component] = {
             "layers": {name: _layer_header(layer, quant.macs[name]) for name, layer in quant.layers.items()},
             "float_layers": {name: asdict(layer) for name, layer in quant.float_layers.items()},
+            "rewrites": list(quant.rewrites),
+            "sensitivity_db": dict(quant.sensitivity_db),
+            "attention": {name: asdict(attention) for name, attention in quant.attention.items()},
         }
         for name, layer in quant.layers.items():
-            packed = pack_int4(layer.weight) if layer.weight_bits == 4 else layer.weight
-            tensors[f"{component}/{name}/weight"] = np.ascontiguousarray(packed)
-            tensors[f"{component}/{name}/weight_scale"] = np.ascontiguousarray(layer.weight_scale)
+            tensors.update({f"{component}/{name}/{key}": array for key, array in _layer_arrays(layer).items()})
     header["probes"] = {component: len(feeds) for component, feeds in table.probes.items()}
     for component, probes in table.probes.items():
         for number, feeds in enumerate(probes):
             tensors.update({f"probe/{component}/{number}/{name}": np.asarray(x) for name, x in feeds.items()})
+    header["noise_correction"] = table.noise_correction is not None
+    if table.noise_correction is not None:
+        tensors.update({NOISE_CORRECTION + name: x for name, x in table.noise_correction.arrays().items()})
     with staged_file(path) as scratch:
         save_file(tensors, scratch, metadata={"qdeploy_table": json.dumps(header)})
 
@@ -142,7 +201,10 @@ def load_table(path: Path) -> QuantTable:
                 for name, entry in header["components"].items()
             }
             probes = {name: _probes(file, name, count) for name, count in header["probes"].items()}
-            return QuantTable(components, header["model"], header["model_sha256"], header["provenance"], probes)
+            correction = _noise_correction(file) if header["noise_correction"] else None
+            return QuantTable(
+                components, header["model"], header["model_sha256"], header["provenance"], probes, correction
+            )
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
         raise TableError(
             f"{path} is not a readable qdeploy table ({exc}); make it again with `qdeploy quantize`"
@@ -164,14 +226,30 @@ def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np
     return ((nibbles ^ 8).astype(np.int8) - 8).reshape(shape)
 
 
+def _layer_arrays(layer: LayerQuant) -> dict[str, NDArray]:
+    packed = pack_int4(layer.weight) if layer.weight_bits <= 4 else layer.weight
+    arrays = {"weight": packed, "weight_scale": layer.weight_scale}
+    arrays |= {name: array for name in OPTIONAL_ARRAYS if (array := getattr(layer, name)) is not None}
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
 def _layer_header(layer: LayerQuant, macs: int) -> dict[str, Any]:
     return {
         "shape": list(layer.weight.shape),
         "weight_bits": layer.weight_bits,
         "input": asdict(layer.input),
         "output": None if layer.output is None else asdict(layer.output),
+        "arrays": [name for name in OPTIONAL_ARRAYS if getattr(layer, name) is not None],
+        "passes": layer.passes,
+        "symmetric_scale": layer.symmetric_scale,
+        "first_token_float": layer.first_token_float,
         "macs": macs,
     }
+
+
+def _noise_correction(file: Any) -> NoiseCorrection:
+    names = [name for name in file.keys() if name.startswith(NOISE_CORRECTION)]  # noqa: SIM118 - not a dict
+    return NoiseCorrection.from_arrays({name.removeprefix(NOISE_CORRECTION): file.get_tensor(name) for name in names})
 
 
 def _probes(file: Any, component: str, count: int) -> list[dict[str, NDArray]]:
@@ -183,22 +261,39 @@ def _probes(file: Any, component: str, count: int) -> list[dict[str, NDArray]]:
 
 
 def _component_from_header(component: str, entry: Any, tensor: Any) -> ComponentQuant:
-    layers = {}
-    for name, header in entry["layers"].items():
-        weight = tensor(f"{component}/{name}/weight")
-        if header["weight_bits"] == 4:
-            weight = unpack_int4(weight, tuple(header["shape"]))
-        if list(weight.shape) != header["shape"]:
-            raise TableError(f"{component}/{name}: weight {list(weight.shape)} does not match {header['shape']}")
-        layers[name] = LayerQuant(
-            weight=weight,
-            weight_scale=tensor(f"{component}/{name}/weight_scale"),
-            weight_bits=header["weight_bits"],
-            input=Affine(**header["input"]),
-            output=None if header["output"] is None else Affine(**header["output"]),
-        )
+    layers = {
+        name: _layer_from_header(f"{component}/{name}", header, tensor) for name, header in entry["layers"].items()
+    }
     return ComponentQuant(
         layers=layers,
         float_layers={name: FloatLayer(**header) for name, header in entry["float_layers"].items()},
         macs={name: header["macs"] for name, header in entry["layers"].items()},
+        rewrites=tuple(map(str, entry["rewrites"])),
+        sensitivity_db={str(name): float(value) for name, value in entry["sensitivity_db"].items()},
+        attention={
+            name: AttentionQuant(**{part: Affine(**affine) for part, affine in header.items()})
+            for name, header in entry.get("attention", {}).items()
+        },
+    )
+
+
+def _layer_from_header(path: str, header: Any, tensor: Any) -> LayerQuant:
+    weight = tensor(f"{path}/weight")
+    if header["weight_bits"] <= 4:
+        weight = unpack_int4(weight, tuple(header["shape"]))
+    if list(weight.shape) != header["shape"]:
+        raise TableError(f"{path}: weight {list(weight.shape)} does not match {header['shape']}")
+    unknown = set(header["arrays"]) - set(OPTIONAL_ARRAYS)
+    if unknown:
+        raise TableError(f"{path}: this qdeploy knows no {', '.join(sorted(unknown))}")
+    return LayerQuant(
+        weight=weight,
+        weight_scale=tensor(f"{path}/weight_scale"),
+        weight_bits=header["weight_bits"],
+        input=Affine(**header["input"]),
+        output=None if header["output"] is None else Affine(**header["output"]),
+        passes=header["passes"],
+        symmetric_scale=header["symmetric_scale"],
+        first_token_float=header.get("first_token_float", False),
+        **{name: tensor(f"{path}/{name}") for name in header["arrays"]},
     )

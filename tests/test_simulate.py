@@ -12,7 +12,9 @@ from torch import nn
 from qdeploy import numerics
 from qdeploy.errors import TableError
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.simulate import ActivationQuant, QuantConv2d, QuantLinear, dequantize_weight, quantized_twin
+from qdeploy.simulate.layers import OutputQuant, QuantConv2d, QuantLinear, QuantPointwise
+from qdeploy.simulate.ops import dequantize_linear, dequantize_weight, quantize_linear
+from qdeploy.simulate.twin import quantized_twin
 from qdeploy.table import Affine, LayerQuant, QuantTable
 
 # float32 sums in another order
@@ -32,7 +34,9 @@ def test_activation_quant_equals_the_reference_exactly() -> None:
     expected = numerics.dequantize_linear(
         numerics.quantize_linear(x.numpy(), affine.scale, np.uint8(affine.zero_point)), affine.scale, affine.zero_point
     )
-    assert np.array_equal(ActivationQuant(affine)(x).numpy(), expected)
+    scale, zero_point = torch.tensor(affine.scale), torch.tensor(affine.zero_point, dtype=torch.uint8)
+    simulated = dequantize_linear(quantize_linear(x, scale, zero_point), scale, zero_point)
+    assert np.array_equal(simulated.numpy(), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -59,8 +63,81 @@ def test_conv_quantizes_its_output_only_when_the_target_needs_it() -> None:
     x = torch.randn(1, 4, 8, 8)
     raw = QuantConv2d(conv, layer, quantize_output=False)(x)
     coarse = QuantConv2d(conv, layer, quantize_output=True)(x)
-    assert torch.equal(coarse, ActivationQuant(layer.output)(raw))
+    assert torch.equal(coarse, OutputQuant(layer)(raw))
     assert not torch.equal(coarse, raw)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_a_second_pass_makes_a_16_bit_activation() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    x = torch.randn(2, 9, 64)
+    scale = float(x.abs().max()) / 127
+    layer = dataclasses.replace(layer_of(linear.weight.numpy()), input=Affine(scale, 128))
+    exact_weight = nn.functional.linear(x, torch.from_numpy(layer.weight * layer.weight_scale[:, None]), linear.bias)
+    one = relative_error(QuantLinear(linear, layer)(x), exact_weight)
+    two = relative_error(QuantLinear(linear, dataclasses.replace(layer, passes=2))(x), exact_weight)
+    assert two < one / 100
+
+
+def test_an_equalized_input_uses_every_channels_own_step() -> None:
+    torch.manual_seed(0)
+    size = torch.tensor([0.01, 1.0, 100.0]).repeat(8)
+    linear = nn.Linear(24, 16).requires_grad_(False)
+    linear.weight /= size
+    x = torch.randn(4, 5, 24) * size
+    expected = linear(x)
+    plain = dataclasses.replace(layer_of(linear.weight.numpy()), input=Affine(float(x.abs().max()) / 127, 128))
+    ratio = size.numpy()
+    even = dataclasses.replace(
+        layer_of(linear.weight.numpy() * ratio),
+        input=Affine(float((x / size).abs().max()) / 127, 128),
+        input_ratio=ratio,
+    )
+    assert relative_error(QuantLinear(linear, even)(x), expected) < 0.02
+    assert relative_error(QuantLinear(linear, plain)(x), expected) > 0.3
+
+
+def test_a_per_channel_output_keeps_small_channels() -> None:
+    """Ratio and offset go into weight scale and bias and come back out behind the convolution."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, padding=1).requires_grad_(False)
+    conv.weight *= torch.logspace(-2, 2, 6).reshape(-1, 1, 1, 1)
+    conv.bias.copy_(torch.logspace(-2, 2, 6) * torch.tensor([1.0, -1, 0.5, 0, -0.5, 1]))
+    x = torch.randn(2, 8, 12, 12)
+    raw = dataclasses.replace(layer_of(conv.weight.numpy()), input=Affine(float(x.abs().max()) / 127, 128))
+    y = QuantConv2d(conv, raw, quantize_output=False)(x)
+    span = y.amax(dim=(0, 2, 3)) - y.amin(dim=(0, 2, 3))
+    center = (y.amax(dim=(0, 2, 3)) + y.amin(dim=(0, 2, 3))) / 2
+    ratio, scale = span / span.median(), float(span.median()) / 250
+    layer = dataclasses.replace(
+        raw,
+        output=Affine(scale, 128),
+        output_ratio=ratio.numpy(),
+        output_zero_point=(127.5 - center / (scale * ratio)).round().clamp(0, 255).to(torch.uint8).numpy(),
+    )
+    error = (QuantConv2d(conv, layer, quantize_output=True)(x) - y).abs().amax(dim=(0, 2, 3))
+    # half a step of each channel, and the bias on the integer grid
+    steps = torch.from_numpy(raw.weight_scale) * raw.input.scale
+    assert (error <= 0.51 * scale * ratio + 0.51 * steps + 1e-4).all()
+
+
+def test_a_pointwise_convolution_is_a_product_over_channels() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 6, 1).requires_grad_(False)
+    layer = layer_of(conv.weight.numpy())
+    x = torch.randn(2, 8, 5, 7)
+    assert torch.allclose(QuantPointwise(conv, layer)(x), QuantConv2d(conv, layer, False)(x), atol=ROUND_OFF)
+
+
+def test_a_spatial_convolution_takes_one_pass_only() -> None:
+    conv = nn.Conv2d(4, 6, 3).requires_grad_(False)
+    layer = dataclasses.replace(layer_of(conv.weight.numpy()), passes=2)
+    with pytest.raises(TableError, match="one pass"):
+        QuantConv2d(conv, layer, quantize_output=False)
 
 
 def test_the_twin_shares_float_weights_and_leaves_the_model_alone(
@@ -68,7 +145,7 @@ def test_the_twin_shares_float_weights_and_leaves_the_model_alone(
 ) -> None:
     component = tiny_model.unet
     before = {name: id(parameter) for name, parameter in component.named_parameters()}
-    twin = quantized_twin(component, table.components["unet"], quantize_conv_output=True)
+    twin = quantized_twin(component, table.components["unet"], conv_output_quantized=True)
     assert {name: id(parameter) for name, parameter in component.named_parameters()} == before
     assert twin.inner.conv_in.weight is component.inner.conv_in.weight
     assert isinstance(twin.inner.down_blocks[0].resnets[0].conv1, QuantConv2d)
@@ -82,4 +159,4 @@ def test_a_table_for_another_model_is_refused(tiny_model: LatentDiffusion, table
     name = next(iter(quant.layers))
     wrong = dataclasses.replace(quant, layers={**quant.layers, "no.such.layer": quant.layers[name]})
     with pytest.raises(TableError, match=r"no\.such\.layer"):
-        quantized_twin(tiny_model.unet, wrong, quantize_conv_output=True)
+        quantized_twin(tiny_model.unet, wrong, conv_output_quantized=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdeploy.errors import TableError
+from qdeploy.noise_correction import NoiseCorrection
 from qdeploy.table import (
     Affine,
     ComponentQuant,
@@ -32,21 +34,37 @@ def small_table(bits: int) -> QuantTable:
         weight_bits=bits,
         input=Affine(0.5, 7),
         output=Affine(0.25, 128),
+        input_ratio=rng.random(5).astype(np.float32),
+        output_ratio=rng.random(3).astype(np.float32),
+        output_zero_point=np.array([0, 128, 255], np.uint8),
+        bias=rng.random(3).astype(np.float32),
+        passes=2,
+        symmetric_scale=0.75,
     )
-    quant = ComponentQuant({"block.conv": layer}, {"conv_in": FloatLayer("keep list", 100)}, {"block.conv": 300})
+    quant = ComponentQuant(
+        {"block.conv": layer},
+        {"conv_in": FloatLayer("keep list", 100)},
+        {"block.conv": 300},
+        rewrites=("split_skips",),
+        sensitivity_db={"block.conv": 41.5},
+    )
     probes = {"unet": [{"sample": np.ones((1, 2), np.float32), "timestep": np.array(3)}]}
-    return QuantTable({"unet": quant}, "builtin:emoji", "ab" * 32, {"spec": {"weight_bits": bits}}, probes)
+    correction = NoiseCorrection(np.array([1, 41]), np.zeros(2, np.float32), np.ones((2, 4), np.float32))
+    return QuantTable({"unet": quant}, "builtin:emoji", "ab" * 32, {"spec": {"weight_bits": bits}}, probes, correction)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_round_trip_keeps_everything(tmp_path: Path, bits: int) -> None:
     table = small_table(bits)
     save_table(table, tmp_path / "q.safetensors")
     loaded = load_table(tmp_path / "q.safetensors")
     before, after = table.components["unet"], loaded.components["unet"]
-    assert np.array_equal(before.layers["block.conv"].weight, after.layers["block.conv"].weight)
-    assert np.array_equal(before.layers["block.conv"].weight_scale, after.layers["block.conv"].weight_scale)
-    assert after.layers["block.conv"].output == Affine(0.25, 128)
+    for field in dataclasses.fields(LayerQuant):
+        kept, found = (getattr(quant.layers["block.conv"], field.name) for quant in (before, after))
+        assert np.array_equal(kept, found), field.name
+    assert (after.rewrites, after.sensitivity_db) == (before.rewrites, before.sensitivity_db)
+    assert loaded.noise_correction is not None
+    assert np.array_equal(loaded.noise_correction.mean, table.noise_correction.mean)
     assert after.float_layers == before.float_layers
     assert after.integer_mac_share() == 0.75
     assert (loaded.model, loaded.model_sha256, loaded.provenance) == (table.model, table.model_sha256, table.provenance)

@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 import qdeploy
-from qdeploy.calibrate.dataset import CalibrationSet, check_fits
-from qdeploy.calibrate.ranges import StreamingHistogram, mse_affine
-from qdeploy.calibrate.weights import mse_scale, nearest_codes
-from qdeploy.models.components import Component, ForwardHook, LayerCall, called_layers
+from qdeploy.calibrate.allocate import WIDTHS, check_budget, layers_back_to_float, widths_within
+from qdeploy.calibrate.attention import attention_ranges
+from qdeploy.calibrate.dataset import CalibrationSet, check_fits, check_model
+from qdeploy.calibrate.equalize import equalizing_ratio
+from qdeploy.calibrate.noise_correction import measure_noise_correction
+from qdeploy.calibrate.observe import ChannelStats, channel_stats, histograms, sharing_groups
+from qdeploy.calibrate.ranges import StreamingHistogram, affine_of, symmetric_scale_of
+from qdeploy.calibrate.reconstruct import reconstruct
+from qdeploy.calibrate.sensitivity import measure_sensitivity
+from qdeploy.calibrate.weights import minmax_scale, mse_scale, nearest_codes
+from qdeploy.errors import UsageError
+from qdeploy.models.components import Component, LayerCall, called_layers
+from qdeploy.models.rewrites import apply_rewrite, copy_of
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
-from qdeploy.spec import GRAPH_BATCH, QuantSpec
-from qdeploy.table import ComponentQuant, FloatLayer, LayerQuant, QuantTable
+from qdeploy.simulate.twin import quantized_twin
+from qdeploy.spec import GRAPH_BATCH, READ_TEXT, QuantSpec
+from qdeploy.table import Affine, ComponentQuant, FloatLayer, LayerQuant, QuantTable
 
-BATCH = 16
 PROBES = 6
+TIMESTEP_TABLE = "timestep_table"
+CENTER = 128  # zero point of an equalized output before each channel's own offset
 
 
 def quantize_model(
-    model: LatentDiffusion, calibration: CalibrationSet, spec: QuantSpec, on_progress: OnProgress = silent
+    model: LatentDiffusion,
+    calibration: CalibrationSet,
+    spec: QuantSpec,
+    on_progress: OnProgress = silent,
+    work: Path | None = None,
 ) -> QuantTable:
-    """The QuantTable of ``model`` under ``spec``, ranges taken over the whole calibration set."""
-    latents = model.latents
-    check_fits(calibration, latents.shape, (latents.tokens, model.text_width))
-    components = {name: quantize_component(model, name, calibration, spec, on_progress) for name in spec.components}
+    """The QuantTable of ``model`` under ``spec``, ranges taken over the whole calibration set.
+
+    Components that the set holds no inputs for stay in float. ``work`` is a folder where reconstruction
+    keeps what it has finished, so that an interrupted run goes on from there to the same result.
+    """
+    check_fits(calibration, model.latents.shape, model.context_shape)
+    check_model(calibration, model.sha256)
+    names = [name for name in spec.components if calibration.count(name)]
+    components = {name: quantize_component(model, name, calibration, spec, on_progress, work) for name in names}
     provenance = {
         "qdeploy": qdeploy.__version__,
         "torch": torch.__version__,
         "spec": asdict(spec),
         "calibration": dict(calibration.provenance),
     }
-    probes = {name: probes_of(calibration, name) for name in spec.components}
-    return QuantTable(components, model.source, model.sha256, provenance, probes)
+    probes = {name: probes_of(calibration, name) for name in names}
+    correction = None
+    if spec.noise_correction and "unet" in components:
+        twin = quantized_twin(model.unet, components["unet"], conv_output_quantized=False)
+        correction = measure_noise_correction(model.unet, twin, calibration, on_progress)
+    return QuantTable(components, model.source, model.sha256, provenance, probes, correction)
 
 
 def probes_of(calibration: CalibrationSet, component: str) -> list[dict[str, NDArray]]:
@@ -52,68 +78,175 @@ def probes_of(calibration: CalibrationSet, component: str) -> list[dict[str, NDA
     ]
 
 
-def quantize_component(
-    model: LatentDiffusion, name: str, calibration: CalibrationSet, spec: QuantSpec, on_progress: OnProgress
-) -> ComponentQuant:
-    """Quantize every Conv and Linear of one component that ``spec`` does not keep in float."""
-    component = model.component(name)
-    calls = called_layers(component, model.example(name, batch=1))
+@dataclass(frozen=True)
+class Prepared:
+    """A component ready to be quantized: its (rewritten) float module and the fate of each layer."""
+
+    name: str
+    component: Component
+    rewrites: tuple[str, ...]
+    chosen: Sequence[LayerCall]
+    kept: Sequence[LayerCall]
+    groups: Sequence[Sequence[LayerCall]]  # of ``chosen``, layers that read one tensor
+
+
+def prepare(model: LatentDiffusion, name: str, spec: QuantSpec) -> Prepared:
+    """Rewrite the component's copy as ``spec`` asks and sort its layers into quantized and float ones."""
+    component = copy_of(model.component(name))
+    rewrites = tuple(rewrite for rewrite in spec.rewrites if name == "unet")
+    for rewrite in rewrites:
+        if rewrite != TIMESTEP_TABLE:  # that one changes no quantized layer and is left to the export
+            apply_rewrite(component, rewrite)
+    feeds = model.example(name, batch=1)
+    calls = called_layers(component, feeds)
     chosen = [call for call in calls if not spec.keeps_float(name, call.name)]
+    chosen = [replace(call, first_token_float=spec.keeps_first_token_float(call.name)) for call in chosen]
+    if name == "unet" and spec.first_token_float:
+        check_first_token(chosen, model.context_shape)
     kept = [call for call in calls if spec.keeps_float(name, call.name)]
-    ranges = observe(component, chosen, calibration, name, on_progress)
-    layers = {}
-    for done, call in enumerate(chosen, start=1):
-        layers[call.name] = quantized_layer(call, *ranges[call.name], spec)
-        on_progress(f"{name}: weights", done, len(chosen))
-    return ComponentQuant(
-        layers=layers,
-        float_layers={call.name: FloatLayer("keep list", call.macs) for call in kept},
-        macs={call.name: call.macs for call in chosen},
+    return Prepared(name, component, rewrites, chosen, kept, sharing_groups(component, chosen, feeds))
+
+
+def check_first_token(chosen: Sequence[LayerCall], context_shape: Sequence[int] | None) -> None:
+    """UsageError when no quantized layer reads a text of at least two tokens; ``context_shape`` is ``(T, D)``."""
+    if context_shape is None or context_shape[0] < 2 or not any(call.first_token_float for call in chosen):
+        raise UsageError(
+            "the first token cannot stay in float: this UNet quantizes no cross-attention "
+            f"({', '.join(READ_TEXT)}) over two or more tokens; leave out --first-token-float"
+        )
+
+
+def quantize_component(
+    model: LatentDiffusion,
+    name: str,
+    calibration: CalibrationSet,
+    spec: QuantSpec,
+    on_progress: OnProgress,
+    work: Path | None = None,
+) -> ComponentQuant:
+    """Quantize every Conv and Linear of one component that ``spec`` does not keep in float, and its attentions.
+
+    Sensitivity and reconstruction see float attention; its products are quantized behind them.
+    """
+    ready = prepare(model, name, spec)
+    if spec.max_mb is not None and name == "unet":
+        quant = mixed_quant(ready, calibration, spec, spec.max_mb, on_progress)
+    else:
+        quant = nearest_quant(ready, calibration, spec, on_progress, bool(spec.sensitivity or spec.float_macs))
+        quant = layers_back_to_float(quant, spec.float_macs)
+    if spec.reconstruction is not None:
+        folder = None if work is None else work / name
+        quant = reconstruct(ready.component, quant, calibration, name, spec.reconstruction, on_progress, folder)
+    attention = attention_ranges(ready.component, calibration, name, spec, on_progress) if spec.attention_bits else {}
+    return replace(quant, rewrites=ready.rewrites, attention=attention)
+
+
+def nearest_quant(
+    ready: Prepared, calibration: CalibrationSet, spec: QuantSpec, on_progress: OnProgress, sensitivity: bool
+) -> ComponentQuant:
+    """The component at ``spec.weight_bits``, rounded to nearest; with ``sensitivity`` each layer is measured alone."""
+    quant = ComponentQuant(
+        layers=nearest_layers(ready, calibration, spec, on_progress),
+        float_layers={call.name: FloatLayer("keep list", call.macs) for call in ready.kept},
+        macs={call.name: call.macs for call in ready.chosen},
     )
+    if not sensitivity:
+        return quant
+    found = measure_sensitivity(ready.component, quant, calibration, ready.name, on_progress)
+    return replace(quant, sensitivity_db=found)
 
 
-def quantized_layer(
-    call: LayerCall, inputs: StreamingHistogram, outputs: StreamingHistogram | None, spec: QuantSpec
+def mixed_quant(
+    ready: Prepared, calibration: CalibrationSet, spec: QuantSpec, max_mb: float, on_progress: OnProgress
+) -> ComponentQuant:
+    """Each layer at 4 or 8 weight bits, so that the integer weights fit into ``max_mb`` and the noise is least.
+
+    Ranges are observed once a width, for the equalizing ratios depend on it.
+    """
+    check_budget([call.module.weight.shape for call in ready.chosen], max_mb)
+    narrow, wide = (
+        nearest_quant(ready, calibration, replace(spec, weight_bits=bits), at_width(on_progress, bits), True)
+        for bits in WIDTHS
+    )
+    return widths_within(narrow, wide, max_mb)
+
+
+def at_width(on_progress: OnProgress, bits: int) -> OnProgress:
+    """``on_progress`` with the width named, so that each one has its own bars."""
+    return lambda what, done, total, note="": on_progress(f"{what} at {bits} bits", done, total, note)
+
+
+def nearest_layers(
+    ready: Prepared, calibration: CalibrationSet, spec: QuantSpec, on_progress: OnProgress
+) -> dict[str, LayerQuant]:
+    """Ranges, ratios and nearest-rounded weights of every chosen layer."""
+    component, name = ready.component, ready.name
+    in_stats, out_stats = channel_stats(component, ready.chosen, calibration, name, on_progress)
+    ratios = input_ratios(ready.groups, in_stats, spec) if spec.equalize else {}
+    spreads = {layer: output_spread(stats, spec.equalize) for layer, stats in out_stats.items()}
+    in_hist, out_hist = histograms(component, ready.chosen, calibration, name, ratios, spreads, on_progress)
+    layers = {}
+    for done, call in enumerate(ready.chosen, start=1):
+        two = spec.takes_two_passes(name, call.name)
+        layers[call.name] = nearest_layer(call, ratios.get(call.name), in_hist[call.name], spec, two)
+        if call.name in out_hist:
+            layers[call.name] = with_output(layers[call.name], out_hist[call.name], *spreads[call.name], spec)
+        on_progress(f"{name}: weights", done, len(ready.chosen))
+    return layers
+
+
+def input_ratios(
+    groups: Sequence[Sequence[LayerCall]], stats: Mapping[str, ChannelStats], spec: QuantSpec
+) -> dict[str, Tensor]:
+    """One equalizing ratio for each group of layers that share their input."""
+    ratios = {}
+    for group in groups:
+        ratio = equalizing_ratio(stats[group[0].name], [call.module.weight for call in group], spec.weight_bits)
+        ratios.update({call.name: ratio for call in group})
+    return ratios
+
+
+def output_spread(stats: ChannelStats, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """``(center, ratio)``, float32[out] each: what makes a Conv's output channels alike; (0, 1) when not equalized."""
+    if not per_channel:
+        return torch.zeros_like(stats.low), torch.ones_like(stats.low)
+    span = (stats.high - stats.low).clamp(min=1e-6 * float((stats.high - stats.low).max()))
+    return (stats.high + stats.low) / 2, span / span.median()
+
+
+def nearest_layer(
+    call: LayerCall, ratio: Tensor | None, inputs: StreamingHistogram, spec: QuantSpec, two_passes: bool
 ) -> LayerQuant:
-    """Integer weight by nearest rounding at the MSE scale, and the MSE ranges of the layer's activations."""
+    """Integer weight by nearest rounding, and the range of the layer's input."""
     weight = call.module.weight.detach()
-    scale = mse_scale(weight, spec.weight_bits)
+    if ratio is not None:
+        weight = weight * ratio.reshape(1, -1, *[1] * (weight.dim() - 2))
+    scale = (minmax_scale if spec.observer == "minmax" else mse_scale)(weight, spec.weight_bits)
+    observer = "minmax" if two_passes else spec.observer  # a second pass mends what was rounded, not clipped
     return LayerQuant(
         weight=nearest_codes(weight, scale, spec.weight_bits),
         weight_scale=scale.numpy(),
         weight_bits=spec.weight_bits,
-        input=mse_affine(inputs, spec.act_bits),
-        output=None if outputs is None else mse_affine(outputs, spec.act_bits),
+        input=affine_of(inputs, observer, spec.act_bits),
+        symmetric_scale=symmetric_scale_of(inputs, observer, spec.act_bits),
+        input_ratio=None if ratio is None else ratio.numpy(),
+        passes=2 if two_passes else 1,
+        first_token_float=call.first_token_float,
     )
 
 
-def observe(
-    component: Component, chosen: list[LayerCall], calibration: CalibrationSet, name: str, on_progress: OnProgress
-) -> dict[str, tuple[StreamingHistogram, StreamingHistogram | None]]:
-    """Histograms of each layer's input, and of a Conv's output, over all calibration data."""
-    ranges = {
-        call.name: (StreamingHistogram(), StreamingHistogram() if isinstance(call.module, nn.Conv2d) else None)
-        for call in chosen
-    }
-
-    def watch(layer: str) -> ForwardHook:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs, outputs = ranges[layer]
-            inputs.add(args[0])
-            if outputs is not None:
-                outputs.add(output)
-
-        return hook
-
-    handles = [call.module.register_forward_hook(watch(call.name)) for call in chosen]
-    done = 0
-    try:
-        with torch.no_grad():
-            for feeds in calibration.batches(name, BATCH):
-                component(**feeds)
-                done += len(next(value for value in feeds.values() if value.dim() > 0))
-                on_progress(f"{name}: ranges", done, calibration.count(name))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ranges
+def with_output(
+    layer: LayerQuant, outputs: StreamingHistogram, center: Tensor, ratio: Tensor, spec: QuantSpec
+) -> LayerQuant:
+    """``layer`` with its output's range, per channel where it is equalized."""
+    if not spec.equalize:
+        return replace(layer, output=affine_of(outputs, spec.observer, spec.act_bits))
+    top = 2**spec.act_bits - 1
+    scale = symmetric_scale_of(outputs, spec.observer, spec.act_bits) * (top - 1) / top  # 255 steps, not 254
+    zero_point = (top / 2 - center / (scale * ratio)).round().clamp(0, top)
+    return replace(
+        layer,
+        output=Affine(scale, CENTER),
+        output_ratio=ratio.numpy(),
+        output_zero_point=zero_point.to(torch.uint8).numpy(),
+    )

@@ -11,7 +11,7 @@ import onnx
 
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import AuditError
-from qdeploy.export.passes.name_by_layer import CODES
+from qdeploy.export.passes.name_by_layer import CODES, PRODUCTS
 from qdeploy.table import ComponentQuant
 
 INTEGER_OPS = {"QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"}
@@ -57,13 +57,19 @@ class Audit:
 
 
 def audit_graph(path: Path, engine: str, quant: ComponentQuant) -> Audit:
-    """Load ``path`` in ``engine``, take the graph it optimized for itself, and look each layer up."""
+    """Load ``path`` in ``engine``, take the graph it optimized for itself, and look each layer and attention up.
+
+    An attention's products have no MACs in the table: the share is that of Conv and Linear alone.
+    """
     with tempfile.TemporaryDirectory(prefix="qdeploy-audit-") as scratch:
         optimized = Path(scratch) / "optimized.onnx"
         engine_named(engine).open_session(path, EngineOptions(optimized_path=optimized)).close()
         graph = onnx.load(optimized, load_external_data=False).graph
     users = consumers_of(graph)
     findings = tuple(Finding(name, op_of_layer(name, users), quant.macs[name]) for name in quant.layers)
+    op_types = {node.name: node.op_type for node in graph.node}
+    products = [f"{attention}.{product}" for attention in quant.attention for product in PRODUCTS]
+    findings += tuple(Finding(name, op_types.get(name, ""), 0) for name in products)
     return Audit(findings, sum(layer.macs for layer in quant.float_layers.values()))
 
 
@@ -77,16 +83,19 @@ def consumers_of(graph: onnx.GraphProto) -> Mapping[str, list[onnx.NodeProto]]:
 
 
 def op_of_layer(layer: str, users: Mapping[str, list[onnx.NodeProto]]) -> str:
-    """Op type that consumes the layer's integer codes, looking through a live DequantizeLinear.
+    """Op type that consumes the layer's integer codes; where several do, one that is not integer if there is one.
 
     ONNX Runtime may have changed the codes to unsigned (``..._s8_2_u8``) or laid them out anew, but
     it keeps the beginning of their name.
     """
     codes = layer + CODES
-    for name, nodes in users.items():
-        if name == codes or name.startswith((codes + "_", codes + ".")):
-            node = nodes[0]
-            while node.op_type in ("DequantizeLinear", "Transpose", "Cast") and node.output[0] in users:
-                node = users[node.output[0]][0]
-            return node.op_type
-    return ""
+    tensors = [name for name in users if name == codes or name.startswith((codes + "_", codes + "."))]
+    ops = [op_type for name in tensors for node in users[name] for op_type in consuming_ops(node, users)]
+    return next((op_type for op_type in ops if op_type not in INTEGER_OPS), ops[0] if ops else "")
+
+
+def consuming_ops(node: onnx.NodeProto, users: Mapping[str, list[onnx.NodeProto]]) -> list[str]:
+    """Op types that in the end read what ``node`` reads, looking through live DequantizeLinear and the like."""
+    if node.op_type in ("DequantizeLinear", "Transpose", "Cast") and node.output[0] in users:
+        return [op_type for reader in users[node.output[0]] for op_type in consuming_ops(reader, users)]
+    return [node.op_type]

@@ -24,8 +24,9 @@ from qdeploy.export.parity import measure_parity
 from qdeploy.export.targets import lower
 from qdeploy.files import staged_folder
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.progress import OnProgress, silent
-from qdeploy.simulate import quantized_twin
+from qdeploy.simulate.twin import quantized_twin
 from qdeploy.spec import COMPONENTS, GRAPH_BATCH, TargetSpec
 from qdeploy.table import ComponentQuant, QuantTable
 
@@ -48,6 +49,8 @@ def export_bundle(
     """
     if table is not None and table.model_sha256 != model.sha256:
         raise TableError(f"the table was made for other weights than {model.source} holds; quantize this model again")
+    if table is not None:
+        check_exportable(table)
     precision = "fp32" if table is None else "int8"
     with staged_folder(out) as folder:
         infos = {}
@@ -56,6 +59,8 @@ def export_bundle(
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
             infos[name] = export_component(model, name, quant, probes, target, folder / name)
+        if table is not None and table.noise_correction is not None:
+            save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
         write_tokenizer(model, folder / TOKENIZER)
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(model.scheduler_config), indent=1) + "\n", encoding="utf-8")
@@ -113,6 +118,16 @@ def export_component(
         simulator_sqnr_db=parity.simulator_db,
         engine_sqnr_db=parity.engine_db,
     )
+
+
+def check_exportable(table: QuantTable) -> None:
+    """ExportError when the table holds what only the simulator computes."""
+    wide = [name for quant in table.components.values() for name, one in quant.attention.items() if one.bits == 16]
+    if wide:
+        raise ExportError(
+            f"{wide[0]} and {len(wide) - 1} more attentions are quantized to 16 bits, which no engine has integer "
+            "kernels for; quantize again with --attention-bits 8, or 0 for float attention"
+        )
 
 
 def save_graph(graph: ir.Model, path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdeploy.calibrate.ranges import MSE_POWER, StreamingHistogram, mse_affine
+from qdeploy.calibrate.ranges import MSE_POWER, StreamingHistogram, affine_of
 from qdeploy.calibrate.weights import mse_scale, nearest_codes, weight_range
 from qdeploy.errors import CalibrationError
 from qdeploy.numerics import affine_from_range, dequantize_linear, quantize_linear
@@ -46,18 +46,18 @@ def test_mse_range_is_no_worse_than_min_max(shape: str) -> None:
         "outliers": torch.cat([x, torch.tensor([60.0, -40.0])]),
         "positive": x.abs(),
     }[shape]
-    found = mse_affine(filled(x))
+    found = affine_of(filled(x), "mse")
     full = affine_from_range(float(x.min()), float(x.max()))
     assert loss(x.numpy(), found.scale, found.zero_point) <= loss(x.numpy(), *full) * 1.001
 
 
 def test_mse_range_clips_far_outliers() -> None:
     x = torch.cat([torch.randn(100_000, generator=torch.Generator().manual_seed(0)), torch.tensor([1000.0])])
-    assert mse_affine(filled(x)).scale * 255 < 1000
+    assert affine_of(filled(x), "mse").scale * 255 < 1000
 
 
 def test_a_constant_zero_activation_gives_a_usable_scale() -> None:
-    assert mse_affine(filled(torch.zeros(10))).scale > 0
+    assert affine_of(filled(torch.zeros(10)), "mse").scale > 0
 
 
 def test_nan_is_refused() -> None:

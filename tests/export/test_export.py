@@ -11,7 +11,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import qdeploy
 from qdeploy.bundle import open_bundle
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import AuditError, ParityError, TableError
 from qdeploy.export.audit import audit_graph
@@ -19,9 +22,43 @@ from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import Parity, measure_parity
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.simulate import quantized_twin
-from qdeploy.spec import target_named
+from qdeploy.simulate.twin import quantized_twin
+from qdeploy.spec import QuantSpec, target_named
 from qdeploy.table import QuantTable
+
+
+@pytest.fixture(scope="session")
+def w4a8(tiny_model: LatentDiffusion, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with everything on that the table can say: 4 bits, rewrites, two passes, noise correction."""
+    spec = QuantSpec(weight_bits=4, rewrites=("split_skips", "timestep_table"), noise_correction=True)
+    made = quantize_model(tiny_model, calibration, spec)
+    folder = tmp_path_factory.mktemp("bundles") / "w4a8"
+    export_bundle(tiny_model, made, target_named("ort-cpu"), folder)
+    return folder
+
+
+def test_four_bit_weights_lie_in_the_file_as_int4_and_run_as_int8(w4a8: Path, int8_bundle: Path) -> None:
+    graph = onnx.load(w4a8 / "unet" / "model.onnx", load_external_data=False).graph
+    stored = [tensor for tensor in graph.initializer if tensor.name.endswith(".codes_int4")]
+    assert len(stored) > 50
+    assert {tensor.data_type for tensor in stored} == {onnx.TensorProto.INT4}
+    assert open_bundle(w4a8).manifest.components["unet"].integer_mac_share > 0.97
+    size = {folder: (folder / "text_encoder" / "model.onnx.data").stat().st_size for folder in (w4a8, int8_bundle)}
+    assert size[w4a8] < size[int8_bundle]
+
+
+def test_two_passes_are_two_integer_products(int8_bundle: Path, table: QuantTable) -> None:
+    graph = onnx.load(int8_bundle / "unet" / "model.onnx", load_external_data=False).graph
+    names = {node.name for node in graph.node if node.op_type == "MatMul"}
+    twice = [name for name, layer in table.components["unet"].layers.items() if layer.passes == 2]
+    assert twice
+    assert all({name, f"{name}.rest"} <= names for name in twice)
+
+
+def test_the_runtime_applies_the_tables_noise_correction(w4a8: Path) -> None:
+    assert "unet/noise_correction.safetensors" in open_bundle(w4a8).files
+    with qdeploy.load(w4a8) as pipe:
+        assert np.isfinite(pipe("a cat", steps=3, seed=1).latents).all()
 
 
 def test_every_layer_of_the_table_runs_in_integers(int8_bundle: Path, table: QuantTable) -> None:
@@ -153,7 +190,7 @@ def test_saturation_free_on_every_cpu(int8_bundle: Path, tmp_path: Path) -> None
     from torch import nn
 
     from qdeploy.models.components import Component
-    from qdeploy.simulate import QuantLinear
+    from qdeploy.simulate.layers import QuantLinear
     from qdeploy.table import Affine, LayerQuant
 
     class One(Component):

@@ -2,31 +2,43 @@
 
 1. Initializers lose the wrapper's prefix: ``inner.down.0.conv1.bias`` -> ``down.0.conv1.bias``.
 2. A Conv, MatMul or Gemm whose weight is ``LAYER.weight`` (float) or comes by DequantizeLinear
-   from ``LAYER.weight_quant.codes`` (integer) is named ``LAYER``.
+   from ``LAYER.weight_quant.codes`` (integer) is named ``LAYER``; a second one, reading what the first
+   pass over the activation rounded off, ``LAYER.rest``.
+3. The two products of a quantized attention, found by the module that they were traced in, are named
+   ``ATTENTION.scores`` and ``ATTENTION.values``.
 """
 
 from __future__ import annotations
+
+import ast
 
 import onnx_ir as ir
 
 PREFIX = "inner."
 CODES = ".weight_quant.codes"
 FLOAT_WEIGHT = ".weight"
+PRODUCTS = ("scores", "values")  # in order of computation
+PROCESSOR = ".processor"
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of the exporter: a list literal, outermost module first
 LAYER_OPS = ("Conv", "MatMul", "Gemm")
 
 
 def name_by_layer(model: ir.Model) -> int:
-    """Rename in place; the number of layers named."""
+    """Rename in place; the number of layers and attention products named."""
     for name, value in list(model.graph.initializers.items()):
         if name.startswith(PREFIX):
             value.name = name.removeprefix(PREFIX)
-    named = 0
+    named: set[str] = set()
     for node in model.graph:
         layer = layer_of(node) if node.op_type in LAYER_OPS else None
         if layer is not None:
-            node.name = layer
-            named += 1
-    return named
+            node.name = f"{layer}.rest" if layer in named else layer
+            named.add(layer)
+        elif node.op_type == "MatMul" and (attention := attention_of(node)) is not None:
+            scores, values = (f"{attention}.{product}" for product in PRODUCTS)
+            node.name = values if scores in named else scores
+            named.add(node.name)
+    return len(named)
 
 
 def layer_of(node: ir.Node) -> str | None:
@@ -39,6 +51,13 @@ def layer_of(node: ir.Node) -> str | None:
             if source.name.endswith(suffix):
                 return source.name.removesuffix(suffix)
     return None
+
+
+def attention_of(node: ir.Node) -> str | None:
+    """The ``Attention`` whose processor itself computes ``node``; None in float, where a processor is no module."""
+    scopes: list[str] = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
+    module = "" if len(scopes) < 2 else scopes[-2]  # the last one is the node's own
+    return module.removesuffix(PROCESSOR).removeprefix(PREFIX) if module.endswith(PROCESSOR) else None
 
 
 def _through_dequantize(value: ir.Value | None) -> ir.Value | None:

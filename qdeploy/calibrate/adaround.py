@@ -1,0 +1,118 @@
+"""AdaRound: learn for each weight whether it is rounded down or up (Nagel et al. 2020, arXiv 2004.10568).
+
+Symbols are the paper's: V the continuous variable, h(V) the rectified sigmoid (eq. 23), f_reg the
+regularizer that pushes h to 0 or 1 (eq. 24). :class:`SoftLayer` is a Conv or Linear in training:
+weight rounded by h(V), input quantized with a straight-through gradient (LSQ, Esser et al. 2020,
+arXiv 1902.08153) to the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdeploy.calibrate.observe import along, channel_axis
+from qdeploy.calibrate.weights import weight_range
+from qdeploy.spec import Reconstruction
+from qdeploy.table import Affine, LayerQuant
+
+ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid
+BETA_HIGH, BETA_LOW = 20.0, 2.0
+WARM_UP = 0.2  # share of the iterations without regularizer
+LAMBDA = 0.01
+
+
+def h(v: Tensor) -> Tensor:
+    """``clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)``, eq. 23."""
+    return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def v_of(share: Tensor) -> Tensor:
+    """The V whose h(V) is ``share``, in 0..1 (not the ends, where h is flat)."""
+    unit = (share - GAMMA) / (ZETA - GAMMA)
+    return torch.log(unit / (1 - unit))
+
+
+def regularizer(v: Tensor, beta: float) -> Tensor:
+    """``sum(1 - |2 h(V) - 1|^beta)``, eq. 24."""
+    return (1 - (2 * h(v) - 1).abs().pow(beta)).sum()
+
+
+def beta_at(progress: float) -> float:
+    """Annealed from 20 to 2 by a cosine once the warm-up share of ``progress`` 0..1 is over."""
+    after = max(0.0, (progress - WARM_UP) / (1 - WARM_UP))
+    return BETA_LOW + 0.5 * (BETA_HIGH - BETA_LOW) * (1 + math.cos(after * math.pi))
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had happened."""
+    return x + (torch.round(x) - x).detach()
+
+
+class SoftLayer(nn.Module):
+    """A Conv or Linear whose rounding, bias and input scale are being learned."""
+
+    ratio: Tensor
+    weight_scale: Tensor
+    floor: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, quant: LayerQuant, settings: Reconstruction) -> None:
+        super().__init__()
+        self.layer, self.quant = layer, quant
+        self.low, self.high = weight_range(quant.weight_bits)
+        ratio = torch.ones(layer.weight.shape[1]) if quant.input_ratio is None else torch.from_numpy(quant.input_ratio)
+        self.register_buffer("ratio", ratio)
+        self.register_buffer("weight_scale", along(torch.from_numpy(quant.weight_scale), layer.weight, 0))
+        steps = layer.weight.detach() * along(ratio, layer.weight, 1) / self.weight_scale
+        self.register_buffer("floor", steps.floor())
+        self.v = nn.Parameter(v_of(steps - self.floor), requires_grad=settings.learn_rounding)
+        self.hard = not settings.learn_rounding
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.log_scale = nn.Parameter(
+            torch.tensor(math.log(quant.input.scale)), requires_grad=settings.learn_act_scales and quant.passes == 1
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.quant.first_token_float:  # float[B, T, C]; the first token knows no rounding, so none is learned on it
+            return torch.cat([self.layer(x[:, :1]), self.soft(x[:, 1:])], dim=1)
+        return self.soft(x)
+
+    def soft(self, x: Tensor) -> Tensor:
+        """The layer with its weight and input as rounded so far."""
+        x, weight = self.quantized(x), self.weight()
+        if isinstance(self.layer, nn.Conv2d):
+            conv = self.layer
+            return F.conv2d(x, weight, self.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return F.linear(x, weight, self.bias)
+
+    def weight(self) -> Tensor:
+        """The weight as the layer sees it, ratio taken out again."""
+        return self.codes() * self.weight_scale / along(self.ratio, self.floor, 1)
+
+    def codes(self) -> Tensor:
+        """``clip(floor(w / s) + h(V))``; h rounded once ``hard``."""
+        up = (self.v > 0).float() if self.hard else h(self.v)
+        return (self.floor + up).clamp(self.low, self.high)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """Input through its 8-bit quantizer; two passes leave nothing to learn and next to nothing rounded."""
+        if self.quant.passes == 2:
+            return x
+        scale = self.log_scale.exp() * along(self.ratio, x, channel_axis(self.layer, x))
+        zero_point = self.quant.input.zero_point
+        return ((round_through(x / scale) + zero_point).clamp(0, 255) - zero_point) * scale
+
+    def result(self) -> LayerQuant:
+        """What was learned, as the table holds it."""
+        with torch.no_grad():
+            self.hard = True
+            return replace(
+                self.quant,
+                weight=self.codes().to(torch.int8).numpy() if self.v.requires_grad else self.quant.weight,
+                input=Affine(float(self.log_scale.exp()), self.quant.input.zero_point),
+                bias=None if self.bias is None else self.bias.detach().numpy().copy(),
+            )

@@ -1,0 +1,239 @@
+"""Convolutions and linear layers on integer weights and quantized activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qdeploy.errors import TableError
+from qdeploy.simulate import ops  # noqa: F401 - registers the ops used below
+from qdeploy.table import Affine, LayerQuant
+
+CODE_TYPES = {8: torch.uint8, 16: torch.uint16}  # by bits
+
+
+class Quantize(nn.Module):
+    """An activation to ``uint8`` (or ``uint16``): per tensor, or per channel where a ratio equalizes them."""
+
+    def __init__(self, affine: Affine, ratio: Tensor | None) -> None:
+        super().__init__()
+        self.per_channel = ratio is not None
+        scale = torch.tensor(affine.scale, dtype=torch.float32)
+        zero_point = torch.tensor(affine.zero_point, dtype=CODE_TYPES[affine.bits])
+        self.register_buffer("scale", scale if ratio is None else scale * ratio)
+        self.register_buffer("zero_point", zero_point if ratio is None else zero_point.expand(len(ratio)).contiguous())
+
+    def forward(self, x: Tensor, axis: int) -> Tensor:
+        if self.per_channel:
+            return torch.ops.qdeploy.quantize_channels(x, self.scale, self.zero_point, axis)
+        return torch.ops.qdeploy.quantize_linear(x, self.scale, self.zero_point)
+
+    def rest(self, x: Tensor, q: Tensor, axis: int) -> Tensor:
+        """What quantizing to ``q`` took off ``x``."""
+        if self.per_channel:
+            return x - torch.ops.qdeploy.dequantize_channels(q, self.scale, self.zero_point, axis)
+        return x - torch.ops.qdeploy.dequantize_linear(q, self.scale, self.zero_point)
+
+
+class Dequantize(nn.Module):
+    """``uint8`` codes back to float, per tensor, as every integer kernel wants its input."""
+
+    def __init__(self, affine: Affine) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(affine.scale, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor(affine.zero_point, dtype=CODE_TYPES[affine.bits]))
+
+    def forward(self, q: Tensor) -> Tensor:
+        return torch.ops.qdeploy.dequantize_linear(q, self.scale, self.zero_point)
+
+
+class WeightQuant(nn.Module):
+    """Integer weight with one symmetric scale per output channel, along ``axis``."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        return torch.ops.qdeploy.dequantize_weight(self.codes, self.scale, self.axis)
+
+
+class OutputQuant(nn.Module):
+    """Quantize a Conv's output per tensor and dequantize it per channel (or per tensor, without a ratio)."""
+
+    def __init__(self, layer: LayerQuant) -> None:
+        super().__init__()
+        assert layer.output is not None
+        self.quantize = Quantize(layer.output, None)
+        self.per_channel = layer.output_ratio is not None
+        if self.per_channel:
+            self.register_buffer("scale", torch.from_numpy(layer.output_ratio) * layer.output.scale)
+            self.register_buffer("zero_point", torch.from_numpy(layer.output_zero_point))
+        else:
+            self.dequantize = Dequantize(layer.output)
+
+    def forward(self, y: Tensor) -> Tensor:
+        q = self.quantize(y, 1)
+        if self.per_channel:
+            return torch.ops.qdeploy.dequantize_channels(q, self.scale, self.zero_point, 1)
+        return self.dequantize(q)
+
+
+class QuantConv2d(nn.Module):
+    """A Conv2d on quantized input and weight; quantizes its output too where the target needs that."""
+
+    def __init__(self, conv: nn.Conv2d, layer: LayerQuant, quantize_output: bool) -> None:
+        super().__init__()
+        if layer.passes != 1:
+            raise TableError("a spatial convolution takes its activation in one pass; keep it in float instead")
+        if quantize_output and layer.output is None:
+            raise TableError("the target needs this convolution's output range, which the table lacks; quantize again")
+        self.input_quant = Quantize(layer.input, optional_tensor(layer.input_ratio))
+        self.input_dequant = Dequantize(layer.input)
+        weight_scale, bias = torch.from_numpy(layer.weight_scale), bias_of(conv, layer)
+        if quantize_output and layer.output is not None:
+            weight_scale, bias = onto_output_grid(weight_scale, bias, layer)
+        self.weight_quant = WeightQuant(torch.from_numpy(layer.weight), weight_scale, axis=0)
+        self.output_quant = OutputQuant(layer) if quantize_output else nn.Identity()
+        self.bias = frozen(bias)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input_dequant(self.input_quant(x, 1))
+        y = F.conv2d(x, self.weight_quant(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.output_quant(y)
+
+
+def onto_output_grid(weight_scale: Tensor, bias: Tensor | None, layer: LayerQuant) -> tuple[Tensor, Tensor | None]:
+    """Weight scale and bias of ``(y - offset) / output_ratio``, the bias as an integer Conv really adds it:
+
+    a whole multiple of input scale x weight scale.
+    """
+    assert layer.output is not None
+    if layer.output_ratio is not None and layer.output_zero_point is not None:
+        ratio = torch.from_numpy(layer.output_ratio)
+        offset = torch.from_numpy(layer.output_zero_point.astype(np.float32) - layer.output.zero_point)
+        weight_scale = weight_scale / ratio
+        bias = (torch.zeros_like(ratio) if bias is None else bias / ratio) + offset * layer.output.scale
+    if bias is None:
+        return weight_scale, None
+    step = weight_scale * layer.input.scale
+    return weight_scale, torch.round(bias / step) * step
+
+
+class QuantMatMul(nn.Module):
+    """The product that Linear and 1x1 Conv share: weight stored as [in, out], float result.
+
+    That order lets engines see DQ-DQ-MatMul directly: a Transpose behind the weight's DQ makes ONNX
+    Runtime fall back to a float Gemm.
+    """
+
+    def __init__(self, layer: LayerQuant) -> None:
+        super().__init__()
+        ratio = optional_tensor(layer.input_ratio)
+        self.input_quant = Quantize(layer.input, ratio)
+        self.input_dequant = Dequantize(layer.input)
+        codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T.contiguous()
+        self.weight_quant = WeightQuant(codes, torch.from_numpy(layer.weight_scale), axis=1)
+        self.passes = layer.passes
+        if layer.passes == 2:  # the rest lies within half a step on each side
+            fine = Affine(layer.input.scale / 255, 128)
+            self.rest_quant = Quantize(fine, ratio)
+            self.rest_dequant = Dequantize(fine)
+
+    def product(self, x: Tensor, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
+        """``x`` has its channels on ``axis``; ``order`` permutes the codes so that they come last."""
+        q = self.input_quant(x, axis)
+        y = self._matmul(q, self.input_dequant, order)
+        if self.passes == 2:
+            rest = self.rest_quant(self.input_quant.rest(x, q, axis), axis)
+            y = y + self._matmul(rest, self.rest_dequant, order)
+        return y
+
+    def _matmul(self, q: Tensor, dequant: Dequantize, order: tuple[int, ...] | None) -> Tensor:
+        return torch.matmul(dequant(q if order is None else q.permute(order)), self.weight_quant())
+
+
+class QuantLinear(QuantMatMul):
+    """A Linear; its bias has the output's rank, since ONNX Runtime makes a float Gemm of a rank-1 one."""
+
+    def __init__(self, linear: nn.Linear, layer: LayerQuant) -> None:
+        super().__init__(layer)
+        bias = bias_of(linear, layer)
+        self.bias = frozen(None if bias is None else bias[None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x, x.dim() - 1)
+        return y if self.bias is None else y + (self.bias if x.dim() == 3 else self.bias.reshape(-1))
+
+
+class FloatMatMul(nn.Module):
+    """A float Linear, its weight seen as [in, out]: the exporter folds a transposed one and so loses its name."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().T, requires_grad=False)
+        self.bias = frozen(None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class QuantLinearFirstFloat(QuantLinear):
+    """A Linear over ``float32[B, T, in]`` whose first token goes through the float layer, the others in integers.
+
+    The text's first token is the same outlier in every prompt, and sets the range of all others if it
+    shares their quantizer (MixDQ, Zhao et al. 2024, arXiv 2405.17873). The float weight is the
+    model's own, so a bundle holds it besides the codes.
+    """
+
+    def __init__(self, linear: nn.Linear, layer: LayerQuant) -> None:
+        super().__init__(linear, layer)
+        self.first_token = FloatMatMul(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first_token(x[:, :1]), super().forward(x[:, 1:])], dim=1)
+
+
+class QuantPointwise(QuantMatMul):
+    """A 1x1 Conv as a product over channels: no engine needs Q behind it, so its output stays float."""
+
+    def __init__(self, conv: nn.Conv2d, layer: LayerQuant) -> None:
+        super().__init__(layer)
+        bias = bias_of(conv, layer)
+        self.bias = frozen(None if bias is None else bias[None, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x, 1, (0, 2, 3, 1))
+        return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a layer is a 1x1 Conv that is nothing but a product over channels."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid", "same")
+        and module.groups == 1
+    )
+
+
+def bias_of(module: nn.Conv2d | nn.Linear, layer: LayerQuant) -> Tensor | None:
+    """The table's corrected bias, else the module's own."""
+    if layer.bias is not None:
+        return torch.from_numpy(layer.bias)
+    return None if module.bias is None else module.bias.detach()
+
+
+def optional_tensor(array: NDArray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,69 @@
+"""Equalization never expects more noise than leaving a layer alone, and really gives less on uneven channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qdeploy.calibrate.equalize import WeightShape, equalizing_ratio, expected_noise
+from qdeploy.calibrate.observe import ChannelStats
+
+
+def stats_of(x: torch.Tensor) -> ChannelStats:
+    stats = ChannelStats()
+    for chunk in x.split(16):
+        stats.add(chunk, x.dim() - 1)
+    return stats
+
+
+def test_stats_are_those_of_all_data() -> None:
+    x = torch.randn(50, 7, 5) * torch.tensor([1.0, 2, 3, 4, 5])
+    stats = stats_of(x)
+    flat = x.reshape(-1, 5)
+    assert torch.equal(stats.low, flat.amin(dim=0))
+    assert torch.equal(stats.high, flat.amax(dim=0))
+    assert torch.allclose(stats.power, flat.square().mean(dim=0))
+
+
+def test_stats_of_a_convolutions_channels() -> None:
+    x = torch.randn(6, 3, 4, 5)
+    stats = ChannelStats()
+    stats.add(x, 1)
+    assert torch.equal(stats.high, x.amax(dim=(0, 2, 3)))
+    assert stats.count == 6 * 4 * 5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_expected_noise_never_rises(bits: int) -> None:
+    torch.manual_seed(bits)
+    x = torch.randn(200, 32) * torch.logspace(-2, 1, 32)
+    weight = torch.randn(16, 32)
+    stats, shapes = stats_of(x), [WeightShape.of(weight, bits)]
+    ratio = equalizing_ratio(stats, [weight], bits)
+    assert expected_noise(ratio, stats, shapes, 8) <= expected_noise(torch.ones(32), stats, shapes, 8)
+
+
+def test_the_expected_noise_is_what_rounding_really_does() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.rand(4000, 32) * 2 - 1, torch.randn(16, 32)
+    stats = stats_of(x)
+    step = (stats.high.max() - stats.low.min()) / 255
+    w_step = weight.abs().amax(dim=1, keepdim=True) / 127
+    error = torch.round(x / step) * step @ (torch.round(weight / w_step) * w_step).T - x @ weight.T
+    measured = float(error.square().mean(dim=0).sum())
+    assert expected_noise(torch.ones(32), stats, [WeightShape.of(weight, 8)], 8) == pytest.approx(measured, rel=0.15)
+
+
+def test_uneven_channels_are_evened() -> None:
+    torch.manual_seed(0)
+    size = torch.logspace(-2, 1, 32)
+    ratio = equalizing_ratio(stats_of(torch.randn(500, 32) * size), [torch.randn(16, 32) / size], 8)
+    assert float(ratio[-1] / ratio[0]) > 30
+
+
+def test_a_dead_channel_divides_by_nothing() -> None:
+    x = torch.randn(100, 4)
+    x[:, 2] = 0
+    ratio = equalizing_ratio(stats_of(x), [torch.randn(8, 4)], 8)
+    assert torch.isfinite(ratio).all()
+    assert (ratio > 0).all()

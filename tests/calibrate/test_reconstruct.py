@@ -1,0 +1,143 @@
+"""AdaRound's pieces are the paper's; a reconstructed block is never worse than a rounded one; a run resumes exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qdeploy.calibrate.adaround import BETA_HIGH, BETA_LOW, SoftLayer, beta_at, h, regularizer, v_of
+from qdeploy.calibrate.cache import CallCache
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.quantize import quantize_component
+from qdeploy.calibrate.reconstruct import reconstruct
+from qdeploy.calibrate.units import units_of
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.numerics import sqnr_db
+from qdeploy.progress import silent
+from qdeploy.simulate.twin import quantized_twin
+from qdeploy.spec import QuantSpec, Reconstruction
+from qdeploy.table import ComponentQuant
+
+SETTINGS = Reconstruction(iterations=40, samples=12, batch=4)
+
+
+@given(st.floats(0.001, 0.999))
+def test_v_of_is_the_inverse_of_h(share: float) -> None:
+    assert float(h(v_of(torch.tensor(share)))) == pytest.approx(share, abs=1e-5)
+
+
+def test_the_regularizer_is_least_where_rounding_is_decided() -> None:
+    decided, undecided = torch.tensor([-10.0, 10.0]), torch.tensor([0.0, 0.0])
+    assert float(regularizer(decided, 2.0)) == pytest.approx(0)
+    assert float(regularizer(undecided, 2.0)) == pytest.approx(2)
+
+
+def test_beta_falls_from_high_to_low_after_the_warm_up() -> None:
+    assert beta_at(0.0) == beta_at(0.2) == BETA_HIGH
+    assert beta_at(1.0) == pytest.approx(BETA_LOW)
+    assert BETA_LOW < beta_at(0.6) < BETA_HIGH
+
+
+@pytest.fixture(scope="module")
+def four_bits(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> ComponentQuant:
+    return quantize_component(
+        tiny_model, "vae_decoder", calibration, QuantSpec(weight_bits=4, observer="minmax"), silent
+    )
+
+
+def test_a_soft_layer_starts_as_the_float_weight_and_ends_on_the_grid(
+    tiny_model: LatentDiffusion, four_bits: ComponentQuant
+) -> None:
+    name, quant = next(iter(four_bits.layers.items()))
+    layer = tiny_model.vae_decoder.inner.get_submodule(name)
+    soft = SoftLayer(layer, quant, SETTINGS)
+    scale = torch.from_numpy(quant.weight_scale).reshape(-1, 1, 1, 1)
+    assert torch.allclose(soft.weight(), layer.weight, atol=float(scale.max()) * 1e-4)
+    assert np.array_equal(soft.result().weight, quant.weight)  # untouched V rounds to nearest
+
+
+def outputs_db(model: LatentDiffusion, quant: ComponentQuant, calibration: CalibrationSet) -> float:
+    twin = quantized_twin(model.vae_decoder, quant, False)
+    with torch.no_grad():
+        pairs = [(model.vae_decoder(**f).numpy(), twin(**f).numpy()) for f in calibration.batches("vae_decoder", 2)]
+    return sqnr_db(np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))
+
+
+def test_reconstruction_beats_nearest_rounding(
+    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant
+) -> None:
+    learned = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", SETTINGS, silent)
+    assert outputs_db(tiny_model, learned, calibration) > outputs_db(tiny_model, four_bits, calibration) + 2
+    for name, layer in learned.layers.items():
+        moved = np.abs(layer.weight.astype(int) - four_bits.layers[name].weight)
+        assert moved.max() <= 1  # up or down, never further
+
+
+def test_both_halves_of_a_split_layer_are_in_one_unit(tiny_model: LatentDiffusion) -> None:
+    from qdeploy.models.rewrites import apply_rewrite, copy_of
+
+    split = copy_of(tiny_model.unet)
+    (first, *_) = apply_rewrite(split, "split_skips")
+    (unit,) = units_of(split.inner, [f"{first}.h", f"{first}.skip"])
+    assert unit.layers == (f"{first}.h", f"{first}.skip")
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(SETTINGS, iterations=6)
+    done_units = set()
+
+    def stop_midway(what: str, done: int, total: int, note: str = "") -> None:
+        done_units.add(note.partition(",")[0])
+        if len(done_units) == 4:
+            raise InterruptedRunError
+
+    def run(on_progress: object, work: Path) -> ComponentQuant:
+        return reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", settings, on_progress, work)
+
+    whole = run(silent, tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        run(stop_midway, tmp_path / "part")
+    kept = sorted((tmp_path / "part").rglob("*.safetensors"))
+    assert len(kept) == 3
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    resumed = run(silent, tmp_path / "part")
+    assert [path.stat().st_mtime_ns for path in kept] == stamps  # taken over, not done again
+    for name, layer in whole.layers.items():
+        assert np.array_equal(layer.weight, resumed.layers[name].weight), name
+        assert layer.input == resumed.layers[name].input
+        assert np.array_equal(layer.bias, resumed.layers[name].bias)
+
+
+def test_other_settings_start_anew(
+    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant, tmp_path: Path
+) -> None:
+    for iterations in (1, 2):
+        settings = dataclasses.replace(SETTINGS, iterations=iterations)
+        reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", settings, silent, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_cache_gives_back_what_was_called(tmp_path: Path) -> None:
+    cache = CallCache(tmp_path)
+    x = torch.arange(12.0).reshape(6, 2)
+    cache.append((x[:4], None), {"scale": 2.0, "mask": torch.tensor([True, False, True, True])}, 4)
+    cache.append((x[4:], None), {"scale": 2.0, "mask": torch.tensor([False, True])}, 2)
+    args, kwargs = cache.read(np.array([5, 0]), "cpu")
+    assert torch.equal(args[0], x[[5, 0]])
+    assert args[1] is None
+    assert kwargs["scale"] == 2.0
+    assert kwargs["mask"].tolist() == [True, True]
+    cache.remove()
+    assert list(tmp_path.iterdir()) == []

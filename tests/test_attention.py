@@ -1,0 +1,133 @@
+"""Attention on quantized operands: near float attention, nearer with 16 bits, integer kernels in the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.quantize import quantize_model
+from qdeploy.errors import AuditError, ExportError, TableError, UsageError
+from qdeploy.export.audit import audit_graph
+from qdeploy.export.exporter import export_bundle, export_component
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.numerics import affine_from_range, sqnr_db
+from qdeploy.simulate.attention import QuantAttnProcessor
+from qdeploy.simulate.twin import quantized_twin
+from qdeploy.spec import QuantSpec, target_named
+from qdeploy.table import Affine, AttentionQuant, QuantTable, load_table, save_table
+
+TARGET = target_named("ort-cpu")
+
+
+def attention_for(bits: int, reach: float = 5.0) -> AttentionQuant:
+    affine = Affine(*affine_from_range(-reach, reach, bits), bits)
+    return AttentionQuant(affine, affine, affine)
+
+
+def attention_error_db(attention: Attention, bits: int, *inputs: torch.Tensor, **masks: torch.Tensor) -> float:
+    """SQNR of ``attention`` with ``bits`` against itself in float."""
+    expected = attention(*inputs, **masks)
+    floating = attention.processor
+    attention.set_processor(QuantAttnProcessor(attention_for(bits), attention.scale))  # type: ignore[arg-type]
+    found = attention(*inputs, **masks)
+    attention.set_processor(floating)
+    return sqnr_db(expected.numpy(), found.numpy())
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "masked", "picture", "normed"])
+def test_it_is_float_attention_within_the_quantization_error(kind: str) -> None:
+    torch.manual_seed(0)
+    settings: dict = {"cross": {"cross_attention_dim": 24}, "normed": {"qk_norm": "layer_norm"}}.get(kind, {})
+    if kind == "picture":
+        settings = {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0}
+    attention = Attention(32, heads=4, dim_head=8, **settings).requires_grad_(False).eval()
+    for layer in (attention.to_q, attention.to_k, attention.to_v):
+        layer.weight *= 2
+    shape = (2, 32, 3, 3) if kind == "picture" else (2, 9, 32)
+    inputs = [torch.randn(shape), *([torch.randn(2, 5, 24)] if kind == "cross" else [])]
+    masks = {}
+    if kind == "masked":
+        masks["attention_mask"] = torch.where(torch.rand(2, 1, 9) < 0.3, -1e4, 0.0)
+    eight = attention_error_db(attention, 8, *inputs, **masks)
+    assert eight > 25
+    assert attention_error_db(attention, 16, *inputs, **masks) > eight + 30  # 48 dB for 8 bits more, in the ideal
+
+
+@pytest.fixture(scope="module")
+def eight_bits(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> QuantTable:
+    return quantize_model(tiny_model, calibration, QuantSpec(components=("unet", "vae_decoder"), attention_bits=8))
+
+
+def test_the_table_keeps_it(eight_bits: QuantTable, tmp_path: Path) -> None:
+    save_table(eight_bits, tmp_path / "t.safetensors")
+    loaded = load_table(tmp_path / "t.safetensors")
+    for name, quant in eight_bits.components.items():
+        assert loaded.components[name].attention == quant.attention
+    assert len(quant.attention) == 1  # of the decoder; the encoder's is not in its way
+    assert {name.rpartition(".")[2] for name in eight_bits.components["unet"].attention} == {"attn1", "attn2"}
+
+
+def test_it_is_off_by_default(table: QuantTable) -> None:
+    assert not any(quant.attention for quant in table.components.values())
+
+
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_the_export_runs_it_in_integers_and_passes_the_gates(
+    tiny_model: LatentDiffusion, eight_bits: QuantTable, tmp_path: Path, name: str
+) -> None:
+    quant = eight_bits.components[name]
+    info = export_component(tiny_model, name, quant, eight_bits.probes[name], TARGET, tmp_path / name)
+    assert info.parity_db is not None
+    assert info.integer_mac_share == pytest.approx(quant.integer_mac_share())
+    audit = audit_graph(tmp_path / name / "model.onnx", TARGET.engine, quant)
+    found = {finding.layer: finding.op_type for finding in audit.findings if finding.layer not in quant.layers}
+    assert found == {
+        f"{attention}.{product}": "MatMulIntegerToFloat"
+        for attention in quant.attention
+        for product in ("scores", "values")
+    }
+
+
+def test_the_audit_names_an_attention_that_is_float(
+    int8_bundle: Path, table: QuantTable, eight_bits: QuantTable
+) -> None:
+    """The bundle's attention is float; the table says it is not."""
+    wanted = dataclasses.replace(table.components["unet"], attention=eight_bits.components["unet"].attention)
+    with pytest.raises(AuditError, match=r"attn1\.scores"):
+        audit_graph(int8_bundle / "unet" / "model.onnx", TARGET.engine, wanted).check("unet")
+
+
+def test_float_attention_is_left_alone(int8_bundle: Path) -> None:
+    graph = onnx.load(int8_bundle / "unet" / "model.onnx", load_external_data=False).graph
+    assert not any(node.name.endswith((".scores", ".values")) for node in graph.node)
+
+
+def test_16_bits_are_for_simulation(tiny_model: LatentDiffusion, calibration: CalibrationSet, tmp_path: Path) -> None:
+    made = quantize_model(tiny_model, calibration, QuantSpec(components=("vae_decoder",), attention_bits=16))
+    twin = quantized_twin(tiny_model.vae_decoder, made.components["vae_decoder"], True)
+    with torch.no_grad():
+        assert torch.isfinite(twin(**tiny_model.example("vae_decoder", 1))).all()
+    with pytest.raises(ExportError, match="--attention-bits 8"):
+        export_bundle(tiny_model, made, TARGET, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_for_another_model_is_refused(tiny_model: LatentDiffusion, table: QuantTable) -> None:
+    wrong = dataclasses.replace(table.components["unet"], attention={"conv_in": attention_for(8)})
+    with pytest.raises(TableError, match="attention conv_in is not in the model"):
+        quantized_twin(tiny_model.unet, wrong, True)
+
+
+def test_impossible_bits_are_refused() -> None:
+    with pytest.raises(UsageError, match="attention bits"):
+        QuantSpec(attention_bits=4)
+    with pytest.raises(TableError, match="expected 8 or 16"):
+        AttentionQuant(Affine(1, 0), Affine(1, 0, 16), Affine(1, 0))
+    with pytest.raises(TableError, match=r"0\.\.255"):
+        Affine(1, 256)
