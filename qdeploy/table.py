@@ -48,10 +48,10 @@ class LayerQuant:
     weight_scale: ``float32[out]``, symmetric per output channel.
     input: quantization of ``x / input_ratio``.
     output: of ``(y - offset) / output_ratio``, for engines that need Q behind the layer; None where none does.
-    input_ratio: ``float32[in]``, per-channel equalization: Q runs with scale ``input.scale * input_ratio``
-        and the ratio moves into the weight, so that DQ stays per tensor, as integer kernels want it.
-    output_ratio, output_zero_point: ``float32[out]``, ``uint8[out]``: DQ behind the layer runs per
-        channel; ratio and offset move into weight scale and bias.
+    input_ratio: ``float32[in]``, per-channel equalization: x is divided by it before Q, and it moves into
+        the weight, so that Q and DQ stay per tensor, as integer kernels want them.
+    output_ratio, output_zero_point: ``float32[out]``, ``uint8[out]``: the same behind the layer; ratio and
+        offset = (zero_point - output_zero_point) * scale * ratio move into weight scale and bias.
     bias: ``float32[out]`` in place of the model's own, where it was corrected.
     passes: 2 adds a second integer pass over what the first one rounded off: a 16-bit activation.
     symmetric_scale: of ``x / input_ratio`` for engines that know signed codes around 0 only.

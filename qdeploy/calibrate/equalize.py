@@ -1,8 +1,7 @@
 """Per-channel equalization of a layer's input: one ratio per channel between activation and weight.
 
-``W x = (W r)(x / r)``. QuantizeLinear takes ``scale * r`` per channel and DequantizeLinear the bare
-scale, so the division costs nothing at run time and needs no norm in front to absorb it, unlike
-SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). r is chosen for the least *expected output noise*
+``W x = (W r)(x / r)``, with the division as one multiplication in front of Q: it needs no norm to absorb
+it, unlike SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). r is chosen for the least *expected output noise*
 of both roundings together, so weights are never made harder than activations are made easier
 (plain SmoothQuant explodes on UNets).
 """

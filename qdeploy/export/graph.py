@@ -23,8 +23,6 @@ def graph_from_component(component: Component, feeds: dict[str, Tensor], opset: 
     translations: dict[Callable, Callable] = {
         torch.ops.qdeploy.quantize_linear.default: _quantize_linear,
         torch.ops.qdeploy.dequantize_linear.default: _dequantize_linear,
-        torch.ops.qdeploy.quantize_channels.default: _quantize_channels,
-        torch.ops.qdeploy.dequantize_channels.default: _dequantize_channels,
         torch.ops.qdeploy.dequantize_weight.default: _dequantize_weight,
     }
     try:
@@ -51,14 +49,6 @@ def _quantize_linear(x, scale, zero_point):  # noqa: ANN001, ANN202 - traced by 
 
 def _dequantize_linear(q, scale, zero_point):  # noqa: ANN001, ANN202
     return op.DequantizeLinear(q, scale, zero_point)
-
-
-def _quantize_channels(x, scale, zero_point, axis: int):  # noqa: ANN001, ANN202
-    return op.QuantizeLinear(x, scale, zero_point, axis=axis)
-
-
-def _dequantize_channels(q, scale, zero_point, axis: int):  # noqa: ANN001, ANN202
-    return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
 
 def _dequantize_weight(codes, scale, axis: int):  # noqa: ANN001, ANN202

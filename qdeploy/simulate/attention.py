@@ -20,11 +20,11 @@ class Operand(nn.Module):
 
     def __init__(self, affine: Affine, factor: float = 1.0) -> None:
         super().__init__()
-        self.quantize = Quantize(affine, None)
+        self.quantize = Quantize(affine)
         self.dequantize = Dequantize(replace(affine, scale=affine.scale * factor))
 
     def forward(self, x: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
-        codes = self.quantize(x, -1)
+        codes = self.quantize(x)
         return self.dequantize(codes if order is None else codes.permute(order))
 
 

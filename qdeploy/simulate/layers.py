@@ -9,33 +9,45 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdeploy.errors import TableError
-from qdeploy.simulate import ops  # noqa: F401 - registers the ops used below
+from qdeploy.simulate.ops import along
 from qdeploy.table import Affine, LayerQuant
 
 CODE_TYPES = {8: torch.uint8, 16: torch.uint16}  # by bits
 
 
 class Quantize(nn.Module):
-    """An activation to ``uint8`` (or ``uint16``): per tensor, or per channel where a ratio equalizes them."""
+    """An activation to ``uint8`` (or ``uint16``), per tensor."""
 
-    def __init__(self, affine: Affine, ratio: Tensor | None) -> None:
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, affine: Affine) -> None:
         super().__init__()
-        self.per_channel = ratio is not None
-        scale = torch.tensor(affine.scale, dtype=torch.float32)
-        zero_point = torch.tensor(affine.zero_point, dtype=CODE_TYPES[affine.bits])
-        self.register_buffer("scale", scale if ratio is None else scale * ratio)
-        self.register_buffer("zero_point", zero_point if ratio is None else zero_point.expand(len(ratio)).contiguous())
+        self.register_buffer("scale", torch.tensor(affine.scale, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor(affine.zero_point, dtype=CODE_TYPES[affine.bits]))
 
-    def forward(self, x: Tensor, axis: int) -> Tensor:
-        if self.per_channel:
-            return torch.ops.qdeploy.quantize_channels(x, self.scale, self.zero_point, axis)
+    def forward(self, x: Tensor) -> Tensor:
         return torch.ops.qdeploy.quantize_linear(x, self.scale, self.zero_point)
 
-    def rest(self, x: Tensor, q: Tensor, axis: int) -> Tensor:
-        """What quantizing to ``q`` took off ``x``."""
-        if self.per_channel:
-            return x - torch.ops.qdeploy.dequantize_channels(q, self.scale, self.zero_point, axis)
-        return x - torch.ops.qdeploy.dequantize_linear(q, self.scale, self.zero_point)
+
+class Equalize(nn.Module):
+    """Divide each channel of an activation by its ratio; nothing without one.
+
+    A multiplication before a per-tensor Q rather than a Q with a scale for each channel: ONNX Runtime
+    moves its layout transposes in front of such a Q and then works value by value (40 times slower),
+    OpenVINO computes it wrongly behind a LayerNormalization, and TensorRT has none.
+    """
+
+    inverse_ratio: Tensor
+
+    def __init__(self, ratio: NDArray[np.float32] | None) -> None:
+        super().__init__()
+        self.on = ratio is not None
+        if ratio is not None:
+            self.register_buffer("inverse_ratio", 1 / torch.from_numpy(ratio))
+
+    def forward(self, x: Tensor, axis: int) -> Tensor:
+        return x * along(self.inverse_ratio, x, axis) if self.on else x
 
 
 class Dequantize(nn.Module):
@@ -64,24 +76,32 @@ class WeightQuant(nn.Module):
 
 
 class OutputQuant(nn.Module):
-    """Quantize a Conv's output per tensor and dequantize it per channel (or per tensor, without a ratio)."""
+    """Q and DQ behind a Conv that computes ``(y - offset) / ratio``, and the way back to ``y``."""
+
+    ratio: Tensor
+    offset: Tensor
 
     def __init__(self, layer: LayerQuant) -> None:
         super().__init__()
         assert layer.output is not None
-        self.quantize = Quantize(layer.output, None)
-        self.per_channel = layer.output_ratio is not None
-        if self.per_channel:
-            self.register_buffer("scale", torch.from_numpy(layer.output_ratio) * layer.output.scale)
-            self.register_buffer("zero_point", torch.from_numpy(layer.output_zero_point))
-        else:
-            self.dequantize = Dequantize(layer.output)
+        self.quantize, self.dequantize = Quantize(layer.output), Dequantize(layer.output)
+        self.equalized = layer.output_ratio is not None
+        if layer.output_ratio is not None:
+            self.register_buffer("ratio", torch.from_numpy(layer.output_ratio)[:, None, None])
+            self.register_buffer("offset", output_offset(layer)[:, None, None])
 
     def forward(self, y: Tensor) -> Tensor:
-        q = self.quantize(y, 1)
-        if self.per_channel:
-            return torch.ops.qdeploy.dequantize_channels(q, self.scale, self.zero_point, 1)
-        return self.dequantize(q)
+        y = self.dequantize(self.quantize(y))
+        return y * self.ratio + self.offset if self.equalized else y
+
+
+def output_offset(layer: LayerQuant) -> Tensor:
+    """``float32[out]``: what each output channel is shifted by so that its range lies around the zero point."""
+    assert layer.output is not None
+    assert layer.output_ratio is not None
+    assert layer.output_zero_point is not None
+    shift = torch.from_numpy(layer.output.zero_point - layer.output_zero_point.astype(np.float32))
+    return shift * layer.output.scale * torch.from_numpy(layer.output_ratio)
 
 
 class QuantConv2d(nn.Module):
@@ -93,7 +113,7 @@ class QuantConv2d(nn.Module):
             raise TableError("a spatial convolution takes its activation in one pass; keep it in float instead")
         if quantize_output and layer.output is None:
             raise TableError("the target needs this convolution's output range, which the table lacks; quantize again")
-        self.input_quant = Quantize(layer.input, optional_tensor(layer.input_ratio))
+        self.equalize, self.input_quant = Equalize(layer.input_ratio), Quantize(layer.input)
         self.input_dequant = Dequantize(layer.input)
         weight_scale, bias = torch.from_numpy(layer.weight_scale), bias_of(conv, layer)
         if quantize_output and layer.output is not None:
@@ -104,7 +124,7 @@ class QuantConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.input_dequant(self.input_quant(x, 1))
+        x = self.input_dequant(self.input_quant(self.equalize(x, 1)))
         y = F.conv2d(x, self.weight_quant(), self.bias, self.stride, self.padding, self.dilation, self.groups)
         return self.output_quant(y)
 
@@ -115,11 +135,10 @@ def onto_output_grid(weight_scale: Tensor, bias: Tensor | None, layer: LayerQuan
     a whole multiple of input scale x weight scale.
     """
     assert layer.output is not None
-    if layer.output_ratio is not None and layer.output_zero_point is not None:
-        ratio = torch.from_numpy(layer.output_ratio)
-        offset = torch.from_numpy(layer.output_zero_point.astype(np.float32) - layer.output.zero_point)
+    if layer.output_ratio is not None:
+        ratio, offset = torch.from_numpy(layer.output_ratio), output_offset(layer)
         weight_scale = weight_scale / ratio
-        bias = (torch.zeros_like(ratio) if bias is None else bias / ratio) + offset * layer.output.scale
+        bias = (-offset if bias is None else bias - offset) / ratio
     if bias is None:
         return weight_scale, None
     step = weight_scale * layer.input.scale
@@ -135,23 +154,23 @@ class QuantMatMul(nn.Module):
 
     def __init__(self, layer: LayerQuant) -> None:
         super().__init__()
-        ratio = optional_tensor(layer.input_ratio)
-        self.input_quant = Quantize(layer.input, ratio)
+        self.equalize, self.input_quant = Equalize(layer.input_ratio), Quantize(layer.input)
         self.input_dequant = Dequantize(layer.input)
         codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T.contiguous()
         self.weight_quant = WeightQuant(codes, torch.from_numpy(layer.weight_scale), axis=1)
         self.passes = layer.passes
         if layer.passes == 2:  # the rest lies within half a step on each side
             fine = Affine(layer.input.scale / 255, 128)
-            self.rest_quant = Quantize(fine, ratio)
+            self.rest_quant = Quantize(fine)
             self.rest_dequant = Dequantize(fine)
 
     def product(self, x: Tensor, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
         """``x`` has its channels on ``axis``; ``order`` permutes the codes so that they come last."""
-        q = self.input_quant(x, axis)
+        x = self.equalize(x, axis)
+        q = self.input_quant(x)
         y = self._matmul(q, self.input_dequant, order)
         if self.passes == 2:
-            rest = self.rest_quant(self.input_quant.rest(x, q, axis), axis)
+            rest = self.rest_quant(x - self.input_dequant(q))
             y = y + self._matmul(rest, self.rest_dequant, order)
         return y
 
@@ -229,10 +248,6 @@ def bias_of(module: nn.Conv2d | nn.Linear, layer: LayerQuant) -> Tensor | None:
     if layer.bias is not None:
         return torch.from_numpy(layer.bias)
     return None if module.bias is None else module.bias.detach()
-
-
-def optional_tensor(array: NDArray | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
 
 
 def frozen(tensor: Tensor | None) -> nn.Parameter | None:

@@ -29,35 +29,10 @@ def _(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.empty_like(q, dtype=torch.float32)
 
 
-@torch.library.custom_op("qdeploy::quantize_channels", mutates_args=())
-def quantize_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """:func:`quantize_linear` with one scale and zero point for each index of ``axis``."""
-    bounds = torch.iinfo(zero_point.dtype)
-    steps = torch.round(x / _along(scale, x, axis)) + _along(zero_point, x, axis)
-    return steps.clamp(bounds.min, bounds.max).to(zero_point.dtype)
-
-
-@quantize_channels.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(x, dtype=zero_point.dtype)
-
-
-@torch.library.custom_op("qdeploy::dequantize_channels", mutates_args=())
-def dequantize_channels(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """:func:`dequantize_linear` with one scale and zero point for each index of ``axis``."""
-    offset = q.to(torch.int32) - _along(zero_point, q, axis).to(torch.int32)
-    return offset.to(torch.float32) * _along(scale, q, axis)
-
-
-@dequantize_channels.register_fake
-def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(q, dtype=torch.float32)
-
-
 @torch.library.custom_op("qdeploy::dequantize_weight", mutates_args=())
 def dequantize_weight(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     """``codes * scale`` as float32, symmetric, ``scale`` running along ``axis``."""
-    return codes.to(torch.float32) * _along(scale, codes, axis)
+    return codes.to(torch.float32) * along(scale, codes, axis)
 
 
 @dequantize_weight.register_fake
@@ -65,7 +40,7 @@ def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """``values[n]`` shaped to broadcast along ``axis`` of ``like``."""
     shape = [1] * like.dim()
     shape[axis] = -1

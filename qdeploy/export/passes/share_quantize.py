@@ -1,7 +1,8 @@
 """Let layers that read the same activation with the same scale share one QuantizeLinear and DequantizeLinear.
 
-1. Q/K/V of one attention: three Q-DQ pairs on one tensor with equal constants become one pair.
-2. Unequal scale, zero point or element type: left alone.
+1. Q/K/V of one attention: three Q-DQ pairs on one tensor with equal constants become one pair, and so do
+   the three multiplications by an equalizing ratio before them.
+2. Unequal scale, zero point, ratio or element type: left alone.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import onnx_ir as ir
 def share_quantize(model: ir.Model) -> int:
     """Merge in place; the number of nodes removed."""
     removed = 0
-    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+    for op_type in ("Mul", "QuantizeLinear", "DequantizeLinear"):
         first: dict[tuple, ir.Node] = {}
         for node in list(model.graph):
-            if node.op_type != op_type or node.inputs[0] is None or node.inputs[0].is_initializer():
+            if node.op_type != op_type or not _reads_activation(node):
                 continue
             keeper = first.setdefault(_key(node), node)
             if keeper is not node:
@@ -23,6 +24,13 @@ def share_quantize(model: ir.Model) -> int:
                 model.graph.remove(node, safe=True)
                 removed += 1
     return removed
+
+
+def _reads_activation(node: ir.Node) -> bool:
+    """Whether the first input is computed and all others are constants."""
+    first, *others = node.inputs
+    computed = first is not None and not first.is_initializer()
+    return computed and all(value is not None and value.const_value is not None for value in others)
 
 
 def _key(node: ir.Node) -> tuple:
