@@ -76,7 +76,7 @@ def by_sensitivity(quant: ComponentQuant) -> list[str]:
 
 def mac_share(quant: ComponentQuant, layer: str) -> float:
     """Share of all Conv and Linear multiply-accumulates of the component, 0..1."""
-    total = sum(quant.macs[name] for name in quant.layers) + sum(kept.macs for kept in quant.float_layers.values())
+    total = quant.total_macs
     macs = quant.float_layers[layer].macs if layer in quant.float_layers else quant.macs[layer]
     return macs / total if total else 0.0
 

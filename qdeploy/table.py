@@ -129,11 +129,15 @@ class ComponentQuant:
     sensitivity_db: Mapping[str, float] = field(default_factory=dict)  # output SQNR with that layer alone quantized
     attention: Mapping[str, AttentionQuant] = field(default_factory=dict)  # by Attention module; others are float
 
+    @property
+    def total_macs(self) -> int:
+        """Multiply-accumulates a call of every Conv and Linear, float ones included."""
+        return sum(self.macs.values()) + sum(layer.macs for layer in self.float_layers.values())
+
     def integer_mac_share(self) -> float:
         """Share of Conv and Linear multiply-accumulates in quantized layers, 0..1."""
-        quantized = sum(self.macs[name] for name in self.layers)
-        total = quantized + sum(layer.macs for layer in self.float_layers.values())
-        return quantized / total if total else 0.0
+        total = self.total_macs
+        return sum(self.macs.values()) / total if total else 0.0
 
 
 @dataclass(frozen=True)

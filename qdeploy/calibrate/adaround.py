@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdeploy.calibrate.observe import along, channel_axis
+from qdeploy.calibrate.observe import channel_axis
 from qdeploy.calibrate.weights import weight_range
+from qdeploy.simulate.ops import along
 from qdeploy.spec import Reconstruction
 from qdeploy.table import Affine, LayerQuant
 

@@ -72,11 +72,10 @@ def layers_back_to_float(quant: ComponentQuant, float_macs: float) -> ComponentQ
     """
     if float_macs == 0:
         return quant
-    total = sum(quant.macs.values()) + sum(layer.macs for layer in quant.float_layers.values())
     choices = {
         name: (Choice(0, noise_of(db)), Choice(quant.macs[name], 0)) for name, db in quant.sensitivity_db.items()
     }
-    chosen = choose(choices, float_macs * total)
+    chosen = choose(choices, float_macs * quant.total_macs)
     kept = {
         name: FloatLayer(f"sensitive, {quant.sensitivity_db[name]:.1f} dB alone", quant.macs[name])
         for name, index in chosen.items()

@@ -44,10 +44,10 @@ class Checkpoint:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if self.folder is None or not _batch(self.folder, number).is_file():
+        if self.folder is None or not batch_file(self.folder, number).is_file():
             return None
         try:
-            return load_file(_batch(self.folder, number))
+            return load_file(batch_file(self.folder, number))
         except (SafetensorError, OSError):
             return None
 
@@ -56,11 +56,12 @@ class Checkpoint:
         from safetensors.torch import save_file
 
         if self.folder is not None:
-            with staged_file(_batch(self.folder, number)) as scratch:
+            with staged_file(batch_file(self.folder, number)) as scratch:
                 save_file(tensors, scratch)
 
 
-def _batch(folder: Path, number: int) -> Path:
+def batch_file(folder: Path, number: int) -> Path:
+    """Where finished piece ``number`` lies in its folder."""
     return folder / f"batch-{number:06d}.safetensors"
 
 
@@ -72,9 +73,12 @@ def _key_of(folder: Path) -> Any:
 
 
 def _clear(folder: Path) -> None:
-    """Remove our own files and then the folder, unless it holds something else."""
+    """Remove our own files, folders of them included, and then the folder, unless it holds something else."""
     if not folder.is_dir():
         return
+    for inner in folder.iterdir():
+        if not inner.is_symlink():
+            _clear(inner)
     for path in (*folder.glob("batch-*.safetensors"), *folder.glob(".batch-*.part"), folder / KEY):
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from qdeploy.errors import CalibrationError
 from qdeploy.files import staged_file
 
 SCHEMA_VERSION = 1
+LATENT_PIXELS = 2**13  # a batch's, so that activations stay below a gigabyte for Stable Diffusion too
+MOST_ROWS = 16
+
+Feeds = Mapping[str, Tensor]  # a component's inputs by name
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,33 @@ class CalibrationSet:
         cond = self.contexts[self.prompt[rows]].float()
         uncond = self.contexts[:1].float().expand_as(cond)
         return {"sample": torch.cat([x, x]), "timestep": t, "encoder_hidden_states": torch.cat([uncond, cond])}
+
+
+def batch_rows(calibration: CalibrationSet) -> int:
+    """Inputs to run at once: 16 for small latents, 2 for Stable Diffusion's 64x64."""
+    height, width = calibration.sample.shape[-2:]
+    return max(2, min(MOST_ROWS, LATENT_PIXELS // (height * width)))
+
+
+def rows_of(feeds: Feeds) -> int:
+    """B, the inputs that ``feeds`` holds; the scalar timestep has none."""
+    return len(next(value for value in feeds.values() if value.dim() > 0))
+
+
+def spread(calibration: CalibrationSet, component: str, samples: int) -> Iterator[Feeds]:
+    """About ``samples`` inputs of ``component``, evenly over the set and so over the timesteps."""
+    stride = max(1, calibration.count(component) // samples)
+    if component != "unet":
+        yield from list(calibration.batches(component, batch_rows(calibration)))[::stride]
+        return
+    # one t a call: thin out within each timestep rather than between them
+    thin = replace(
+        calibration,
+        sample=calibration.sample[::stride],
+        timestep=calibration.timestep[::stride],
+        prompt=None if calibration.prompt is None else calibration.prompt[::stride],
+    )
+    yield from thin.batches(component, batch_rows(calibration))
 
 
 # name: (dtype, dimensions); a file without the optional ones is one of fewer components.

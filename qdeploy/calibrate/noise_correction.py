@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.observe import batch_rows
+from qdeploy.calibrate.dataset import CalibrationSet, batch_rows
 from qdeploy.models.components import Component
 from qdeploy.noise_correction import NoiseCorrection, NoiseSums, fit, noise_sums
 from qdeploy.progress import OnProgress, silent

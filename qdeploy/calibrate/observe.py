@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset import CalibrationSet, batch_rows, rows_of
 from qdeploy.calibrate.ranges import StreamingHistogram
 from qdeploy.errors import CalibrationError
 from qdeploy.models.components import Component, LayerCall
 from qdeploy.progress import OnProgress
 from qdeploy.simulate.layers import is_pointwise
+from qdeploy.simulate.ops import along
 
-LATENT_PIXELS = 2**13  # a batch's, so that activations stay below a gigabyte for Stable Diffusion too
-MOST_ROWS = 16
 Watch = Callable[[LayerCall, Tensor, Tensor], None]  # (layer, its input, its output)
 
 
@@ -135,14 +134,8 @@ def run_watched(
     with watched(calls, watch), torch.no_grad():
         for feeds in calibration.batches(name, batch_rows(calibration)):
             component(**feeds)
-            done += len(next(value for value in feeds.values() if value.dim() > 0))
+            done += rows_of(feeds)
             on_progress(what, done, total)
-
-
-def batch_rows(calibration: CalibrationSet) -> int:
-    """Inputs to run at once: 16 for small latents, 2 for Stable Diffusion's 64x64."""
-    height, width = calibration.sample.shape[-2:]
-    return max(2, min(MOST_ROWS, LATENT_PIXELS // (height * width)))
 
 
 @contextmanager
@@ -191,10 +184,3 @@ def check_stats(stats: Mapping[str, ChannelStats], component: str) -> None:
                 f"{component}: the activation of layer {layer} is zero in all calibration data, so it has no range; "
                 "keep the layer in float (--keep-float) or calibrate with more varied data"
             )
-
-
-def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    """``values[C]`` shaped to broadcast along ``axis`` of ``like``."""
-    shape = [1] * like.dim()
-    shape[axis] = -1
-    return values.reshape(shape)

@@ -17,7 +17,7 @@ from qdeploy.calibrate.attention import attention_ranges
 from qdeploy.calibrate.dataset import CalibrationSet, check_fits, check_model
 from qdeploy.calibrate.equalize import equalizing_ratio
 from qdeploy.calibrate.noise_correction import measure_noise_correction
-from qdeploy.calibrate.observe import ChannelStats, channel_stats, histograms, sharing_groups
+from qdeploy.calibrate.observe import ChannelStats, channel_stats, histograms, needs_output_range, sharing_groups
 from qdeploy.calibrate.ranges import StreamingHistogram, affine_of, symmetric_scale_of
 from qdeploy.calibrate.reconstruct import reconstruct
 from qdeploy.calibrate.sensitivity import measure_sensitivity
@@ -179,16 +179,18 @@ def at_width(on_progress: OnProgress, bits: int) -> OnProgress:
 def nearest_layers(
     ready: Prepared, calibration: CalibrationSet, spec: QuantSpec, on_progress: OnProgress
 ) -> dict[str, LayerQuant]:
-    """Ranges, ratios and nearest-rounded weights of every chosen layer."""
+    """Ranges, ratios and nearest-rounded weights of the chosen layers; those that share an input are observed once."""
     component, name = ready.component, ready.name
-    in_stats, out_stats = channel_stats(component, ready.chosen, calibration, name, on_progress)
+    leader = {call.name: group[0].name for group in ready.groups for call in group}
+    seen = [call for call in ready.chosen if leader[call.name] == call.name or needs_output_range(call.module)]
+    in_stats, out_stats = channel_stats(component, seen, calibration, name, on_progress)
     ratios = input_ratios(ready.groups, in_stats, spec) if spec.equalize else {}
     spreads = {layer: output_spread(stats, spec.equalize) for layer, stats in out_stats.items()}
-    in_hist, out_hist = histograms(component, ready.chosen, calibration, name, ratios, spreads, on_progress)
+    in_hist, out_hist = histograms(component, seen, calibration, name, ratios, spreads, on_progress)
     layers = {}
     for done, call in enumerate(ready.chosen, start=1):
         two = spec.takes_two_passes(name, call.name)
-        layers[call.name] = nearest_layer(call, ratios.get(call.name), in_hist[call.name], spec, two)
+        layers[call.name] = nearest_layer(call, ratios.get(call.name), in_hist[leader[call.name]], spec, two)
         if call.name in out_hist:
             layers[call.name] = with_output(layers[call.name], out_hist[call.name], *spreads[call.name], spec)
         on_progress(f"{name}: weights", done, len(ready.chosen))

@@ -6,11 +6,10 @@ block puts out on float inputs, so that it also makes up for errors made before 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 from qdeploy.calibrate.adaround import LAMBDA, WARM_UP, SoftLayer, beta_at, regularizer
 from qdeploy.calibrate.cache import CallCache, Rows
-from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.observe import batch_rows
+from qdeploy.calibrate.checkpoint import batch_file
+from qdeploy.calibrate.dataset import CalibrationSet, Feeds, rows_of, spread
 from qdeploy.calibrate.units import Unit, units_of
 from qdeploy.models.components import Component
-from qdeploy.models.rewrites.surgery import replace_module
+from qdeploy.models.rewrites.surgery import copy_of, replace_module
 from qdeploy.progress import OnProgress
 from qdeploy.simulate.twin import quantized_layer, quantized_twin
 from qdeploy.spec import Reconstruction
@@ -34,8 +33,6 @@ CHECK_ROWS = 64
 LEARNING_RATES = {"log_scale": 1e-3, "bias": 1e-3}
 V_TRAVEL = 30.0  # V must be able to cross from one end of h to the other within the run, whatever its length
 V_RATES = (1e-3, 0.1)  # the paper's, for its 20,000 iterations; 300 at 0.1 gain 4.9 dB on a block, at 0.03 4.0
-
-Feeds = Mapping[str, Tensor]
 
 
 def reconstruct(
@@ -259,10 +256,9 @@ def run_until_stopped(component: Component, feed: Feeds, handles: Sequence) -> N
 
 def soft_unit(module: nn.Module, unit: Unit, before: Mapping[str, LayerQuant], settings: Reconstruction) -> nn.Module:
     """A copy of the unit, its float weights shared, with a SoftLayer for each of its quantized layers."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    soft = copy.deepcopy(module, memo=dict(shared))
+    soft = copy_of(module)
     for layer in unit.layers:
-        inside = layer.removeprefix(unit.name).lstrip(".")
+        inside = below(unit, layer)
         if not inside:
             return SoftLayer(soft, before[layer], settings)  # type: ignore[arg-type]
         replace_module(soft, inside, SoftLayer(soft.get_submodule(inside), before[layer], settings))  # type: ignore[arg-type]
@@ -270,9 +266,14 @@ def soft_unit(module: nn.Module, unit: Unit, before: Mapping[str, LayerQuant], s
 
 
 def soft_layer(soft: nn.Module, unit: Unit, layer: str) -> SoftLayer:
-    found = soft.get_submodule(layer.removeprefix(unit.name).lstrip("."))
+    found = soft.get_submodule(below(unit, layer))
     assert isinstance(found, SoftLayer)
     return found
+
+
+def below(unit: Unit, layer: str) -> str:
+    """The layer's name inside its unit; empty where it is the unit."""
+    return layer.removeprefix(unit.name).lstrip(".")
 
 
 def put_into(twin: Component, component: Component, layers: Mapping[str, LayerQuant]) -> None:
@@ -284,26 +285,6 @@ def put_into(twin: Component, component: Component, layers: Mapping[str, LayerQu
 
 def first_tensor(output: Tensor | tuple) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-def rows_of(feed: Feeds) -> int:
-    return len(next(value for value in feed.values() if value.dim() > 0))
-
-
-def spread(calibration: CalibrationSet, name: str, samples: int) -> Iterator[Feeds]:
-    """About ``samples`` inputs, evenly over the set and so over the timesteps."""
-    stride = max(1, calibration.count(name) // samples)
-    if name != "unet":
-        yield from list(calibration.batches(name, batch_rows(calibration)))[::stride]
-        return
-    # one t a call: thin out within each timestep rather than between them
-    thin = replace(
-        calibration,
-        sample=calibration.sample[::stride],
-        timestep=calibration.timestep[::stride],
-        prompt=None if calibration.prompt is None else calibration.prompt[::stride],
-    )
-    yield from thin.batches(name, batch_rows(calibration))
 
 
 def work_parent(work: Path | None) -> Path | None:
@@ -326,7 +307,7 @@ def digest(quant: ComponentQuant, settings: Reconstruction, calibration: Calibra
 
 def finished(folder: Path, number: int) -> dict[str, LayerQuant] | None:
     """Layers of a unit that an earlier run finished, or None."""
-    path = folder / f"{number:04d}.safetensors"
+    path = batch_file(folder, number)
     if not path.exists():
         return None
     (quant,) = load_table(path).components.values()
@@ -336,4 +317,4 @@ def finished(folder: Path, number: int) -> dict[str, LayerQuant] | None:
 def keep(folder: Path, number: int, name: str, learned: Mapping[str, LayerQuant], quant: ComponentQuant) -> None:
     """Put a finished unit aside, as a little table of its own."""
     part = ComponentQuant(dict(learned), macs={layer: quant.macs[layer] for layer in learned})
-    save_table(QuantTable({name: part}, "", ""), folder / f"{number:04d}.safetensors")
+    save_table(QuantTable({name: part}, "", ""), batch_file(folder, number))

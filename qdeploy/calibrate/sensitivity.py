@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.reconstruct import Feeds, put_into, spread
+from qdeploy.calibrate.dataset import CalibrationSet, Feeds, spread
+from qdeploy.calibrate.reconstruct import put_into
 from qdeploy.models.components import Component
 from qdeploy.models.rewrites import copy_of
 from qdeploy.models.rewrites.surgery import replace_module

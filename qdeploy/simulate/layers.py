@@ -15,8 +15,8 @@ from qdeploy.table import Affine, LayerQuant
 CODE_TYPES = {8: torch.uint8, 16: torch.uint16}  # by bits
 
 
-class Quantize(nn.Module):
-    """An activation to ``uint8`` (or ``uint16``), per tensor."""
+class PerTensor(nn.Module):
+    """Scale and zero point of an activation as buffers."""
 
     scale: Tensor
     zero_point: Tensor
@@ -26,8 +26,19 @@ class Quantize(nn.Module):
         self.register_buffer("scale", torch.tensor(affine.scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(affine.zero_point, dtype=CODE_TYPES[affine.bits]))
 
+
+class Quantize(PerTensor):
+    """An activation to ``uint8`` (or ``uint16``)."""
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.qdeploy.quantize_linear(x, self.scale, self.zero_point)
+
+
+class Dequantize(PerTensor):
+    """Codes back to float, as every integer kernel wants its input."""
+
+    def forward(self, q: Tensor) -> Tensor:
+        return torch.ops.qdeploy.dequantize_linear(q, self.scale, self.zero_point)
 
 
 class Equalize(nn.Module):
@@ -48,18 +59,6 @@ class Equalize(nn.Module):
 
     def forward(self, x: Tensor, axis: int) -> Tensor:
         return x * along(self.inverse_ratio, x, axis) if self.on else x
-
-
-class Dequantize(nn.Module):
-    """``uint8`` codes back to float, per tensor, as every integer kernel wants its input."""
-
-    def __init__(self, affine: Affine) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.tensor(affine.scale, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.tensor(affine.zero_point, dtype=CODE_TYPES[affine.bits]))
-
-    def forward(self, q: Tensor) -> Tensor:
-        return torch.ops.qdeploy.dequantize_linear(q, self.scale, self.zero_point)
 
 
 class WeightQuant(nn.Module):

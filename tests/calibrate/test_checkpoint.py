@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdeploy.calibrate.checkpoint import checkpoint_beside
+from qdeploy.calibrate.checkpoint import batch_file, checkpoint_beside
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
 from qdeploy.models.components import UNet
@@ -109,3 +109,13 @@ def test_the_scratch_folder_goes_on_success_and_stays_on_failure(tmp_path: Path)
     with checkpoint_beside(tmp_path / "c"):
         pass
     assert not folder.exists()
+
+
+def test_a_finished_quantization_leaves_no_blocks_behind(tmp_path: Path) -> None:
+    """Reconstruction keeps its blocks in folders of their own below the scratch folder."""
+    out = tmp_path / "w4a8.safetensors"
+    with checkpoint_beside(out) as folder:
+        block = batch_file(folder / "unet" / "0123456789abcdef", 3)
+        block.parent.mkdir(parents=True)
+        block.write_bytes(b"a block")
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Copying a component without copying its weights, and putting one module in another's place."""
+"""Copying a module without copying its weights, and putting one module in another's place."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from qdeploy.models.components import Component
-
-AnyComponent = TypeVar("AnyComponent", bound=Component)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def copy_of(component: AnyComponent) -> AnyComponent:
-    """A copy with its own modules and ``component``'s own parameters and buffers, so that a rewrite costs no weights.
+def copy_of(module: AnyModule) -> AnyModule:
+    """A copy with its own modules and ``module``'s own parameters and buffers, so that a rewrite costs no weights.
 
-    Replacing modules in the copy leaves ``component`` as it is; writing into a weight changes both.
+    Replacing modules in the copy leaves ``module`` as it is; writing into a weight changes both.
     """
-    shared = {id(tensor): tensor for tensor in (*component.parameters(), *component.buffers())}
-    return copy.deepcopy(component, memo=dict(shared))
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo=dict(shared))
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
