@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.noise_correction import NoiseCorrection
 from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import EFFORTS, GRAPH_BATCH, QuantSpec, target_named
+from qdeploy.spec import EFFORTS, GRAPH_BATCH, QuantSpec, Reconstruction, target_named
 from qdeploy.table import QuantTable, load_table, save_table
 
 TABLE = "table.safetensors"
@@ -33,34 +33,50 @@ class Row:
 
     @property
     def note(self) -> str:
-        return "qdeploy, " + (", ".join(f"{key}={value}" for key, value in self.settings.items()) or "defaults")
+        return "qdeploy, " + (", ".join(f"{key}={told(value)}" for key, value in self.settings.items()) or "defaults")
+
+
+def told(value: Any) -> str:
+    """A setting as a row's note says it: of a Reconstruction only what is not the default."""
+    if not isinstance(value, Reconstruction):
+        return str(value)
+    default = Reconstruction()
+    changed = {field.name: getattr(value, field.name) for field in fields(value)}
+    return " ".join(f"{name} {now}" for name, now in changed.items() if now != getattr(default, name)) or "standard"
 
 
 ONE_PASS: dict[str, tuple[str, ...]] = {"unet": ()}
 PLAIN: dict[str, Any] = {"equalize": False, "two_passes": ONE_PASS}
-ROUNDING = replace(EFFORTS["fast"], learn_act_scales=False)
 LEARNED = EFFORTS["fast"]
+ROUNDING = replace(LEARNED, learn_act_scales=False)
+NEAREST_START = replace(ROUNDING, gptq_start=False)
 
 
 def ladder(bits: int) -> list[Row]:
-    """One ingredient more from row to row."""
+    """One ingredient more from row to row, then each option by itself on the nearest-rounded default."""
     name = f"qdeploy-w{bits}a8"
     bit: dict[str, Any] = {"weight_bits": bits}
-    learned = bit | {"reconstruction": LEARNED}
     return [
         Row(f"{name}-minmax", bit | {"observer": "minmax"} | PLAIN),
         Row(f"{name}-mse", bit | PLAIN),
         Row(f"{name}-equalize", bit | {"two_passes": ONE_PASS}),
         Row(f"{name}-two-passes", bit),
-        Row(f"{name}-adaround", bit | {"reconstruction": ROUNDING}),
-        Row(f"{name}-act-scales", learned),
-        Row(f"{name}-split", learned | {"rewrites": ("split_skips",)}),
-        Row(f"{name}-timestep-table", learned | {"rewrites": ("timestep_table",)}),
-        Row(f"{name}-noise-correction", learned | {"noise_correction": True}),
+        Row(f"{name}-adaround", bit | {"reconstruction": NEAREST_START}),
+        Row(f"{name}-gptq-start", bit | {"reconstruction": ROUNDING}),
+        Row(f"{name}-act-scales", bit | {"reconstruction": LEARNED}),
+        Row(f"{name}-split", bit | {"rewrites": ("split_skips",)}),
+        Row(f"{name}-timestep-table", bit | {"rewrites": ("timestep_table",)}),
+        Row(f"{name}-noise-correction", bit | {"noise_correction": True}),
+        Row(f"{name}-first-token", bit | {"first_token_float": True}),
     ]
 
 
-OURS: list[Row] = [*ladder(8), *ladder(4)]
+OURS: list[Row] = [
+    *ladder(8),
+    Row("qdeploy-w8a8-attention", {"attention_bits": 8}),
+    *ladder(4),
+    Row("qdeploy-w4a8-standard", {"weight_bits": 4, "reconstruction": EFFORTS["standard"]}),
+]
 
 
 def quantize_ours(row: Row, work: WorkFolder) -> Path:

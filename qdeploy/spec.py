@@ -37,12 +37,14 @@ class Reconstruction:
 
     iterations: optimizer steps for each block.
     samples: calibration inputs that a block is fitted on; cache_gb bounds them on disk.
+    gptq_start: V starts from GPTQ's rounding instead of the float weight (Frantar et al. 2023, arXiv 2210.17323).
     """
 
     iterations: int = 2000
     samples: int = 512
     batch: int = 16
     learn_rounding: bool = True
+    gptq_start: bool = True
     learn_act_scales: bool = True
     cache_gb: float = 8.0
     seed: int = 0

@@ -25,6 +25,7 @@ ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid
 BETA_HIGH, BETA_LOW = 20.0, 2.0
 WARM_UP = 0.2  # share of the iterations without regularizer
 LAMBDA = 0.01
+LEANING = 0.75  # h of a code that the weight is given, against its neighbour
 
 
 def h(v: Tensor) -> Tensor:
@@ -68,9 +69,9 @@ class SoftLayer(nn.Module):
         ratio = torch.ones(layer.weight.shape[1]) if quant.input_ratio is None else torch.from_numpy(quant.input_ratio)
         self.register_buffer("ratio", ratio)
         self.register_buffer("weight_scale", along(torch.from_numpy(quant.weight_scale), layer.weight, 0))
-        steps = layer.weight.detach() * along(ratio, layer.weight, 1) / self.weight_scale
-        self.register_buffer("floor", steps.floor())
-        self.v = nn.Parameter(v_of(steps - self.floor), requires_grad=settings.learn_rounding)
+        self.register_buffer("floor", torch.empty_like(layer.weight))
+        self.floor.copy_(self.steps().floor())
+        self.v = nn.Parameter(v_of(self.steps() - self.floor), requires_grad=settings.learn_rounding)
         self.hard = not settings.learn_rounding
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.log_scale = nn.Parameter(
@@ -89,6 +90,22 @@ class SoftLayer(nn.Module):
             conv = self.layer
             return F.conv2d(x, weight, self.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return F.linear(x, weight, self.bias)
+
+    def steps(self) -> Tensor:
+        """The float weight in units of its scale, like ``floor``."""
+        return self.layer.weight.detach() * along(self.ratio, self.floor, 1) / self.weight_scale
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """What the integer weight is multiplied with when the layer is given ``x``: quantized, ratio taken out."""
+        x = x[:, 1:] if self.quant.first_token_float else x
+        return self.quantized(x) / along(self.ratio, x, channel_axis(self.layer, x))
+
+    def start_from(self, codes: Tensor) -> None:
+        """Let V choose between each of these codes and its neighbour towards the float weight, leaning to the code."""
+        steps = self.steps()
+        floor = torch.where(steps >= codes, codes, codes - 1)
+        self.floor.copy_(floor)
+        self.v.data.copy_(v_of(LEANING * (codes - floor) + (1 - LEANING) * (steps - floor).clamp(0, 1)))
 
     def weight(self) -> Tensor:
         """The weight as the layer sees it, ratio taken out again."""

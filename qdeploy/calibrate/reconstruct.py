@@ -21,6 +21,7 @@ from qdeploy.calibrate.adaround import LAMBDA, WARM_UP, SoftLayer, beta_at, regu
 from qdeploy.calibrate.cache import CallCache, Rows
 from qdeploy.calibrate.checkpoint import batch_file
 from qdeploy.calibrate.dataset import CalibrationSet, Feeds, rows_of, spread
+from qdeploy.calibrate.gptq import MOST_INPUTS, gptq_codes, hessian_of
 from qdeploy.calibrate.units import Unit, units_of
 from qdeploy.models.components import Component
 from qdeploy.models.rewrites.surgery import copy_of, replace_module
@@ -30,6 +31,7 @@ from qdeploy.spec import Reconstruction
 from qdeploy.table import ComponentQuant, LayerQuant, QuantTable, load_table, save_table
 
 CHECK_ROWS = 64
+ROWS_PER_INPUT = 16  # of GPTQ's least squares
 LEARNING_RATES = {"log_scale": 1e-3, "bias": 1e-3}
 V_TRAVEL = 30.0  # V must be able to cross from one end of h to the other within the run, whatever its length
 V_RATES = (1e-3, 0.1)  # the paper's, for its 20,000 iterations; 300 at 0.1 gain 4.9 dB on a block, at 0.03 4.0
@@ -111,6 +113,8 @@ def optimize(
     norm = target.square().mean().clamp(min=1e-12).sqrt()
     start = hard_error(soft, softs, inputs, held_out, target, norm, settings)
     start_layers = {layer: one.quant for layer, one in softs.items()}
+    if settings.learn_rounding and settings.gptq_start:
+        start_second_order(soft, softs, inputs, training, settings)
     optimizer = torch.optim.Adam(parameter_groups(softs, settings.iterations))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, *[cosine(settings.iterations)] * 2])
     for iteration in range(settings.iterations):
@@ -125,6 +129,52 @@ def optimize(
         progress(iteration + 1, settings.iterations, error.item())
     end = hard_error(soft, softs, inputs, held_out, target, norm, settings)
     return {layer: one.result() for layer, one in softs.items()} if end < start else start_layers
+
+
+@torch.no_grad()
+def start_second_order(
+    soft: nn.Module, softs: Mapping[str, SoftLayer], inputs: CallCache, rows: np.ndarray, settings: Reconstruction
+) -> None:
+    """Round each layer by GPTQ on what it reads behind the unit's rounded layers before it, for V to start from."""
+    set_hard(softs, True)
+    for one in softs.values():
+        if one.floor[0].numel() > MOST_INPUTS:
+            continue
+        hessian, seen = torch.zeros((), device=settings.device), 0
+        for chunk in np.array_split(rows, -(-len(rows) // settings.batch)):
+            part, count = hessian_of(
+                one.layer, one.multiplied(input_of(one, soft, inputs.read(chunk, settings.device)))
+            )
+            hessian, seen = hessian + part, seen + count
+            if seen >= ROWS_PER_INPUT * len(hessian):
+                break
+        codes = gptq_codes(one.steps().flatten(1), hessian, one.low, one.high)
+        one.start_from(codes.view_as(one.floor))
+    set_hard(softs, False)
+
+
+def set_hard(softs: Mapping[str, SoftLayer], hard: bool) -> None:
+    """Whether the layers round their weights for good."""
+    for one in softs.values():
+        one.hard = hard
+
+
+def input_of(one: SoftLayer, soft: nn.Module, call: tuple[tuple, dict]) -> Tensor:
+    """What ``one`` is given in ``soft(*args, **kwargs)``."""
+    seen = []
+
+    def hook(_: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+        raise Stop
+
+    handle = one.register_forward_pre_hook(hook)
+    try:
+        soft(*call[0], **call[1])
+    except Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def channel_sum(soft: nn.Module, args: tuple, kwargs: dict, target: Tensor, norm: Tensor) -> Tensor:
@@ -146,13 +196,11 @@ def hard_error(
     settings: Reconstruction,
 ) -> float:  # fmt: skip
     """Held-out loss with every weight rounded for good."""
-    for one in softs.values():
-        one.hard = True
+    set_hard(softs, True)
     with torch.no_grad():
         args, kwargs = inputs.read(rows, settings.device)
         error = float(channel_sum(soft, args, kwargs, target, norm))
-    for one in softs.values():
-        one.hard = not settings.learn_rounding
+    set_hard(softs, not settings.learn_rounding)
     return error
 
 

@@ -62,6 +62,17 @@ def test_a_soft_layer_starts_as_the_float_weight_and_ends_on_the_grid(
     assert np.array_equal(soft.result().weight, quant.weight)  # untouched V rounds to nearest
 
 
+def test_a_soft_layer_rounds_to_the_codes_it_starts_from(
+    tiny_model: LatentDiffusion, four_bits: ComponentQuant
+) -> None:
+    name, quant = next(iter(four_bits.layers.items()))
+    soft = SoftLayer(tiny_model.vae_decoder.inner.get_submodule(name), quant, SETTINGS)
+    codes = torch.from_numpy(quant.weight).float()
+    codes = (codes + torch.arange(codes.numel()).reshape(codes.shape) % 5 - 2).clamp(-7, 7)  # up to two steps away
+    soft.start_from(codes)
+    assert np.array_equal(soft.result().weight, codes.numpy())
+
+
 def outputs_db(model: LatentDiffusion, quant: ComponentQuant, calibration: CalibrationSet) -> float:
     twin = quantized_twin(model.vae_decoder, quant, False)
     with torch.no_grad():
@@ -72,11 +83,17 @@ def outputs_db(model: LatentDiffusion, quant: ComponentQuant, calibration: Calib
 def test_reconstruction_beats_nearest_rounding(
     tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant
 ) -> None:
-    learned = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", SETTINGS, silent)
-    assert outputs_db(tiny_model, learned, calibration) > outputs_db(tiny_model, four_bits, calibration) + 2
+    plain = dataclasses.replace(SETTINGS, gptq_start=False)
+    learned = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", plain, silent)
+    nearest_db, learned_db = (outputs_db(tiny_model, quant, calibration) for quant in (four_bits, learned))
+    assert learned_db > nearest_db + 2
     for name, layer in learned.layers.items():
         moved = np.abs(layer.weight.astype(int) - four_bits.layers[name].weight)
         assert moved.max() <= 1  # up or down, never further
+
+    started = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", SETTINGS, silent)
+    assert outputs_db(tiny_model, started, calibration) > learned_db + 0.3
+    assert all(layer.weight.min() >= -8 and layer.weight.max() <= 7 for layer in started.layers.values())
 
 
 def test_both_halves_of_a_split_layer_are_in_one_unit(tiny_model: LatentDiffusion) -> None:
