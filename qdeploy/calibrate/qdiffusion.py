@@ -13,7 +13,6 @@ where that does not divide S; its ``--cali_n`` takes the first samples of each.
 
 from __future__ import annotations
 
-import zipfile
 from itertools import groupby
 from math import gcd
 from pathlib import Path
@@ -26,6 +25,7 @@ from qdeploy.calibrate.conditioning import half_from_float
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.errors import CalibrationError, UsageError
 from qdeploy.files import staged_file
+from qdeploy.models.checkpoints.file import torch_load
 
 MAX_FILE_BYTES = 64 * 2**30
 MAX_ELEMENTS = 2**33  # of one tensor, 16 GiB in float16; the published Stable Diffusion set has 3e9
@@ -78,15 +78,9 @@ def _load(path: Path) -> Any:
     if not path.is_file() or not 0 < path.stat().st_size <= MAX_FILE_BYTES:
         raise CalibrationError(f"{path} is not a file of 1 byte to {MAX_FILE_BYTES >> 30} GiB; {REMEDY}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its entries are compressed, which torch.save never does")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as exc:  # a hostile or cut file may fail anywhere in zipfile or torch's unpickler
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise CalibrationError(
-            f"{path} is not a readable torch.save file of plain tensors ({reason}); {REMEDY}"
-        ) from exc
+        return torch_load(path)
+    except ValueError as exc:
+        raise CalibrationError(f"{path} is not a readable torch.save file of plain tensors ({exc}); {REMEDY}") from exc
 
 
 def _checked_parts(loaded: Any, path: Path) -> dict[str, list[Tensor]]:

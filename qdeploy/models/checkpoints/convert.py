@@ -1,0 +1,169 @@
+"""One checkpoint file as the modules of a pipeline, or as facts about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdeploy.errors import ModelError
+from qdeploy.models.checkpoints import first_stage, text, unet
+from qdeploy.models.checkpoints.file import read_checkpoint
+from qdeploy.models.checkpoints.heads import heads_of
+from qdeploy.models.checkpoints.kinds import (
+    COND_STAGE,
+    FIRST_STAGE,
+    SD1,
+    TEXT2IMG,
+    UNCONDITIONAL,
+    UNET,
+    has_ema,
+    kind_of,
+    part_of,
+    with_ema,
+)
+from qdeploy.models.checkpoints.original_config import OriginalConfig, read_config
+from qdeploy.models.checkpoints.schedule import scaling_factor, scheduler_config
+
+IMAGE_SIDE = {SD1: 512, UNCONDITIONAL: 256, TEXT2IMG: 256}  # of the published models
+MISSING = {
+    SD1: ("tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14, in a folder `tokenizer`",),
+    TEXT2IMG: ("tokenizer: vocab.txt of bert-base-uncased, in a folder `tokenizer`",),
+    UNCONDITIONAL: (),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint as float32 modules in eval mode, their weights mapped from the file where it holds float32.
+
+    The file must stay as it is while they are in use.
+    """
+
+    kind: str  # sd1, ldm-uncond or ldm-text2img
+    unet: nn.Module  # diffusers UNet2DConditionModel, or UNet2DModel when unconditional
+    vae: nn.Module  # diffusers AutoencoderKL or VQModel
+    text_encoder: nn.Module | None  # transformers CLIPTextModel or diffusers LDMBertModel
+    scheduler_config: Mapping[str, Any]
+    scaling_factor: float
+    sample_size: int  # latents' side
+    missing: tuple[str, ...]  # what no checkpoint holds, and where to get it
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint holds, by names and shapes alone."""
+
+    kind: str
+    parameters: Mapping[str, int]  # by component
+    latents: tuple[int, int, int]  # channels, height, width
+    image_side: int
+    ema: bool  # averaged weights of the UNet beside the last ones
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file's tensors by part, and the sizes that all steps need."""
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    config: OriginalConfig | None
+    unet: unet.UNetLayout
+    first_stage: first_stage.FirstStageLayout
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return part_of(self.tensors, prefix)
+
+    @property
+    def sample_size(self) -> int:
+        stated = None if self.config is None else self.config.number("image_size")
+        return IMAGE_SIDE[self.kind] // self.first_stage.factor if stated is None else int(stated)
+
+    @property
+    def image_side(self) -> int:
+        return self.sample_size * self.first_stage.factor
+
+
+def convert_checkpoint(path: Path, config: Path | None = None, ema: bool = False) -> Converted:
+    """The modules of an original CompVis checkpoint, exactly; nothing is fetched, nothing in the file is executed.
+
+    ``config``: the original YAML, needed only where heads, betas or scale are not those of a published model.
+    ``ema``: take the averaged UNet, which the original LDM sampling scripts use. ModelError says what is wrong.
+    """
+    with _naming(path):
+        opened = _open(path, config, ema)
+        vq = opened.first_stage.n_embed is not None
+        scale = scaling_factor(opened.kind, opened.tensors, opened.config, vq)
+        heads = heads_of(opened.kind, opened.unet.channel_mult, opened.config)
+        return Converted(
+            kind=opened.kind,
+            scheduler_config=scheduler_config(opened.kind, opened.tensors, opened.config),
+            unet=unet.convert_unet(opened.part(UNET), opened.unet, heads, opened.sample_size),
+            vae=first_stage.convert_first_stage(opened.part(FIRST_STAGE), opened.first_stage, opened.image_side, scale),
+            text_encoder=_text_encoder(opened),
+            scaling_factor=scale,
+            sample_size=opened.sample_size,
+            missing=MISSING[opened.kind],
+        )
+
+
+def describe_checkpoint(path: Path, config: Path | None = None) -> CheckpointFacts:
+    """Kind, sizes and gaps of a checkpoint; no module is built and no weight read."""
+    with _naming(path):
+        opened = _open(path, config, ema=False)
+    parts = {"text_encoder": COND_STAGE, "unet": UNET, "vae": FIRST_STAGE}
+    counts = {name: sum(t.numel() for t in opened.part(prefix).values()) for name, prefix in parts.items()}
+    return CheckpointFacts(
+        kind=opened.kind,
+        parameters={name: count for name, count in counts.items() if count},
+        latents=(opened.first_stage.embed_dim, opened.sample_size, opened.sample_size),
+        image_side=opened.image_side,
+        ema=has_ema(opened.tensors),
+        missing=MISSING[opened.kind],
+    )
+
+
+def _open(path: Path, config: Path | None, ema: bool) -> _Opened:
+    tensors = read_checkpoint(path)
+    original = None if config is None else read_config(config)
+    kind = kind_of(tensors, original)
+    tensors = with_ema(tensors) if ema else tensors
+    opened = _Opened(
+        kind,
+        tensors,
+        original,
+        unet.read_layout(part_of(tensors, UNET)),
+        first_stage.read_layout(part_of(tensors, FIRST_STAGE)),
+    )
+    if original is not None:
+        unet.check_config(opened.unet, original)
+        first_stage.check_config(opened.first_stage, original)
+        if kind == TEXT2IMG:
+            text.check_bert_config(opened.part(COND_STAGE), original)
+    return opened
+
+
+def _text_encoder(opened: _Opened) -> nn.Module | None:
+    if opened.kind == UNCONDITIONAL:
+        return None
+    return (text.convert_clip if opened.kind == SD1 else text.convert_bert)(opened.part(COND_STAGE))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file; a tensor that is not there, or not of the right dimensions, becomes a ModelError."""
+    try:
+        yield
+    except ModelError as exc:
+        if str(path) in str(exc):
+            raise
+        raise ModelError(f"{path}: {exc}") from exc
+    except KeyError as exc:
+        raise ModelError(f"{path}: the tensor {exc} is missing; it is cut short or of another layout") from exc
+    except (IndexError, RuntimeError, TypeError, ZeroDivisionError) as exc:
+        raise ModelError(f"{path}: its tensors do not have the shapes of an original checkpoint: {exc}") from exc

@@ -1,0 +1,225 @@
+"""Reading one checkpoint file as data: ``torch.save`` archives and safetensors, memory-mapped, never executed.
+
+Training frameworks leave objects beside the weights: Lightning's callback states under their classes, NumPy
+scalars, settings. Those that real files carry are named below and become ``Inert`` things that do nothing, so
+that no such library is imported; a file that names anything else is refused before it is unpickled.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.errors import ModelError
+
+SUFFIXES = (".ckpt", ".pt", ".safetensors")
+REMEDY = "get the original file again, or save its weights as .safetensors"
+MAX_FILE_BYTES = 64 * 2**30
+MAX_PICKLE_BYTES = 64 * 2**20  # the tree of names and shapes; Stable Diffusion's with EMA and optimizer has 2 MiB
+ZIP_MAGIC = b"PK\x03\x04"  # how torch.load tells its two formats apart
+LEGACY_PICKLES = 5  # before torch 1.6: magic number, protocol, system, the object, storage keys
+
+PLAIN = re.compile(  # what tensors and containers are made of; torch's own, narrower list has the last word
+    r"torch\.\w+|torch\.(cuda|storage)\.\w+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2"
+    r"|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout|collections\.(OrderedDict|Counter)"
+    r"|_codecs\.encode|builtins\.(bytearray|set|complex)"
+)
+INERT_PACKAGES = (
+    "pytorch_lightning.",
+    "lightning.",
+    "lightning_fabric.",
+    "omegaconf.",
+    "ldm.",
+    "taming.",
+    "torch.optim.",
+)
+INERT_NUMPY = ("dtype", "ndarray", "float32", "float64", "int32", "int64", "bool_")
+INERT = (
+    *(f"numpy.{name}" for name in INERT_NUMPY),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "object")),
+    "argparse.Namespace",
+    "copyreg._reconstructor",
+    "typing.Any",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+)
+INERT_DICTS = (
+    "collections.defaultdict",
+    *(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch")),
+    "lightning_fabric.utilities.data.AttributeDict",
+)
+
+
+class Inert:
+    """What stands for an object that is not weights: made from anything, it keeps and does nothing."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class InertDict(Inert):
+    """Stands for a kind of dict; unpickled items need a plain one to go into."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return {}
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Every weight of a ``.ckpt``, ``.pt`` or ``.safetensors`` by its name, left in the file until it is used.
+
+    Lightning's ``state_dict`` is unwrapped. Files of torch before 1.6 cannot be mapped and are read whole.
+    ModelError for files that are cut, hostile, no checkpoint or hold no plain tensors.
+    """
+    _check_file(path)
+    try:
+        loaded = _safetensors(path) if path.suffix == ".safetensors" else torch_load(path)
+    except ValueError as exc:
+        raise ModelError(f"{path} is not a checkpoint of plain weights ({exc}); {REMEDY}") from exc
+    nested = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict)
+    tensors = _plain_tensors(loaded["state_dict"] if nested else loaded)
+    if not tensors:
+        raise ModelError(f"{path} holds no tensors by name, neither directly nor in a `state_dict`; {REMEDY}")
+    _check_sizes(tensors, path)
+    return tensors
+
+
+def torch_load(path: Path) -> Any:
+    """What ``torch.save`` wrote, its tensors left on disk (``mmap``); nothing that it names is run or imported.
+
+    ValueError says what is wrong with the file, without its name.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == ZIP_MAGIC
+        names = _zip_globals(path) if zipped else _legacy_globals(path)
+        with torch.serialization.safe_globals(_inert(names)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as exc:  # a hostile or cut file may fail anywhere in zipfile, pickletools or torch
+        raise ValueError(_reason(exc)) from exc
+
+
+def _inert(names: set[str]) -> list[Any]:
+    """A placeholder for each known name, as ``safe_globals`` takes them; ValueError for an unknown one."""
+    kinds = {name: _inert_kind(name) for name in sorted(names)}
+    return [(kind, name) for name, kind in kinds.items() if kind is not None]
+
+
+def _inert_kind(name: str) -> type[Inert] | None:
+    if name in INERT_DICTS:
+        return InertDict
+    if name in INERT or name.startswith(INERT_PACKAGES):
+        return Inert
+    if not PLAIN.fullmatch(name):
+        raise ValueError(f"it asks for `{name}`, which is not weights and could run code")
+    return None
+
+
+def _zip_globals(path: Path) -> set[str]:
+    """Names in the pickle of a ``torch.save`` archive, whose entries must be stored and lie in the file."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its entries are compressed, which torch.save never does")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its entries overlap, which torch.save's never do")
+        trees = [entry for entry in entries if entry.filename.endswith("/data.pkl") or entry.filename == "data.pkl"]
+        if len(trees) != 1 or trees[0].file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"expected one data.pkl of at most {MAX_PICKLE_BYTES >> 20} MiB in it")
+        with archive.open(trees[0]) as tree:
+            return set(_globals(tree))
+
+
+def _legacy_globals(path: Path) -> set[str]:
+    with path.open("rb") as file:
+        if file.read(64).startswith(b"version https://git-lfs"):
+            raise ValueError("it is a Git LFS pointer, not the file itself")
+        file.seek(0)
+        return {name for _ in range(LEGACY_PICKLES) for name in _globals(file)}
+
+
+def _globals(pickle: IO[bytes]) -> Iterator[str]:
+    """Dotted names that one pickle asks for, read without running it, in Python 3's spelling."""
+    recent, memo = ["", ""], dict[Any, str]()
+    for opcode, argument, _ in pickletools.genops(pickle):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield _modern(*str(argument).split(" ", 1))
+        elif opcode.name == "STACK_GLOBAL":
+            yield _modern(*recent)
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = recent[-1]
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = recent[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            recent = [recent[-1], memo.get(argument, "")]
+        elif isinstance(argument, str):
+            recent = [recent[-1], argument]
+
+
+def _modern(module: str, name: str) -> str:
+    """Protocol 2 and below spell modules and names as Python 2 did."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
+
+
+def _reason(exc: Exception) -> str:
+    """One line; torch's own advice (to load unsafely) is left out."""
+    text = str(exc) or type(exc).__name__
+    asked = re.search(r"GLOBAL (\S+)", text)
+    if asked:
+        return f"it asks for `{asked[1]}`, which is not weights and could run code"
+    if "Unsupported operand" in text:
+        return "its pickle is of protocol 3 or later or of 1, which torch reads only by executing it"
+    detail = re.search(r"WeightsUnpickler error: (.*)", text)
+    return detail[1] if detail else text.splitlines()[0]
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError) as exc:
+        raise ValueError(_reason(exc)) from exc
+
+
+def _check_file(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ModelError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
+    if not path.is_file() or not 0 < path.stat().st_size <= MAX_FILE_BYTES:
+        raise ModelError(f"{path} is not a file of 1 byte to {MAX_FILE_BYTES >> 30} GiB; {REMEDY}")
+
+
+def _plain_tensors(loaded: Any) -> dict[str, Tensor]:
+    """Those entries that are dense tensors of real numbers, under a name."""
+    if not isinstance(loaded, Mapping):
+        return {}
+    return {name: value.detach() for name, value in loaded.items() if isinstance(name, str) and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not (value.is_nested or value.is_quantized or value.is_complex())
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A small file can describe huge tensors (strides of 0, one storage under many names)."""
+    described = sum(tensor.nbytes for tensor in tensors.values())
+    if described > 2 * path.stat().st_size:  # twice: tied weights are real
+        raise ModelError(f"{path} describes {described} bytes of weights, far more than it holds; {REMEDY}")

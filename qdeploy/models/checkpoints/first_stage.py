@@ -1,0 +1,99 @@
+"""The original ``AutoencoderKL`` and ``VQModelInterface`` as diffusers' ``AutoencoderKL`` and ``VQModel``.
+
+diffusers' ``convert_ldm_vae_checkpoint`` renames encoder and decoder; the codebook, which it drops, keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+
+from torch import Tensor, nn
+
+from qdeploy.errors import ModelError
+from qdeploy.models.checkpoints.assemble import check_all_used, filled
+from qdeploy.models.checkpoints.kinds import FIRST_STAGE
+from qdeploy.models.checkpoints.original_config import OriginalConfig
+
+CODEBOOK = "quantize.embedding.weight"
+
+
+@dataclass(frozen=True)
+class FirstStageLayout:
+    """What the shapes say, under the original names."""
+
+    in_channels: int
+    out_ch: int
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    z_channels: int
+    embed_dim: int
+    n_embed: int | None  # codebook entries; None for a KL one
+    attention: bool  # in the middle; the published ones have none elsewhere
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along a side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+def read_layout(weights: Mapping[str, Tensor]) -> FirstStageLayout:
+    """From the weights' names below ``first_stage_model.``; KeyError for a tensor that each of them has."""
+    ch = weights["encoder.conv_in.weight"].shape[0]
+    levels = next(i for i in count() if f"encoder.down.{i}.block.0.conv1.weight" not in weights)
+    return FirstStageLayout(
+        in_channels=weights["encoder.conv_in.weight"].shape[1],
+        out_ch=weights["decoder.conv_out.weight"].shape[0],
+        ch=ch,
+        ch_mult=tuple(weights[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)),
+        num_res_blocks=next(i for i in count() if f"encoder.down.0.block.{i}.conv1.weight" not in weights),
+        z_channels=weights["post_quant_conv.weight"].shape[0],
+        embed_dim=weights["post_quant_conv.weight"].shape[1],
+        n_embed=weights[CODEBOOK].shape[0] if CODEBOOK in weights else None,
+        attention="encoder.mid.attn_1.q.weight" in weights,
+    )
+
+
+def check_config(layout: FirstStageLayout, config: OriginalConfig) -> None:
+    """ModelError where the YAML's first stage is not the one that the tensors show."""
+    fields = ("in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "z_channels")
+    config.check(config.ddconfig, {name: getattr(layout, name) for name in fields})
+    found = {"embed_dim": layout.embed_dim} | ({} if layout.n_embed is None else {"n_embed": layout.n_embed})
+    config.check(config.params("first_stage_config"), found)
+
+
+def convert_first_stage(
+    weights: Mapping[str, Tensor], layout: FirstStageLayout, sample_size: int, scaling_factor: float
+) -> nn.Module:
+    """``sample_size`` is the pictures' side. ModelError for tensors that diffusers' class has no place for."""
+    from diffusers import AutoencoderKL, VQModel
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    levels = len(layout.ch_mult)
+    config = dict(
+        in_channels=layout.in_channels,
+        out_channels=layout.out_ch,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(layout.ch * mult for mult in layout.ch_mult),
+        layers_per_block=layout.num_res_blocks,
+        latent_channels=layout.z_channels,
+        sample_size=sample_size,
+        scaling_factor=scaling_factor,
+        mid_block_add_attention=layout.attention,
+    )
+    converted = convert_ldm_vae_checkpoint({FIRST_STAGE + name: value for name, value in weights.items()}, config)
+    if layout.n_embed is None:
+        if layout.embed_dim != layout.z_channels:
+            raise ModelError(
+                f"the first stage maps {layout.z_channels} channels to {layout.embed_dim} latents, which diffusers' "
+                "AutoencoderKL cannot express"
+            )
+        check_all_used(weights, converted, "first stage")
+        return filled(AutoencoderKL, config, converted, "first stage")
+    converted[CODEBOOK] = weights[CODEBOOK]
+    check_all_used(weights, converted, "first stage")
+    config |= dict(num_vq_embeddings=layout.n_embed, vq_embed_dim=layout.embed_dim)
+    return filled(VQModel, config, converted, "first stage")

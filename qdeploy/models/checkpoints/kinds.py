@@ -1,0 +1,115 @@
+"""Which original model a checkpoint holds, by the names of its tensors, and which of them belong to which part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from qdeploy.errors import ModelError
+from qdeploy.models.checkpoints.original_config import OriginalConfig
+
+SD1, UNCONDITIONAL, TEXT2IMG = "sd1", "ldm-uncond", "ldm-text2img"
+
+UNET = "model.diffusion_model."
+FIRST_STAGE = "first_stage_model."
+COND_STAGE = "cond_stage_model."
+EMA = "model_ema."  # LitEma's copy of the UNet alone, its names without dots
+
+CLIP_TOKENS = re.compile(r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.token_embedding\.weight")
+BERT_TOKENS = "cond_stage_model.transformer.token_emb.weight"
+SUPPORTED = "supported: Stable Diffusion 1.x, and CompVis' unconditional (LSUN, FFHQ, CelebA-HQ) and text-to-image LDMs"
+# Layouts that are known and not converted: a tensor's name or its start, and what to say.
+REFUSED = (
+    ("conditioner.embedders.", "is Stable Diffusion XL"),
+    ("cond_stage_model.model.", "has an OpenCLIP text encoder, as Stable Diffusion 2.x does"),
+    ("cond_stage_model.embedding.", "is a class-conditional LDM"),
+    ("down_blocks.", "holds one module in diffusers' names; give the diffusers folder that it belongs to"),
+    ("lora_", "is a LoRA, not a model"),
+)
+# Not weights of a part: schedule buffers, losses and discriminators, position indices, LitEma's own counters.
+EXTRAS = re.compile(
+    r"(betas|logvar|lvlb_weights|scale_factor|cond_ids|(log_one_minus_|sqrt_(recip(m1)?_|one_minus_)?)?alphas_cumprod"
+    r"(_prev)?|posterior_\w+|loss\..*|model_ema\.(decay|num_updates)|first_stage_model\.(loss\..*|colorize)"
+    r"|first_stage_model\.model_ema\..*|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"
+    r"|cond_stage_model\.(logit_scale|text_projection))"
+)
+
+
+def kind_of(tensors: Mapping[str, Tensor], config: OriginalConfig | None = None) -> str:
+    """``sd1``, ``ldm-uncond`` or ``ldm-text2img``.
+
+    ModelError for layouts that are not converted, for tensors that belong to no part, and where the YAML
+    says otherwise.
+    """
+    for start, what in REFUSED:
+        if any(name.startswith(start) for name in tensors):
+            raise ModelError(f"the file {what}, which is not converted; {SUPPORTED}")
+    for part, what in ((UNET, "UNet"), (FIRST_STAGE, "first stage")):
+        if not any(name.startswith(part) for name in tensors):
+            raise ModelError(f"the file has no {what} (no tensor `{part}…`); {SUPPORTED}")
+    _check_parts(tensors)
+    kind = _kind_by_text(tensors)
+    if config is not None:
+        _check_target(kind, config)
+    return kind
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it and without known extras."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not EXTRAS.fullmatch(name)
+    }
+
+
+def has_ema(tensors: Mapping[str, Tensor]) -> bool:
+    return bool(part_of(tensors, EMA))
+
+
+def with_ema(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same file with the UNet's averaged weights in place of the last ones; ModelError where it has none."""
+    if not has_ema(tensors):
+        raise ModelError("the file has no averaged weights (`model_ema.…`); convert it without EMA")
+    swapped = dict(tensors)
+    for name in tensors:
+        if name.startswith(UNET):
+            short = EMA + name.removeprefix("model.").replace(".", "")
+            if short not in tensors or tensors[short].shape != tensors[name].shape:
+                raise ModelError(f"the file's averaged weights lack a fitting `{short}`; convert it without EMA")
+            swapped[name] = tensors[short]
+    return swapped
+
+
+def _check_parts(tensors: Mapping[str, Tensor]) -> None:
+    known = (UNET, FIRST_STAGE, COND_STAGE, EMA)
+    unknown = [name for name in tensors if not name.startswith(known) and not EXTRAS.fullmatch(name)]
+    if unknown:
+        raise ModelError(f"{len(unknown)} tensors belong to no known part: {some_of(unknown)}; {SUPPORTED}")
+
+
+def _kind_by_text(tensors: Mapping[str, Tensor]) -> str:
+    crossed = any(name.startswith(UNET) and ".attn2." in name for name in tensors)
+    encoder = part_of(tensors, COND_STAGE)
+    if not crossed and not encoder:
+        return UNCONDITIONAL
+    if crossed and any(CLIP_TOKENS.fullmatch(name) for name in tensors):
+        return SD1
+    if crossed and BERT_TOKENS in tensors:
+        return TEXT2IMG
+    if crossed and not encoder:
+        raise ModelError(f"the file has a UNet with cross-attention but no text encoder (`{COND_STAGE}…`); {SUPPORTED}")
+    raise ModelError(f"the file's conditioning is not text: {some_of(list(encoder))}; {SUPPORTED}")
+
+
+def _check_target(kind: str, config: OriginalConfig) -> None:
+    stage = config.model.get("cond_stage_config")
+    unconditional = stage is None or isinstance(stage, str)
+    if unconditional != (kind == UNCONDITIONAL):
+        raise ModelError(f"{config.path} describes another kind of model than the weights, which are {kind}")
+
+
+def some_of(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names)[:4]) + (", …" if len(names) > 4 else "")

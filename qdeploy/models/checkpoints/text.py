@@ -1,0 +1,102 @@
+"""The original text encoders: CLIP as transformers' ``CLIPTextModel``, x-transformers' BERT as ``LDMBertModel``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdeploy.errors import ModelError
+from qdeploy.models.checkpoints.assemble import filled
+from qdeploy.models.checkpoints.original_config import OriginalConfig
+
+CLIP_HEAD_CHANNELS = 64  # of every CLIP text encoder
+BERT_HEADS, BERT_HEAD_CHANNELS = 8, 64  # x-transformers' defaults, which `BERTEmbedder` has no setting for
+BERT_NAMES = (  # LDMBert's names; a layer is two of the original's, attention and feed-forward
+    (r"token_emb\.", "model.embed_tokens."),
+    (r"pos_emb\.emb\.", "model.embed_positions."),
+    (r"norm\.", "model.layer_norm."),
+    (r"attn_layers\.layers\.(\d*[02468])\.0\.", "model.layers.{}.self_attn_layer_norm."),
+    (r"attn_layers\.layers\.(\d*[02468])\.1\.to_([qkv])\.", "model.layers.{}.self_attn.{}_proj."),
+    (r"attn_layers\.layers\.(\d*[02468])\.1\.to_out\.", "model.layers.{}.self_attn.out_proj."),
+    (r"attn_layers\.layers\.(\d*[13579])\.0\.", "model.layers.{}.final_layer_norm."),
+    (r"attn_layers\.layers\.(\d*[13579])\.1\.net\.0\.0\.", "model.layers.{}.fc1."),
+    (r"attn_layers\.layers\.(\d*[13579])\.1\.net\.2\.", "model.layers.{}.fc2."),
+)
+
+
+def convert_clip(weights: Mapping[str, Tensor]) -> nn.Module:
+    """``FrozenCLIPEmbedder``'s transformer, from its names below ``cond_stage_model.``.
+
+    transformers 5 has no ``text_model`` level in ``CLIPTextModel`` any more, and position indices are not stored.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    foreign = [name for name in weights if not name.startswith("transformer.")]
+    if foreign:
+        raise ModelError(f"the text encoder has weights beside its transformer: `{foreign[0]}`")
+    named = convert_ldm_clip_checkpoint({f"cond_stage_model.{name}": value for name, value in weights.items()})
+    named = {name.removeprefix("text_model."): value for name, value in named.items()}
+    vocab_size, width = named["embeddings.token_embedding.weight"].shape
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=named["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_layers(named, "encoder.layers.{}.mlp.fc1.weight"),
+        num_attention_heads=width // CLIP_HEAD_CHANNELS,
+        max_position_embeddings=named["embeddings.position_embedding.weight"].shape[0],
+        hidden_act="quick_gelu",
+        projection_dim=width,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+    )
+    return filled(CLIPTextModel, config, named, "text encoder")
+
+
+def convert_bert(weights: Mapping[str, Tensor]) -> nn.Module:
+    """``BERTEmbedder``'s ``TransformerWrapper``, from its names below ``cond_stage_model.``."""
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+    named = {_bert_name(name.removeprefix("transformer.")): value for name, value in weights.items()}
+    vocab_size, width = named["model.embed_tokens.weight"].shape
+    inner = named["model.layers.0.self_attn.q_proj.weight"].shape[0]
+    if inner != BERT_HEADS * BERT_HEAD_CHANNELS:
+        raise ModelError(
+            f"the text encoder's attention has {inner} channels, expected {BERT_HEADS} heads of {BERT_HEAD_CHANNELS}"
+        )
+    config = LDMBertConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=named["model.embed_positions.weight"].shape[0],
+        encoder_layers=_layers(named, "model.layers.{}.fc1.weight"),
+        encoder_ffn_dim=named["model.layers.0.fc1.weight"].shape[0],
+        encoder_attention_heads=BERT_HEADS,
+        head_dim=BERT_HEAD_CHANNELS,
+        d_model=width,
+    )
+    return filled(LDMBertModel, config, named, "text encoder")
+
+
+def check_bert_config(weights: Mapping[str, Tensor], config: OriginalConfig) -> None:
+    """ModelError where the YAML's text encoder is not the one that the tensors show."""
+    found: dict[str, Any] = {
+        "n_embed": weights["transformer.token_emb.weight"].shape[1],
+        "n_layer": _layers(weights, "transformer.attn_layers.layers.{}.0.weight") // 2,
+    }
+    config.check(config.params("cond_stage_config"), found)
+
+
+def _bert_name(name: str) -> str:
+    for pattern, replacement in BERT_NAMES:
+        found = re.match(pattern, name)
+        if found:
+            layer, *rest = [*found.groups(), "0"] if not found.groups() else found.groups()
+            return replacement.format(int(layer) // 2, *rest) + name[found.end() :]
+    return name
+
+
+def _layers(weights: Mapping[str, Tensor], pattern: str) -> int:
+    return next(i for i in count() if pattern.format(i) not in weights)

@@ -1,0 +1,217 @@
+"""The original ``UNetModel`` as diffusers' ``UNet2DConditionModel`` (with text) or ``UNet2DModel`` (without).
+
+diffusers' ``convert_ldm_unet_checkpoint`` renames residual blocks, spatial transformers and plain resamplers. It
+lacks what unconditional models have: ``AttentionBlock`` (one ``qkv`` convolution, each head's rows together),
+residual blocks that resample, and 8 heads at every width, which ``UNet2DModel``'s settings cannot say either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdeploy.errors import ModelError
+from qdeploy.models.checkpoints.assemble import check_all_used, filled
+from qdeploy.models.checkpoints.heads import Heads
+from qdeploy.models.checkpoints.kinds import UNET
+from qdeploy.models.checkpoints.original_config import OriginalConfig
+
+
+@dataclass(frozen=True)
+class UNetLayout:
+    """What the shapes say, under the original names; attention by level, finest first."""
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention: tuple[bool, ...]
+    context_dim: int | None
+    transformer_depth: int
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.model_channels * mult for mult in self.channel_mult)
+
+    @property
+    def stride(self) -> int:
+        """Input blocks from one level's first to the next one's, and output blocks of a level."""
+        return self.num_res_blocks + 1
+
+
+def read_layout(weights: Mapping[str, Tensor]) -> UNetLayout:
+    """From the weights' names below ``model.diffusion_model.``; KeyError for a tensor that every UNet has."""
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
+    stride = 1 + next((i for i in range(blocks) if _resampler(weights, f"output_blocks.{i}")), blocks - 1)
+    first = [f"input_blocks.{1 + i}" for i in range(0, blocks, stride)]
+    width = weights["input_blocks.0.0.weight"].shape[0]
+    embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+    context = weights.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    resampler = _resampler(weights, f"output_blocks.{stride - 1}")
+    return UNetLayout(
+        in_channels=weights["input_blocks.0.0.weight"].shape[1],
+        out_channels=weights["out.2.weight"].shape[0],
+        model_channels=width,
+        channel_mult=tuple(weights[f"{block}.0.out_layers.3.weight"].shape[0] // width for block in first),
+        num_res_blocks=stride - 1,
+        attention=tuple(f"{block}.1.norm.weight" in weights for block in first),
+        context_dim=None if context is None else context.shape[1],
+        transformer_depth=next(
+            i for i in count() if f"middle_block.1.transformer_blocks.{i}.norm1.weight" not in weights
+        ),
+        use_scale_shift_norm=embedding == 2 * weights["input_blocks.1.0.out_layers.3.weight"].shape[0],
+        resblock_updown=resampler is not None and f"{resampler}.in_layers.0.weight" in weights,
+    )
+
+
+def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
+    """ModelError where the YAML's UNet is not the one that the tensors show."""
+    params = config.params("unet_config")
+    fields = ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "context_dim")
+    switches = ("use_scale_shift_norm", "resblock_updown")
+    config.check(params, {name: getattr(layout, name) for name in (*fields, *switches)})
+    factors, levels = params.get("attention_resolutions"), len(layout.attention)
+    found = sorted(2**level for level, attends in enumerate(layout.attention) if attends)
+    if isinstance(factors, list) and [factor for factor in sorted(factors) if factor < 2**levels] != found:
+        raise ModelError(f"{config.path}: `attention_resolutions` is {factors}, the checkpoint's weights say {found}")
+
+
+def convert_unet(weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads, sample_size: int) -> nn.Module:
+    """The diffusers UNet with exactly these weights; ModelError for tensors that it has no place for."""
+    from diffusers import UNet2DConditionModel, UNet2DModel
+
+    if layout.context_dim is not None:
+        if layout.resblock_updown or layout.use_scale_shift_norm:
+            raise ModelError(
+                "text-conditional UNets with `resblock_updown` or `use_scale_shift_norm` are not converted"
+            )
+        config = _conditional_config(layout, heads, sample_size)
+        return filled(UNet2DConditionModel, config, _renamed(weights, layout), "UNet")
+    config = _unconditional_config(layout, heads, sample_size)
+    unet = filled(UNet2DModel, config, _split_attention(_renamed(weights, layout), heads), "UNet")
+    _set_heads(unet, heads)
+    return unet
+
+
+def _conditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
+    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention)
+    up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(layout.attention))
+    counts = tuple(heads.of(width) for width in layout.widths)
+    return dict(
+        sample_size=sample_size,
+        in_channels=layout.in_channels,
+        out_channels=layout.out_channels,
+        block_out_channels=layout.widths,
+        layers_per_block=layout.num_res_blocks,
+        down_block_types=down,
+        up_block_types=up,
+        cross_attention_dim=layout.context_dim,
+        transformer_layers_per_block=layout.transformer_depth,
+        attention_head_dim=counts[0] if len(set(counts)) == 1 else counts,  # diffusers' name for the number of heads
+    )
+
+
+def _unconditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
+    kind = "Resnet{}sampleBlock2D" if layout.resblock_updown else "{}Block2D"
+    names = {True: "Attn{}Block2D", False: kind}
+    down = tuple(names[attends] for attends in layout.attention)
+    resampling = "resnet" if layout.resblock_updown else "conv"
+    return dict(
+        sample_size=sample_size,
+        in_channels=layout.in_channels,
+        out_channels=layout.out_channels,
+        block_out_channels=layout.widths,
+        layers_per_block=layout.num_res_blocks,
+        down_block_types=tuple(name.format("Down") for name in down),
+        up_block_types=tuple(name.format("Up") for name in reversed(down)),
+        downsample_type=resampling,
+        upsample_type=resampling,
+        attention_head_dim=layout.model_channels // heads.of(layout.model_channels),
+        attn_norm_num_groups=32,  # else the middle block's attention loses its norm under scale_shift
+        resnet_time_scale_shift="scale_shift" if layout.use_scale_shift_norm else "default",
+    )
+
+
+def _renamed(weights: Mapping[str, Tensor], layout: UNetLayout) -> dict[str, Tensor]:
+    """diffusers' names, by its own converter and, for residual blocks that resample, by hand around it."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, update_unet_resnet_ldm_to_diffusers
+
+    upward = _up_blocks(layout) if layout.resblock_updown else {}
+    held_back = {name for name in weights if name.startswith(tuple(upward))} if upward else set()
+    source = {UNET + name: tensor for name, tensor in weights.items() if name not in held_back}
+    converted = convert_ldm_unet_checkpoint(source, {"layers_per_block": layout.num_res_blocks})
+    for old, new in upward.items():
+        names = [name for name in held_back if name.startswith(old)]
+        update_unet_resnet_ldm_to_diffusers(names, converted, weights, {"old": old, "new": new})
+    check_all_used(weights, converted, "UNet")
+    extra = f".resnets.{layout.num_res_blocks}."  # a block that resamples down comes out as one resnet more
+    return {
+        name.replace(extra, ".downsamplers.0.") if name.startswith("down_blocks.") else name: tensor
+        for name, tensor in converted.items()
+    }
+
+
+def _up_blocks(layout: UNetLayout) -> dict[str, str]:
+    """Names of the residual blocks that resample up, behind the attention where a level has it."""
+    levels = list(reversed(layout.attention))[:-1]
+    return {
+        f"output_blocks.{(i + 1) * layout.stride - 1}.{2 if attends else 1}.": f"up_blocks.{i}.upsamplers.0."
+        for i, attends in enumerate(levels)
+    }
+
+
+def _split_attention(weights: Mapping[str, Tensor], heads: Heads) -> dict[str, Tensor]:
+    """``AttentionBlock`` as diffusers' ``Attention``: 1-D convolutions as matrices, ``qkv`` as three of them."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        block, _, leaf = name.rpartition(".attentions.")
+        index, _, leaf = leaf.partition(".")
+        here = f"{block}.attentions.{index}"
+        if not block:
+            renamed[name] = tensor
+        elif leaf.startswith("qkv."):
+            rows = _q_k_v(tensor.flatten(1) if tensor.dim() > 1 else tensor, heads)
+            renamed |= {f"{here}.to_{x}.{leaf[4:]}": part for x, part in zip("qkv", rows, strict=True)}
+        elif leaf.startswith("proj_out."):
+            renamed[f"{here}.to_out.0.{leaf[9:]}"] = tensor.flatten(1) if tensor.dim() > 1 else tensor
+        else:
+            renamed[f"{here}.group_norm.{leaf.removeprefix('norm.')}"] = tensor
+    return renamed
+
+
+def _q_k_v(rows: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+    """``float[3C, …]`` as three ``float[C, …]``.
+
+    ``QKVAttentionLegacy`` splits heads first, so its rows are [head, q|k|v, channel]; ``QKVAttention`` (the
+    YAML's ``use_new_attention_order``) has [q|k|v, head, channel].
+    """
+    if heads.new_order:
+        return rows.chunk(3)
+    per_head = rows.unflatten(0, (heads.of(rows.shape[0] // 3), 3, -1))
+    return tuple(part.flatten(0, 1) for part in per_head.unbind(1))
+
+
+def _set_heads(unet: nn.Module, heads: Heads) -> None:
+    """``UNet2DModel`` takes one head width for all levels; a fixed number of heads is set on the modules.
+
+    Its settings do not record this, so a converted UNet must not be saved and read back as a diffusers folder.
+    """
+    from diffusers.models.attention_processor import Attention
+
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.heads = module.sliceable_head_dim = heads.of(module.inner_dim)
+            module.scale = (module.inner_dim // module.heads) ** -0.5
+
+
+def _resampler(weights: Mapping[str, Tensor], block: str) -> str | None:
+    """The name of the module at an output block's end that resamples up."""
+    found = (f"{block}.{i}" for i in (1, 2))
+    return next((at for at in found if f"{at}.conv.weight" in weights or f"{at}.in_layers.0.weight" in weights), None)

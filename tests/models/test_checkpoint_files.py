@@ -1,0 +1,213 @@
+"""Checkpoint files that are hostile, cut, of another format or full of a trainer's objects: nothing ever runs."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import os
+import pickle
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qdeploy.errors import ModelError
+from qdeploy.models.checkpoints import read_checkpoint
+
+WEIGHTS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5, dtype=torch.float16)}
+
+
+class Calls:
+    """Unpickled the ordinary way, calls ``function`` with ``arguments``."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.reduced
+
+
+def payloads(marker: Path) -> dict[str, tuple[Any, str]]:
+    """What to store, and the global that must be named."""
+    touch = f"open({str(marker)!r}, 'w').close()"
+    return {
+        "system": (Calls(os.system, f"touch {marker}"), r"(posix|nt)\.system"),
+        "eval": (Calls(eval, touch), r"builtins\.eval"),
+        "exec": (Calls(exec, touch), r"builtins\.exec"),
+        "getattr": (Calls(getattr, Calls(__import__, "os"), "system"), r"builtins\.(getattr|__import__)"),
+        "nested": ([{"deep": (1, [Calls(exec, touch)])}], r"builtins\.exec"),
+        "path": (Calls(Path.touch, marker), "pathlib|getattr"),
+        "in_an_inert_thing": (argparse.Namespace(x=Calls(exec, touch)), r"builtins\.exec"),
+        "torch_load": (Calls(torch.load, str(marker)), r"torch\.serialization\.load"),
+        "torch_code": (Calls(torch.jit.load, str(marker)), r"torch\.jit\.\w+\.load"),
+        "numpy_load": (Calls(np.load, str(marker)), r"numpy.*load"),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", payloads(Path()))
+def test_a_hostile_pickle_is_refused_by_name(tmp_path: Path, name: str, protocol: int, zipped: bool) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "model.ckpt"
+    payload, words = payloads(marker)[name]
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save({"state_dict": WEIGHTS, "callbacks": payload}, path, **options)
+    with pytest.raises(ModelError, match=rf"model\.ckpt .*({words}).*safetensors"):
+        read_checkpoint(path)
+    torch.save({"state_dict": {**WEIGHTS, "c": payload}}, path, **options)
+    with pytest.raises(ModelError, match=words):
+        read_checkpoint(path)
+    path.write_bytes(pickle.dumps(payload, protocol=protocol))
+    with pytest.raises(ModelError, match=r"model\.ckpt"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"cos\nsystem\n(S'touch %s'\ntR.",  # protocol 0
+        b"(S'touch %s'\nios\nsystem\n.",  # INST calls without REDUCE
+        b"\x80\x02cposix\nsystem\nX\x07\x00\x00\x00touch x\x85R.",
+        b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x94h\x00h\x01\x93\x8c\x07touch x\x85R.",  # named through the memo
+        b"\x80\x02cpytorch_lightning.os\nsystem\nU\x07touch x\x85R.",  # an inert name is not looked up
+    ],
+)
+def test_handmade_instructions(tmp_path: Path, code: bytes) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "model.ckpt"
+    code = code.replace(b"%s", str(marker).encode())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", code)
+        archive.writestr("model/version", "3\n")
+        archive.writestr("model/byteorder", "little")
+    with pytest.raises(ModelError, match=r"model\.ckpt"):
+        read_checkpoint(path)
+    path.write_bytes(code)
+    with pytest.raises(ModelError, match=r"model\.ckpt"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, dotted: str, base: type = object) -> type:
+    """A class that pickles as ``dotted``, of a library that is not installed."""
+    module_name, _, name = dotted.rpartition(".")
+    made = type(name, (base,), {"__module__": module_name})
+    parts = module_name.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+    setattr(sys.modules[module_name], name, made)
+    return made
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_what_trainers_leave_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
+    with monkeypatch.context() as patched:
+        callback = stub(patched, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+        settings = stub(patched, "omegaconf.dictconfig.DictConfig")()
+        settings.__dict__.update(_content={"lr": 1e-4}, _flags=None)
+        attributes = stub(patched, "pytorch_lightning.utilities.parsing.AttributeDict", dict)(rate=0.1)
+        content = {
+            "state_dict": collections.OrderedDict(WEIGHTS),
+            "callbacks": {callback: {"best_model_score": np.float64(0.25), "best": torch.tensor(1.0)}},
+            "hyper_parameters": {"config": settings, "more": attributes, "args": argparse.Namespace(x=[1])},
+            "loops": collections.defaultdict(dict, {"a": {"b": {1, 2}}}),
+            "array": np.arange(3),
+            "types": [dict, int],
+        }
+        torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
+    assert "pytorch_lightning" not in sys.modules
+    before = set(torch.serialization.get_safe_globals())
+    tensors = read_checkpoint(tmp_path / "model.ckpt")
+    assert set(torch.serialization.get_safe_globals()) == before
+    assert tensors.keys() == WEIGHTS.keys()
+    assert all(torch.equal(tensors[name], WEIGHTS[name]) for name in WEIGHTS)
+    assert "pytorch_lightning" not in sys.modules
+
+
+def write(folder: Path, suffix: str) -> Path:
+    path = folder / f"model.{suffix}"
+    if suffix == "safetensors":
+        save_file(WEIGHTS, path)
+    else:
+        torch.save(WEIGHTS, path)
+    return path
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.97, 0.999])
+@pytest.mark.parametrize("suffix", ["ckpt", "pt", "safetensors"])
+def test_a_cut_file(tmp_path: Path, suffix: str, share: float) -> None:
+    path = write(tmp_path, suffix)
+    assert read_checkpoint(path).keys() == WEIGHTS.keys()
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ModelError, match=rf"model\.{suffix}"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>Please log in</html>", "not a checkpoint"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a checkpoint"),
+        (bytes(1000), "not a checkpoint"),
+        (b"PK\x03\x04" + bytes(1000), "not a checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_another_format(tmp_path: Path, content: bytes, words: str, suffix: str) -> None:
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="not a checkpoint" if suffix == "safetensors" else words):
+        read_checkpoint(path)
+
+
+def test_the_wrong_suffix(tmp_path: Path) -> None:
+    for path, other in ((write(tmp_path, "ckpt"), "x.safetensors"), (write(tmp_path, "safetensors"), "x.ckpt")):
+        with pytest.raises(ModelError, match="not a checkpoint"):
+            read_checkpoint(path.rename(tmp_path / other))
+    with pytest.raises(ModelError, match=r"ending in \.ckpt"):
+        read_checkpoint(tmp_path / "x.onnx")
+    with pytest.raises(ModelError, match="not a file"):
+        read_checkpoint(tmp_path / "absent.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    with pytest.raises(ModelError, match="not a file"):
+        read_checkpoint(tmp_path / "folder.ckpt")
+
+
+def test_archives_that_grow(tmp_path: Path) -> None:
+    path = write(tmp_path, "ckpt")
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "z.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(ModelError, match="compressed"):
+        read_checkpoint(tmp_path / "z.ckpt")
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(100):
+            twin = copy.copy(archive.getinfo("model/data.pkl"))
+            twin.filename = f"model/data/{100 + i}"
+            archive.filelist.append(twin)
+        archive.comment = b"written again"
+    with pytest.raises(ModelError, match="overlap"):
+        read_checkpoint(path)
+
+
+def test_a_small_file_that_describes_huge_weights(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(10**10)}, tmp_path / "wide.ckpt")
+    with pytest.raises(ModelError, match="far more than it holds"):
+        read_checkpoint(tmp_path / "wide.ckpt")
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    for content in ({"epoch": 3}, [torch.zeros(2)], {"state_dict": {}}, {"a": torch.zeros(2).to_sparse()}, 5):
+        torch.save(content, tmp_path / "none.ckpt")
+        with pytest.raises(ModelError, match=r"none\.ckpt holds no tensors"):
+            read_checkpoint(tmp_path / "none.ckpt")
