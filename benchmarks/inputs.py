@@ -19,7 +19,7 @@ from qdeploy.export.targets import lower
 from qdeploy.files import staged_folder
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
-from qdeploy.spec import GRAPH_BATCH, target_named
+from qdeploy.spec import graph_batch, target_named
 
 MODEL = "builtin:emoji"
 TARGET = "ort-cpu"
@@ -80,7 +80,9 @@ def make_inputs(
 
 def export_float_unet(model: LatentDiffusion, path: Path) -> None:
     """The graph that every peer quantizes."""
-    graph = graph_from_component(model.unet, model.example("unet", GRAPH_BATCH["unet"]), target_named(TARGET).opset)
+    graph = graph_from_component(
+        model.unet, model.example("unet", graph_batch("unet", reads_text=True)), target_named(TARGET).opset
+    )
     lower(graph, TARGET)
     save_graph(graph, path)
 
@@ -91,7 +93,7 @@ def unet_feeds(calibration: CalibrationSet) -> list[dict[str, NDArray]]:
         {
             name: np.array(value.numpy()) for name, value in feeds.items()
         }  # ascontiguousarray would make the scalar rank 1
-        for feeds in calibration.batches("unet", GRAPH_BATCH["unet"])
+        for feeds in calibration.batches("unet", graph_batch("unet", reads_text=True))
     ]
 
 

@@ -16,7 +16,7 @@ from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.noise_correction import NoiseCorrection
 from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import EFFORTS, GRAPH_BATCH, QuantSpec, Reconstruction, target_named
+from qdeploy.spec import EFFORTS, QuantSpec, Reconstruction, graph_batch, target_named
 from qdeploy.table import QuantTable, load_table, save_table
 
 TABLE = "table.safetensors"
@@ -94,7 +94,9 @@ def quantize_ours(row: Row, work: WorkFolder) -> Path:
 def save_for(engine: str, model: LatentDiffusion, table: QuantTable, folder: Path) -> None:
     """``ENGINE.onnx``: with Q behind spatial convolutions for ONNX Runtime, without for OpenVINO."""
     twin = quantized_twin(model.unet, table.components["unet"], engine == "ort-cpu")
-    graph = graph_from_component(twin, model.example("unet", GRAPH_BATCH["unet"]), target_named(TARGET).opset)
+    graph = graph_from_component(
+        twin, model.example("unet", graph_batch("unet", reads_text=True)), target_named(TARGET).opset
+    )
     lower(graph, TARGET)
     save_graph(graph, folder / f"{engine}.onnx")
 

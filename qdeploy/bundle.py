@@ -13,11 +13,19 @@ from typing import Any
 
 from qdeploy.errors import BundleError
 from qdeploy.files import read_json, sha256_of
+from qdeploy.spec import COMPONENTS
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+
+TEXT_TO_IMAGE = "text-to-image"
+UNCONDITIONAL = "unconditional"
+KINDS: Mapping[str, tuple[str, ...]] = {
+    TEXT_TO_IMAGE: COMPONENTS,
+    UNCONDITIONAL: tuple(name for name in COMPONENTS if name != "text_encoder"),
+}  # a bundle's or a model's kind -> its components
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class ComponentInfo:
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """What the pipeline needs to know of the latents and the picture."""
+    """What the pipeline needs to know of the latents and the picture; ``tokens`` is 0 where nothing reads text."""
 
     channels: int
     height: int
@@ -73,6 +81,11 @@ class Manifest:
     components: Mapping[str, ComponentInfo]
     latents: LatentInfo
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether pictures are made from prompts."""
+        return "text_encoder" in KINDS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,9 @@ def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:
         raise BundleError(f"{folder / MANIFEST} is not a readable manifest ({exc!r}); export the bundle again") from exc
     for name, (size_bytes, digest) in listed.items():
         _check_file(folder, name, size_bytes, digest if verify else None)
-    needed = [SCHEDULER, TOKENIZER, *(component.file for component in manifest.components.values())]
+    _check_kind(folder, manifest)
+    needed = [SCHEDULER, *(component.file for component in manifest.components.values())]
+    needed += [TOKENIZER] if manifest.reads_text else []
     for name in needed:
         if name not in listed:
             raise BundleError(f"{folder / MANIFEST} lists no file {name!r}, which this bundle needs; export it again")
@@ -138,7 +153,7 @@ def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:
 
 def _manifest_from_document(document: Mapping[str, Any]) -> Manifest:
     return Manifest(
-        kind=document["kind"],
+        kind=str(document["kind"]),
         target=document["target"],
         engine=document["engine"],
         precision=document["precision"],
@@ -154,6 +169,17 @@ def _component_from_document(entry: Mapping[str, Any]) -> ComponentInfo:
 
     fields = {**entry, "inputs": tensors(entry["inputs"]), "outputs": tensors(entry["outputs"])}
     return ComponentInfo(**fields)
+
+
+def _check_kind(folder: Path, manifest: Manifest) -> None:
+    if manifest.kind not in KINDS:
+        raise BundleError(
+            f"{folder} is a bundle of kind {manifest.kind!r}, this qdeploy runs {', '.join(KINDS)}; was it made by a "
+            "newer one?"
+        )
+    missing = [name for name in KINDS[manifest.kind] if name not in manifest.components]
+    if missing:
+        raise BundleError(f"{folder} is a {manifest.kind} bundle without {', '.join(missing)}; export it again")
 
 
 def _check_file(folder: Path, name: str, size_bytes: int, digest: str | None) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -13,7 +14,32 @@ from click.core import ParameterSource
 from qdeploy import __version__
 from qdeploy.errors import QdeployError, UsageError
 
+if TYPE_CHECKING:
+    from qdeploy.models.options import ModelOptions
+
 PATH = click.Path(path_type=Path)
+
+
+def loading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how MODEL is loaded, alike in every command that loads one, which gets ``loading``."""
+
+    @click.option(
+        "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
+        help="LoRA in safetensors to fuse into the weights first, times SCALE (1). May be repeated.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def with_loading(*args: Any, loras: Sequence[str], **kwargs: Any) -> None:
+        from qdeploy.models.options import LoraFile, ModelOptions
+
+        loading = ModelOptions(loras=tuple(LoraFile.from_text(text) for text in loras))
+        command(*args, loading=loading, **kwargs)
+
+    return with_loading
+
+
+def was_typed(name: str) -> bool:
+    """Whether the user gave the running command's parameter ``name``, be it with its default value."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 class Commands(click.Group):
@@ -48,7 +74,7 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """Quantize latent-diffusion models after training and deploy them.
 
     The way: MODEL -> calibrate -> quantize -> export -> generate, bench. `qdeploy demo` walks it on
-    the built-in model. MODEL is a diffusers folder or builtin:emoji.
+    the built-in model. MODEL is a diffusers folder (Stable Diffusion or latent diffusion) or builtin:emoji.
     """
     ctx.obj = not quiet
 
@@ -89,23 +115,24 @@ def demo(show: bool, out: Path, samples: int) -> None:
 @click.option("--from-qdiffusion", type=PATH, help="Convert this Q-Diffusion .pt file instead of recording.")
 @click.option("--cali-st", type=int, help="Steps to take from it, evenly spaced. Default: all.")
 @click.option("--cali-n", type=int, help="Samples of each step to take from it. Default: all.")
+@loading_options
 @click.pass_obj
-def calibrate(show: bool, model: str, out: Path, **options: Any) -> None:
+def calibrate(show: bool, model: str, out: Path, loading: ModelOptions, **options: Any) -> None:
     """Record what MODEL's components are really given while it samples pictures.
 
     An interrupted timestep_aware recording goes on where it stopped when the same command is run again.
 
     Example: qdeploy calibrate builtin:emoji -o calibration.safetensors --samples 32
     """
-    from qdeploy.calibrate.modes import Request, calibrate_to_file, check_request
+    from qdeploy.calibrate.modes import Request, calibrate_to_file, check_request, check_text
     from qdeploy.models.source import load_model
     from qdeploy.progress import shown
 
-    context = click.get_current_context()
-    given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    given = {name for name in options if was_typed(name)}
     request = Request(**options)
     check_request(request, given, out)
-    loaded = load_model(model)
+    loaded = load_model(model, loading)
+    check_text(loaded, given)
     with shown(show) as on_progress:
         calibrate_to_file(loaded, request, out, on_progress)
     click.echo(f"wrote {out}")
@@ -153,8 +180,9 @@ def calibrate(show: bool, model: str, out: Path, **options: Any) -> None:
     "--attention-bits", type=click.Choice(["0", "8", "16"]), default="0", show_default=True,
     help="Bits of the attentions' own products; 0 is float, 16 cannot be exported.",
 )  # fmt: skip
+@loading_options
 @click.pass_obj
-def quantize(show: bool, model: str, calib: Path, out: Path, **options: Any) -> None:
+def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptions, **options: Any) -> None:
     """Choose ranges and round MODEL's weights; the result is a QuantTable.
 
     An interrupted --adaround goes on behind its last finished block when the same command is run again.
@@ -176,9 +204,10 @@ def quantize(show: bool, model: str, calib: Path, out: Path, **options: Any) -> 
     spec = spec_from_options(**options)
     calibration = load_calibration(calib)
     with shown(show) as on_progress, checkpoint_beside(out) as work:
-        table = quantize_model(load_model(model), calibration, spec, on_progress, work)
+        loaded = load_model(model, loading)
+        table = quantize_model(loaded, calibration, spec, on_progress, work)
         save_table(table, out)
-    for name in spec.components:
+    for name in loaded.components:
         if name not in table.components:
             click.echo(f"{name}: stays in float, the calibration set has no inputs for it")
             continue
@@ -196,8 +225,11 @@ def quantize(show: bool, model: str, calib: Path, out: Path, **options: Any) -> 
 @click.option("--target", default="ort-cpu", show_default=True, help="What the graphs are lowered for.")
 @click.option("--precision", help="fp32 for a MODEL, int8 for a QUANT table (the defaults).")
 @click.option("--model", help="Where a table's model lies now, if it moved.")
+@loading_options
 @click.pass_obj
-def export(show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None) -> None:
+def export(
+    show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, loading: ModelOptions
+) -> None:
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
     A quantized export is gated: every layer of the table must run as an integer kernel, and the
@@ -218,7 +250,7 @@ def export(show: bool, source: str, out: Path, target: str, precision: str | Non
     check_precision(precision or natural)
     if (precision or natural) != natural:
         raise UsageError(f"--precision {precision} does not fit {source}: it exports as {natural}")
-    loaded = load_model(model or (source if table is None else table.model))
+    loaded = load_model(model or (source if table is None else table.model), loading)
     with shown(show) as on_progress:
         manifest = export_bundle(loaded, table, spec, out, on_progress)
     for name, info in manifest.components.items():
@@ -230,7 +262,7 @@ def export(show: bool, source: str, out: Path, target: str, precision: str | Non
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option(
     "-o", "--out", type=PATH, default=Path("out.png"), show_default=True, help="Picture; numbered if several."
 )
@@ -244,17 +276,23 @@ def export(show: bool, source: str, out: Path, target: str, precision: str | Non
 @click.option("--count", default=1, show_default=True, help="Pictures to make.")
 @click.pass_obj
 def generate(
-    show: bool, bundle: Path, prompt: str, out: Path, negative_prompt: str, engine: str | None, threads: int | None,
-    steps: int, guidance: float, seed: int, scheduler: str | None, count: int,
+    show: bool, bundle: Path, prompt: str | None, out: Path, negative_prompt: str, engine: str | None,
+    threads: int | None, steps: int, guidance: float, seed: int, scheduler: str | None, count: int,
 ) -> None:  # fmt: skip
-    """Make pictures of PROMPT with BUNDLE. Needs no torch.
+    """Make pictures of PROMPT, or without one if BUNDLE is unconditional. Needs no torch.
 
-    Example: qdeploy generate demo/w8a8 "a cat" -o cat.png --guidance 5
+    \b
+    Examples:
+      qdeploy generate demo/w8a8 "a cat" -o cat.png --guidance 5
+      qdeploy generate churches -o church.png --count 4
     """
+    from qdeploy.bundle import open_bundle
     from qdeploy.files import staged_file
     from qdeploy.progress import shown
-    from qdeploy.runtime.pipeline import load
+    from qdeploy.runtime.pipeline import check_text, load
 
+    typed = [f"--{name.replace('_', '-')}" for name in ("guidance", "negative_prompt") if was_typed(name)]
+    check_text(open_bundle(bundle, verify=False).manifest, prompt, typed)
     with load(bundle, engine=engine, threads=threads) as pipe, shown(show) as on_progress:
         result = pipe(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance, seed=seed, count=count,

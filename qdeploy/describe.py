@@ -56,6 +56,7 @@ def describe_bundle(path: Path) -> Facts:
         ("target", f"{manifest.target} ({manifest.precision})"),
         ("size", f"{bundle.total_bytes / 1e6:.1f} MB, hashes verified"),
         ("model", str(manifest.provenance.get("model"))),
+        *(("lora", str(lora)) for lora in manifest.provenance.get("loras", [])),
     ]
     for name, info in manifest.components.items():
         parity = "" if info.parity_db is None else f", {parity_text(info)}"
@@ -108,10 +109,11 @@ def describe_model(source: str) -> Facts:
         ("model", source),
         ("picture", f"{latents.image_width}x{latents.image_height}"),
         ("latents", f"{latents.channels}x{latents.height}x{latents.width}"),
-        ("prompt", f"{latents.tokens} tokens"),
+        ("kind", model.kind),
+        *([("prompt", f"{latents.tokens} tokens")] if model.reads_text else []),
         ("scheduler", str(model.scheduler_config.get("_class_name"))),
     ]
-    for name in ("text_encoder", "unet", "vae_decoder"):
+    for name in model.components:
         count = sum(parameter.numel() for parameter in model.component(name).parameters())
         facts.append((name, f"{count / 1e6:.2f} M parameters" + (" (with encoder)" if name == "vae_decoder" else "")))
     return facts

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from qdeploy.errors import UsageError
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
-GRAPH_BATCH = {"text_encoder": 1, "unet": 2, "vae_decoder": 1}  # static; the UNet's two are the CFG halves
 
 # Kept in float because an error here is spread by every later step while the layers hold a
 # fraction of a percent of the MACs (QUANT.md; Q-Diffusion, section 4.1). Matched as the last
@@ -164,6 +163,11 @@ def spec_from_options(
         first_token_float=first_token_float,
         attention_bits=int(attention_bits),
     )
+
+
+def graph_batch(component: str, reads_text: bool) -> int:
+    """Static batch of a component's graph: 2 for a UNet that reads text, its CFG halves, else 1."""
+    return 2 if component == "unet" and reads_text else 1
 
 
 def named(layer: str, tails: tuple[str, ...]) -> bool:

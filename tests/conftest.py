@@ -1,4 +1,4 @@
-"""One tiny random model, and what the way makes of it, shared by the whole run."""
+"""Tiny random models, and what the way makes of the first one, shared by the whole run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qdeploy.export.exporter import export_bundle
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.spec import QuantSpec, target_named
 from qdeploy.table import QuantTable
-from tests.tiny import write_tiny_model
+from tests.tiny import write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
 
 PROMPTS = ["a cat", "a red house", "rocket"]
 
@@ -21,6 +21,16 @@ PROMPTS = ["a cat", "a red house", "rocket"]
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def unconditional_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_unconditional(tmp_path_factory.mktemp("unconditional") / "model")
+
+
+@pytest.fixture(scope="session")
+def ldm_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_ldm_text(tmp_path_factory.mktemp("ldm-text") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,13 @@
-"""A tiny StableDiffusionPipeline folder with random weights, for tests that need a model in seconds."""
+"""Tiny pipeline folders with random weights, one of each kind, for tests that need a model in seconds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import VQModel
 
 UNET = dict(
     sample_size=8,
@@ -47,6 +51,22 @@ SCHEDULER = dict(
     set_alpha_to_one=False,
     steps_offset=1,
 )
+LDM_SCHEDULER = dict(
+    _class_name="DDIMScheduler",
+    beta_start=0.0015,
+    beta_end=0.0195,
+    beta_schedule="scaled_linear",
+    num_train_timesteps=1000,
+    clip_sample=False,
+)
+BERT = dict(
+    d_model=32,
+    encoder_layers=2,
+    encoder_ffn_dim=64,
+    encoder_attention_heads=2,
+    head_dim=16,
+    max_position_embeddings=77,
+)
 
 
 def write_tiny_model(folder: Path) -> Path:
@@ -69,3 +89,49 @@ def write_tiny_model(folder: Path) -> Path:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     return folder
+
+
+def write_tiny_unconditional(folder: Path) -> Path:
+    """Write an LDMPipeline folder with a VQ first stage (seeded, about 200 k parameters) and return it."""
+    import torch
+    from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel
+
+    torch.manual_seed(1)
+    unet = UNet2DModel(
+        **{key: UNET[key] for key in ("sample_size", "block_out_channels", "norm_num_groups")},
+        in_channels=3, out_channels=3, layers_per_block=1, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    LDMPipeline(vqvae=tiny_vq(), unet=unet, scheduler=DDIMScheduler.from_config(LDM_SCHEDULER)).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_ldm_text(folder: Path) -> Path:
+    """Write an LDMTextToImagePipeline folder (seeded, LDMBertModel and a KL first stage) and return it."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, LDMTextToImagePipeline, UNet2DConditionModel
+    from diffusers.pipelines.latent_diffusion import LDMBertModel
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
+    from transformers import BertTokenizer
+
+    torch.manual_seed(2)
+    special, letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "abcdefghijklmnopqrstuvwxyz"
+    words = [*special, *letters, *(f"##{letter}" for letter in letters), "cat", "house", "red"]
+    LDMTextToImagePipeline(
+        vqvae=AutoencoderKL(**VAE),
+        bert=LDMBertModel(LDMBertConfig(vocab_size=len(words), **BERT)),
+        tokenizer=BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=77),
+        unet=UNet2DConditionModel(**UNET),
+        scheduler=DDIMScheduler.from_config(LDM_SCHEDULER),
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_vq() -> VQModel:
+    """A VQ first stage whose codes lie as far apart as unit-variance latents do."""
+    from diffusers import VQModel
+
+    sizes = {key: value for key, value in VAE.items() if key != "sample_size"}
+    vq = VQModel(**sizes | {"latent_channels": 3}, num_vq_embeddings=64, scaling_factor=1.0)
+    vq.quantize.embedding.weight.data.normal_()
+    return vq

@@ -34,22 +34,27 @@ class Fidelity:
 def compare(
     reference: Pipeline, tested: Pipeline, prompts: Sequence[str], steps: int = 25, guidance_scale: float = 5.0
 ) -> Fidelity:
-    """Run ``reference`` and ask ``tested`` for its prediction at every step. Raises BundleError for unlike bundles."""
-    if reference.latents != tested.latents:
-        raise BundleError("the two bundles are not of one model: their latents differ")
+    """Run ``reference`` and ask ``tested`` for its prediction at every step. Raises BundleError for unlike bundles.
+
+    Of unconditional bundles as many pictures are compared as there are ``prompts``, which they do not read.
+    """
+    if (reference.latents, reference.reads_text) != (tested.latents, tested.reads_text):
+        raise BundleError("the two bundles are not of one model: their latents or their text differ")
     sampler = make_sampler(read_json(reference.bundle.path(SCHEDULER)), steps)
     curve: list[float] = []
 
-    def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32]) -> NDArray[np.float32]:
+    def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32] | None) -> NDArray[np.float32]:
         expected = reference.predict(x, t, context)
         found = tested.predict(x, t, context)
         curve.append(sqnr_db(expected, found))
         return expected
 
     unit = np.random.default_rng(0).standard_normal((len(prompts), *reference.latents.shape), np.float32)
-    cond = reference.encode(prompts)
-    uncond = np.repeat(reference.encode([""]), len(prompts), axis=0)
+    cond = uncond = None
+    if reference.reads_text:
+        cond, uncond = reference.encode(prompts), np.repeat(reference.encode([""]), len(prompts), axis=0)
     final = denoise(predict, sampler, unit, cond, uncond, guidance_scale)
-    own = tested(list(prompts), steps=steps, guidance_scale=guidance_scale, latents=unit)
+    asked = {"prompt": list(prompts)} if tested.reads_text else {"count": len(prompts)}
+    own = tested(**asked, steps=steps, guidance_scale=guidance_scale, latents=unit)
     image_psnr = psnr_db(reference.decode(final).astype(np.float32), own.pixels.astype(np.float32), peak=255.0)
     return Fidelity(tuple(curve), tuple(int(t) for t in sampler.timesteps), image_psnr)

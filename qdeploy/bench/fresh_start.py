@@ -14,7 +14,7 @@ def main(path: str, steps: str, engine: str, threads: str) -> None:
     start = time.perf_counter()
     pipeline = load(path, engine=engine or None, threads=int(threads) if threads else None)
     load_ms = (time.perf_counter() - start) * 1e3
-    pipeline("a cat", steps=int(steps))
+    pipeline("a cat" if pipeline.reads_text else None, steps=int(steps))
     print(json.dumps({"load_ms": load_ms, "peak_bytes": peak_bytes()}))
 
 

@@ -22,7 +22,7 @@ PICTURE = "picture"
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to run. A picture is one prompt at ``steps`` steps with classifier-free guidance."""
+    """What to run. A picture is one prompt at ``steps`` steps with guidance; an unconditional bundle has neither."""
 
     prompt: str = "a cat"
     steps: int = 25
@@ -115,13 +115,14 @@ def one_step(pipeline: Pipeline, _: BenchSettings) -> object:
     inputs = pipeline.components["unet"].info.inputs
     rng = np.random.default_rng(0)
     x = rng.standard_normal(inputs["sample"].shape, np.float32)
-    context = rng.standard_normal(inputs["encoder_hidden_states"].shape, np.float32)
-    return pipeline.predict(x, 500, context)
+    text = inputs.get("encoder_hidden_states")
+    return pipeline.predict(x, 500, None if text is None else rng.standard_normal(text.shape, np.float32))
 
 
 def one_picture(pipeline: Pipeline, settings: BenchSettings) -> object:
-    """Prompt to pixels."""
-    return pipeline(settings.prompt, steps=settings.steps, guidance_scale=settings.guidance_scale)
+    """Prompt or nothing to pixels."""
+    prompt = settings.prompt if pipeline.reads_text else None
+    return pipeline(prompt, steps=settings.steps, guidance_scale=settings.guidance_scale)
 
 
 def fresh_start(path: Path, settings: BenchSettings) -> Mapping[str, float]:

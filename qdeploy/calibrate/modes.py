@@ -26,6 +26,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "from_qdiffusion": frozenset(["from_qdiffusion", "cali_st", "cali_n"]),
 }
 MODES = tuple(OPTIONS)[:3]
+TEXT_OPTIONS = frozenset(["prompts", "guidance"])
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ def check_request(request: Request, given: Set[str], out: Path) -> None:
         )
     if request.eta != 0 and request.sampler not in (None, "ddim"):
         raise UsageError(f"--eta: only ddim takes noise this way, not --sampler {request.sampler}")
+
+
+def check_text(model: LatentDiffusion, given: Set[str]) -> None:
+    """UsageError when an option in ``given`` is about text and ``model`` reads none."""
+    for name in sorted(given & TEXT_OPTIONS):
+        if not model.reads_text:
+            raise UsageError(f"{option(name)}: {model.source} is unconditional and takes none")
 
 
 def option(name: str) -> str:

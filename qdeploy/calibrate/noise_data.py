@@ -52,5 +52,5 @@ def calibration_from_noise(model: LatentDiffusion, prompts: Sequence[str], setti
         timestep=torch.full((settings.samples,), int(sampler.timesteps[0])),
         latents=half_from_float(latents / model.latents.scaling_factor, "the decoder's noise"),
         **({} if text is None else text.tensors(text.rows)),
-        provenance={"mode": "noise_data", **asdict(settings), "model": model.source, "model_sha256": model.sha256},
+        provenance={"mode": "noise_data", **asdict(settings), **model.provenance},
     )

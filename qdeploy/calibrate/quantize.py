@@ -28,7 +28,7 @@ from qdeploy.models.rewrites import apply_rewrite, copy_of
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
 from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import GRAPH_BATCH, READ_TEXT, QuantSpec
+from qdeploy.spec import READ_TEXT, QuantSpec, graph_batch
 from qdeploy.table import Affine, ComponentQuant, FloatLayer, LayerQuant, QuantTable
 
 PROBES = 6
@@ -55,6 +55,7 @@ def quantize_model(
     provenance = {
         "qdeploy": qdeploy.__version__,
         "torch": torch.__version__,
+        **model.provenance,
         "spec": asdict(spec),
         "calibration": dict(calibration.provenance),
     }
@@ -68,7 +69,7 @@ def quantize_model(
 
 def probes_of(calibration: CalibrationSet, component: str) -> list[dict[str, NDArray]]:
     """A few inputs of ``component``, evenly spaced over the set (so over the timesteps), at the export's batch."""
-    size = GRAPH_BATCH[component]
+    size = graph_batch(component, calibration.contexts is not None)
     count = sum(1 for _ in calibration.batches(component, size))  # counted, not kept: the set may be large
     chosen = set(np.linspace(0, count - 1, min(PROBES, count)).round().astype(int))
     return [

@@ -65,7 +65,7 @@ def calibration_from_pictures(
         timestep=torch.from_numpy(timesteps),
         latents=half_from_float(latents, "the VAE encoder's output"),
         **({} if text is None else text.tensors(text.rows)),
-        provenance={"mode": "raw_data", **settings_kept, "model": model.source, "model_sha256": model.sha256},
+        provenance={"mode": "raw_data", **settings_kept, **model.provenance},
     )
 
 

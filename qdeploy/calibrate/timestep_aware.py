@@ -85,7 +85,7 @@ def record_trajectories(
         timestep=batches[0]["timestep"].repeat_interleave(settings.samples),
         latents=torch.cat([batch["latents"] for batch in batches]),
         **({} if text is None else text.tensors(np.tile(text.rows, steps))),
-        provenance={"mode": "timestep_aware", **asdict(settings), "model": model.source, "model_sha256": model.sha256},
+        provenance={"mode": "timestep_aware", **asdict(settings), **model.provenance},
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer", "Attention")
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer", "LDMBertEncoderLayer", "Attention")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from qdeploy.models.source import LatentDiffusion
 from qdeploy.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.progress import OnProgress, silent
 from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import COMPONENTS, GRAPH_BATCH, TargetSpec
+from qdeploy.spec import TargetSpec, graph_batch
 from qdeploy.table import ComponentQuant, QuantTable
 
 PRECISIONS = ("fp32", "int8")
@@ -47,25 +47,25 @@ def export_bundle(
     ``out`` appears only when everything, gates included, has passed. Raises ExportError (AuditError,
     ParityError) and TableError.
     """
-    if table is not None and table.model_sha256 != model.sha256:
-        raise TableError(f"the table was made for other weights than {model.source} holds; quantize this model again")
     if table is not None:
+        check_weights(table, model)
         check_exportable(table)
     precision = "fp32" if table is None else "int8"
     with staged_folder(out) as folder:
         infos = {}
-        for done, name in enumerate(COMPONENTS):
-            on_progress(f"export: {target.name} {precision}", done, len(COMPONENTS))
+        for done, name in enumerate(model.components):
+            on_progress(f"export: {target.name} {precision}", done, len(model.components))
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
             infos[name] = export_component(model, name, quant, probes, target, folder / name)
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
-        write_tokenizer(model, folder / TOKENIZER)
+        if model.tokenizer is not None:
+            write_tokenizer(model, folder / TOKENIZER)
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(model.scheduler_config), indent=1) + "\n", encoding="utf-8")
         manifest = Manifest(
-            kind="text-to-image",
+            kind=model.kind,
             target=target.name,
             engine=target.engine,
             precision=precision,
@@ -74,7 +74,7 @@ def export_bundle(
             provenance=provenance_of(model, table),
         )
         write_manifest(folder, manifest)
-        on_progress(f"export: {target.name} {precision}", len(COMPONENTS), len(COMPONENTS))
+        on_progress(f"export: {target.name} {precision}", len(model.components), len(model.components))
     return manifest
 
 
@@ -91,7 +91,7 @@ def export_component(
     component = float_component
     if quant is not None:
         component = quantized_twin(float_component, quant, target.conv_output_quantized)
-    graph = graph_from_component(component, model.example(name, GRAPH_BATCH[name]), target.opset)
+    graph = graph_from_component(component, model.example(name, graph_batch(name, model.reads_text)), target.opset)
     lower(graph, target.name)
     folder.mkdir(parents=True)
     path = folder / GRAPH_FILE
@@ -118,6 +118,17 @@ def export_component(
         simulator_sqnr_db=parity.simulator_db,
         engine_sqnr_db=parity.engine_db,
     )
+
+
+def check_weights(table: QuantTable, model: LatentDiffusion) -> None:
+    """TableError unless ``model`` holds the very weights that the table was made for, fused LoRA files included."""
+    if table.model_sha256 != model.sha256:
+        loras = list(table.provenance.get("loras", []))
+        fused = f", which had {' and '.join(loras)} fused in (--lora)" if loras else ""
+        raise TableError(
+            f"the table was made for other weights than {model.source} holds now{fused}; load the same model "
+            "or quantize this one again"
+        )
 
 
 def check_exportable(table: QuantTable) -> None:
@@ -163,8 +174,7 @@ def provenance_of(model: LatentDiffusion, table: QuantTable | None) -> dict[str,
     """Where the bundle came from: model, calibration, settings, package versions."""
     versions = {package: metadata.version(package) for package in RECORDED_PACKAGES}
     return {
-        "model": model.source,
-        "model_sha256": model.sha256,
+        **model.provenance,
         "quantization": None if table is None else dict(table.provenance),
         "qdeploy": qdeploy.__version__,
         "python": platform.python_version(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,13 @@ class TextEncoder(Component):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.inner(input_ids).last_hidden_state
+
+
+class BertTextEncoder(TextEncoder):
+    """The same for ``LDMBertEncoder``, the text encoder of CompVis' text-to-image latent diffusion."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(input_ids, return_dict=False)[0]
 
 
 class UNet(Component):
@@ -66,6 +74,28 @@ class VaeDecoder(Component):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.inner.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+
+
+class VqDecoder(VaeDecoder):
+    """``latents float32[B, C, h, w]`` -> nearest codes -> ``image float32[B, 3, H, W]``; diffusers' ``VQModel``.
+
+    As CompVis' ``VQModelInterface.decode``: quantize, post_quant_conv, decoder.
+    """
+
+    def forward(self, latents: Tensor) -> Tensor:
+        vq: Any = self.inner
+        codes = nearest_codes(latents, vq.quantize.embedding.weight)
+        return vq.decoder(vq.post_quant_conv(codes), codes if vq.config.norm_type == "spatial" else None)
+
+
+def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Each pixel's nearest row of ``codebook float32[K, C]``, for ``latents float32[B, C, h, w]`` and in that shape.
+
+    argmin |z - e|^2 is argmin |e|^2 - 2 z e: a MatMul, an ArgMin and a Gather in ONNX.
+    """
+    pixels = latents.permute(0, 2, 3, 1)  # [B, h, w, C]
+    distance = codebook.square().sum(dim=1) - pixels @ (2 * codebook.T)  # [B, h, w, K]
+    return nn.functional.embedding(distance.argmin(dim=-1), codebook).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""From prompts to pictures over a bundle's sessions: text encoder, denoising loop, VAE decoder. No torch."""
+"""From prompts (or none) to pictures over a bundle's sessions: text encoder, denoising loop, VAE decoder. No torch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.bundle import SCHEDULER, TOKENIZER, Bundle, ComponentInfo, open_bundle
+from qdeploy.bundle import SCHEDULER, TOKENIZER, Bundle, ComponentInfo, Manifest, open_bundle
 from qdeploy.engines.base import EngineOptions, Session, engine_named
-from qdeploy.errors import BundleError, EngineError, RequestError, TableError
+from qdeploy.errors import BundleError, EngineError, RequestError, TableError, UsageError
 from qdeploy.files import read_json
 from qdeploy.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
 from qdeploy.noise_correction import NoiseCorrection, load_noise_correction
@@ -114,19 +114,20 @@ class Component:
 
 
 class Pipeline:
-    """Text-to-image over one bundle; many threads may call it at once."""
+    """Text-to-image or unconditional generation over one bundle; many threads may call it at once."""
 
     def __init__(self, bundle: Bundle, components: Mapping[str, Component]) -> None:
         self.bundle = bundle
         self.components = components
         self.latents = bundle.manifest.latents
-        self._tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens)
+        self.reads_text = bundle.manifest.reads_text
+        self._tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens) if self.reads_text else None
         self._scheduler = read_json(bundle.path(SCHEDULER))
         self._noise_correction = noise_correction_of(bundle)
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str = "",
         steps: int = 25,
@@ -137,22 +138,30 @@ class Pipeline:
         latents: Array | None = None,
         callback: Callable[[Step], bool | None] | None = None,
     ) -> Result:
-        """Generate ``count`` pictures for each prompt.
+        """Generate ``count`` pictures for each prompt, or ``count`` pictures with an unconditional bundle.
 
+        An unconditional bundle takes neither ``prompt`` nor ``negative_prompt``, and ``guidance_scale`` plays no
+        part: its UNet runs once a step.
         Picture ``i`` of a prompt starts from noise drawn for (seed, i), whatever else is in the
         batch; ``latents`` (``float32[B, C, H, W]``, unit noise) replaces that noise. ``scheduler``
         swaps the bundle's own (pndm, ddim, ...). ``callback`` is called after every step and may
-        return False to cancel, which raises CancelledError. Raises RequestError for values that
-        cannot be served.
+        return False to cancel, which raises CancelledError. Raises UsageError for a prompt too many or
+        too few and RequestError for values that cannot be served.
         """
-        prompts = _checked_prompts(prompt, negative_prompt, count)
-        seeds = tuple((seed, i) for _ in prompts for i in range(count))
+        check_text(self.bundle.manifest, prompt, ["negative_prompt"] if negative_prompt else [])
+        prompts = None if prompt is None else _checked_prompts(prompt, negative_prompt)
+        if count < 1:
+            raise RequestError(f"count: got {count}, expected at least 1")
+        seeds = tuple((seed, i) for _ in prompts or [""] for i in range(count))
         noise = unit_noise(self.latents.shape, seeds) if latents is None else self._checked_latents(latents, len(seeds))
         config = self._scheduler if scheduler is None else with_scheduler(self._scheduler, scheduler)
         sampler = make_sampler(config, steps, rng=np.random.default_rng([seed, len(seeds)]))
         clock = Clock()
-        cond = np.repeat(self.encode(prompts, clock), count, axis=0)
-        uncond = None if guidance_scale == 1 else np.repeat(self.encode([negative_prompt], clock), len(seeds), axis=0)
+        cond = uncond = None
+        if prompts is not None:
+            cond = np.repeat(self.encode(prompts, clock), count, axis=0)
+        if prompts is not None and guidance_scale != 1:
+            uncond = np.repeat(self.encode([negative_prompt], clock), len(seeds), axis=0)
 
         def on_step(index: int, t: int, x: Array) -> bool | None:
             return None if callback is None else callback(Step(index, len(sampler.timesteps), t, x))
@@ -164,12 +173,19 @@ class Pipeline:
         return Result(self.decode(final, clock), final, seeds, clock.spent_ms)
 
     def encode(self, prompts: Sequence[str], clock: Clock | None = None) -> Array:
-        """Text embeddings ``float32[B, T, D]``."""
+        """Text embeddings ``float32[B, T, D]``; UsageError when the bundle reads no text."""
+        if self._tokenizer is None:
+            raise UsageError(f"{self.bundle.folder} is an unconditional bundle: it has no text encoder")
         return self.components["text_encoder"].run({"input_ids": self._tokenizer(prompts)}, clock)
 
-    def predict(self, x: Array, t: int, context: Array, clock: Clock | None = None) -> Array:
-        """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included."""
-        feeds: dict[str, NDArray] = {"sample": x, "timestep": np.array(t, np.int64), "encoder_hidden_states": context}
+    def predict(self, x: Array, t: int, context: Array | None, clock: Clock | None = None) -> Array:
+        """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included.
+
+        ``context`` is ``float32[B, T, D]``, None for an unconditional bundle.
+        """
+        feeds: dict[str, NDArray] = {"sample": x, "timestep": np.array(t, np.int64)}
+        if context is not None:
+            feeds["encoder_hidden_states"] = context
         noise_pred = self.components["unet"].run(feeds, clock)
         return noise_pred if self._noise_correction is None else self._noise_correction.corrected(noise_pred, t)
 
@@ -205,9 +221,6 @@ def load(bundle: str | Path, *, engine: str | None = None, threads: int | None =
     ``verify=False`` skips the hash check. Raises BundleError, EngineError or UsageError.
     """
     opened = open_bundle(bundle, verify=verify)
-    missing = {"text_encoder", "unet", "vae_decoder"} - set(opened.manifest.components)
-    if missing:
-        raise BundleError(f"{bundle} is a {opened.manifest.kind} bundle without {', '.join(sorted(missing))}")
     module = engine_named(opened.manifest.engine if engine is None else engine)
     options = EngineOptions(threads=threads)
     components = {
@@ -215,6 +228,15 @@ def load(bundle: str | Path, *, engine: str | None = None, threads: int | None =
         for name, info in opened.manifest.components.items()
     }
     return Pipeline(opened, components)
+
+
+def check_text(manifest: Manifest, prompt: str | Sequence[str] | None, options: Collection[str]) -> None:
+    """UsageError unless there is a prompt just where the bundle reads text; ``options`` names others given for text."""
+    if manifest.reads_text and prompt is None:
+        raise UsageError("no prompt: this bundle makes pictures from text; give one")
+    if not manifest.reads_text and (prompt is not None or options):
+        given = ", ".join([*(["a prompt"] if prompt is not None else []), *sorted(options)])
+        raise UsageError(f"got {given}, expected none: this bundle is unconditional, it makes pictures without text")
 
 
 def noise_correction_of(bundle: Bundle) -> NoiseCorrection | None:
@@ -234,12 +256,10 @@ def noise_correction_of(bundle: Bundle) -> NoiseCorrection | None:
     return correction
 
 
-def _checked_prompts(prompt: str | Sequence[str], negative_prompt: str, count: int) -> list[str]:
+def _checked_prompts(prompt: str | Sequence[str], negative_prompt: str) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise RequestError("no prompt given; pass a string or a non-empty list of strings")
-    if count < 1:
-        raise RequestError(f"count: got {count}, expected at least 1")
     for text in (*prompts, negative_prompt):
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise RequestError(f"a prompt of {len(text)} characters is too long; at most {MAX_PROMPT_CHARACTERS}")

@@ -13,7 +13,7 @@ from qdeploy.sampling import Sampler
 
 Array = NDArray[np.float32]
 # What the model is conditioned on: float32[B, T, D], or None for an unconditional model.
-Context = TypeVar("Context", Array, None)
+Context = TypeVar("Context", bound=Array | None)
 # (x_t float32[B, C, H, W], t, context) -> model output like x_t
 PredictNoise = Callable[[Array, int, Context], Array]
 # (index of the step, t, x after the step) -> False to stop
@@ -54,8 +54,9 @@ def guided(
     predict: PredictNoise[Context], x: Array, t: int, cond: Context, uncond: Context | None, guidance_scale: float
 ) -> Array:
     """Classifier-free guidance (Ho & Salimans 2021): ``uncond + s (cond - uncond)`` from one double batch."""
-    if uncond is None:
+    if cond is None or uncond is None:
         return predict(x, t, cond)
-    both = predict(np.concatenate([x, x]), t, np.concatenate([uncond, cond]))
+    text = np.concatenate([uncond, cond])
+    both = predict(np.concatenate([x, x]), t, text)  # type: ignore[arg-type]  # an array, as cond is here
     without, with_text = np.split(both, 2)
     return without + np.float32(guidance_scale) * (with_text - without)

@@ -60,6 +60,8 @@ KNOWN_SETTINGS = frozenset(
         "variance_type",
     ]
 )
+# What diffusers 0.1 wrote into every config, the published LDM folders' among them; neither says anything.
+OBSOLETE: Mapping[str, Any] = {"tensor_format": "pt", "timestep_values": None}
 
 
 def unsupported(name: str, value: Any, supported: str) -> UsageError:
@@ -72,7 +74,8 @@ def unsupported(name: str, value: Any, supported: str) -> UsageError:
 def refuse_unknown(config: Mapping[str, Any]) -> None:
     """UsageError on a setting that no scheduler we know has; names with a leading ``_`` are remarks."""
     for name, value in config.items():
-        if not name.startswith("_") and name not in KNOWN_SETTINGS:
+        obsolete = name in OBSOLETE and value == OBSOLETE[name]
+        if not name.startswith("_") and name not in KNOWN_SETTINGS and not obsolete:
             raise unsupported(name, value, f"no setting of that name, only {', '.join(sorted(KNOWN_SETTINGS))}")
 
 

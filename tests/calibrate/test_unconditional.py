@@ -66,12 +66,11 @@ def test_round_trip(tmp_path: Path, found: CalibrationSet, form: str) -> None:
 def test_sets_and_models_with_and_without_text(
     unconditional_model: LatentDiffusion, found: CalibrationSet, calibration: CalibrationSet
 ) -> None:
-    shape = unconditional_model.latents.shape
-    check_fits(found, shape, unconditional_model.context_shape)
-    with pytest.raises(CalibrationError, match=r"and no text, the model has \[4, 8, 8\] and text \[16, 32\]"):
-        check_fits(found, shape, (16, 32))
+    check_fits(found, unconditional_model.latents.shape, unconditional_model.context_shape)
+    with pytest.raises(CalibrationError, match=r"and no text, the model has \[3, 8, 8\] and text \[16, 32\]"):
+        check_fits(found, (3, 8, 8), (16, 32))
     with pytest.raises(CalibrationError, match=r"text \[16, 32\], the model has \[4, 8, 8\] and no text"):
-        check_fits(calibration, shape, None)
+        check_fits(calibration, (4, 8, 8), None)
 
 
 def test_prompts_and_unconditional_models(unconditional_model: LatentDiffusion, tiny_model: LatentDiffusion) -> None:

@@ -1,0 +1,194 @@
+"""A latent-diffusion model as float32 torch modules, and putting one together from parts of whatever origin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.bundle import KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
+from qdeploy.errors import ModelError
+from qdeploy.models.components import (
+    BertTextEncoder,
+    Component,
+    TextEncoder,
+    UnconditionalUNet,
+    UNet,
+    VaeDecoder,
+    VaeEncoder,
+    VqDecoder,
+)
+
+AnyComponent = TypeVar("AnyComponent", bound=Component)
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """A latent-diffusion model in float32, ready to run, calibrate or export.
+
+    An unconditional one has neither text encoder nor tokenizer, and an ``UnconditionalUNet``.
+    """
+
+    source: str
+    folder: Path
+    sha256: str  # over all weight files, fused LoRA files among them
+    text_encoder: TextEncoder | None
+    unet: UNet | UnconditionalUNet
+    vae_decoder: VaeDecoder
+    tokenizer: Any  # of transformers, or None
+    scheduler_config: Mapping[str, Any]
+    latents: LatentInfo
+    loras: tuple[str, ...] = ()  # FILE:SCALE of each one that was fused
+
+    @property
+    def reads_text(self) -> bool:
+        return self.text_encoder is not None
+
+    @property
+    def kind(self) -> str:
+        """One of ``qdeploy.bundle.KINDS``."""
+        return TEXT_TO_IMAGE if self.reads_text else UNCONDITIONAL
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that the model has."""
+        return KINDS[self.kind]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a file made from this model says of it."""
+        loras = {"loras": list(self.loras)} if self.loras else {}
+        return {"model": self.source, "model_sha256": self.sha256, **loras}
+
+    def component(self, name: str) -> Component:
+        """``text_encoder``, ``unet`` or ``vae_decoder``; ModelError for one that the model lacks."""
+        found = getattr(self, name)
+        if found is None:
+            raise ModelError(f"{self.source} has no {name}: it is an unconditional model")
+        return found
+
+    @property
+    def vae_encoder(self) -> VaeEncoder:
+        """The encoder of the same VAE; it is run to calibrate, never exported."""
+        return VaeEncoder(self.vae_decoder.inner).eval()
+
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """``int64[B, T]``, padded and cut to the text encoder's length."""
+        length = self.latents.tokens
+        if self.tokenizer is None:
+            raise ModelError(f"{self.source} takes no prompts: it is an unconditional model")
+        return self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+
+    @property
+    def text_width(self) -> int:
+        """Channels D of the text embeddings that the UNet's cross-attention reads."""
+        return int(self.unet.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        """(T, D) of one prompt's text embeddings; None for an unconditional model."""
+        return None if self.text_encoder is None else (self.latents.tokens, self.text_width)
+
+    def example(self, component: str, batch: int) -> dict[str, Tensor]:
+        """Inputs of the right shapes and types, for tracing and for counting."""
+        latent_shape = (batch, *self.latents.shape)
+        if component == "text_encoder":
+            return {"input_ids": self.tokens([""] * batch)}
+        if component == "vae_decoder":
+            return {"latents": torch.randn(latent_shape)}
+        feeds = {"sample": torch.randn(latent_shape), "timestep": torch.tensor(500)}
+        if self.context_shape is not None:
+            feeds["encoder_hidden_states"] = torch.randn(batch, *self.context_shape)
+        return feeds
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The float32 modules of a latent-diffusion model, as diffusers and transformers have them.
+
+    text_encoder, tokenizer: None for an unconditional model.
+    scaling_factor: of the latents; the decoder is given latents divided by it.
+    sample_size: height and width of the latents, or both in one number.
+    """
+
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module | None
+    tokenizer: Any  # a transformers tokenizer with a `backend_tokenizer`
+    scheduler_config: Mapping[str, Any]
+    scaling_factor: float
+    sample_size: int | tuple[int, int]
+
+
+def assemble(parts: Parts, *, source: str, folder: Path, sha256: str) -> LatentDiffusion:
+    """The model of ``parts``; ModelError where they do not fit one another. ``folder`` may hold a prompts.txt."""
+    check_parts(parts, source)
+    unet: Any = parts.unet
+    vae: Any = parts.vae
+    text: Any = parts.text_encoder
+    size = parts.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = LatentInfo(
+        channels=unet.config.in_channels,
+        height=height,
+        width=width,
+        image_height=height * factor,
+        image_width=width * factor,
+        scaling_factor=parts.scaling_factor,
+        tokens=0 if text is None else min(parts.tokenizer.model_max_length, text.config.max_position_embeddings),
+    )
+    return LatentDiffusion(
+        source=source,
+        folder=folder,
+        sha256=sha256,
+        text_encoder=None if text is None else frozen(text_component(text)),
+        unet=frozen((UnconditionalUNet if text is None else UNet)(unet)),
+        vae_decoder=frozen((VqDecoder if is_vq(vae) else VaeDecoder)(vae)),
+        tokenizer=parts.tokenizer,
+        scheduler_config=parts.scheduler_config,
+        latents=latents,
+    )
+
+
+def check_parts(parts: Parts, source: str) -> None:
+    """ModelError unless the UNet takes and gives the VAE's latents, and nothing besides t and a text."""
+    unet: Any = parts.unet
+    config, vae = unet.config, parts.vae
+    if parts.text_encoder is not None and parts.tokenizer is None:
+        raise ModelError(f"{source} has a text encoder and no tokenizer; put its tokenizer.json beside it")
+    channels = latent_channels(vae)
+    if (config.in_channels, config.out_channels) != (channels, channels):
+        raise ModelError(
+            f"{source}: the UNet takes {config.in_channels} channels and gives {config.out_channels}, the VAE has "
+            f"{channels}; models that read a mask or another picture, or learn a variance, are not supported"
+        )
+    if config.class_embed_type is not None or config.num_class_embeds is not None:
+        raise ModelError(f"{source}: the UNet reads class labels, which is not supported; use a model without")
+
+
+def is_vq(vae: Any) -> bool:
+    """Whether the first stage has a codebook."""
+    return hasattr(vae, "quantize")
+
+
+def latent_channels(vae: Any) -> int:
+    """C of the latents that the decoder is given."""
+    embedded = vae.config.vq_embed_dim if is_vq(vae) else None
+    return vae.config.latent_channels if embedded is None else embedded
+
+
+def text_component(text: Any) -> TextEncoder:
+    """``LDMBertModel`` without its unused output layer, a tenth of its weights; else the model as it is."""
+    return BertTextEncoder(text.model) if type(text).__name__ == "LDMBertModel" else TextEncoder(text)
+
+
+def frozen(component: AnyComponent) -> AnyComponent:
+    """``component`` ready to run, in evaluation mode and without gradients."""
+    return component.eval().requires_grad_(False)

@@ -1,0 +1,51 @@
+"""What a user may say about how a model is loaded. No torch, so that the command line can read it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file and how strongly it is fused."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def from_text(cls, text: str) -> LoraFile:
+        """``FILE`` or ``FILE:SCALE``; a colon that no number follows belongs to the file's name."""
+        name, colon, scale = text.rpartition(":")
+        if not colon or not _is_number(scale):
+            return cls(Path(text))
+        if not name or not math.isfinite(float(scale)):
+            raise UsageError(
+                f"--lora: got {text!r}, expected FILE or FILE:SCALE with a finite scale, as in a.safetensors:0.8"
+            )
+        return cls(Path(name), float(scale))
+
+    def __str__(self) -> str:
+        """As provenance names it: where the file lay is nobody's business."""
+        return f"{self.path.name}:{self.scale:g}"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How to load a model.
+
+    loras: fused into its weights, in this order.
+    """
+
+    loras: tuple[LoraFile, ...] = ()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

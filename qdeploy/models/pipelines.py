@@ -1,0 +1,151 @@
+"""Folders of diffusers pipelines: which classes are known, how each one calls its parts, and reading them.
+
+Weights are read from safetensors only, never from pickles, and never from the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdeploy.errors import ModelError
+from qdeploy.files import read_json
+from qdeploy.models.latent_diffusion import Parts, is_vq
+
+SCHEDULER = "scheduler"
+TOKENIZER = "tokenizer"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TextKind:
+    """The folder and class of a text encoder, its tokenizer's class, and the files that stand for a tokenizer.json."""
+
+    folder: str
+    encoder: str
+    tokenizer: str
+    vocabulary: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a pipeline class is made of: folders and classes."""
+
+    vae_folder: str
+    vae: tuple[str, ...]
+    unet: str
+    text: TextKind | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Every folder that the pipeline needs."""
+        text = () if self.text is None else (self.text.folder, TOKENIZER)
+        return (*text, "unet", self.vae_folder, SCHEDULER)
+
+
+CLIP = TextKind("text_encoder", "CLIPTextModel", "CLIPTokenizer", ("vocab.json", "merges.txt"))
+BERT = TextKind("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",))
+KINDS: Mapping[str, Kind] = {
+    "StableDiffusionPipeline": Kind("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
+    "LDMTextToImagePipeline": Kind("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", BERT),
+    "LDMPipeline": Kind("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DModel"),
+}
+
+
+def kind_of(folder: Path) -> Kind:
+    """The kind that ``model_index.json`` names; ModelError for an unknown one or when a part's folder is missing."""
+    name = read_json(folder / "model_index.json")["_class_name"]
+    if name not in KINDS:
+        raise ModelError(f"{folder} is a {name}; this version takes folders of {', '.join(KINDS)}")
+    missing = [part for part in KINDS[name].folders if not (folder / part).is_dir()]
+    if missing:
+        raise ModelError(f"{folder} is incomplete: no folder {', '.join(missing)}; copy the whole pipeline folder")
+    return KINDS[name]
+
+
+def parts_from_folder(folder: Path) -> Parts:
+    """Read every part of the pipeline; ModelError says which one is missing or broken."""
+    kind = kind_of(folder)
+    unet: Any = diffusers_module(folder / "unet", (kind.unet,))
+    vae = diffusers_module(folder / kind.vae_folder, kind.vae)
+    text_encoder = tokenizer = None
+    if kind.text is not None:
+        text_encoder = text_module(folder / kind.text.folder, kind.text)
+        tokenizer = load_tokenizer(folder / TOKENIZER, kind.text)
+    return Parts(
+        unet,
+        vae,
+        text_encoder,
+        tokenizer,
+        scheduler_config=read_json(folder / SCHEDULER / "scheduler_config.json"),
+        scaling_factor=scaling_factor_of(vae, read_json(folder / kind.vae_folder / "config.json")),
+        sample_size=unet.config.sample_size,
+    )
+
+
+def diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
+    """The module whose class, one of ``classes``, the folder's ``config.json`` names."""
+    import diffusers
+
+    name = read_json(folder / "config.json").get("_class_name")
+    if name not in classes:
+        raise ModelError(f"{folder} holds a {name}, expected {' or '.join(classes)}")
+    module, info = getattr(diffusers, name).from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+    )
+    check_complete(folder, info)
+    return module
+
+
+def text_module(folder: Path, kind: TextKind) -> nn.Module:
+    """The text encoder in ``folder``."""
+    import transformers
+    from diffusers.pipelines import latent_diffusion
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # loading shows one of its own on every call
+    home: Any = transformers if hasattr(transformers, kind.encoder) else latent_diffusion
+    module, info = getattr(home, kind.encoder).from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    check_complete(folder, info)
+    return module
+
+
+def check_complete(folder: Path, info: Mapping[str, Any]) -> None:
+    """ModelError when the weights lack tensors, which the libraries would fill with noise."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the weights in {folder} lack {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}; "
+            "copy them again, or mend config.json if it is another model's"
+        )
+
+
+def load_tokenizer(folder: Path, kind: TextKind) -> Any:
+    """The tokenizer in ``folder``; ModelError says which file to put there (transformers would load an empty one)."""
+    import transformers
+
+    absent = [name for name in kind.vocabulary if not (folder / name).is_file()]
+    if absent and not (folder / TOKENIZER_FILE).is_file():
+        raise ModelError(
+            f"{folder} holds no tokenizer: put {' and '.join(kind.vocabulary)} (or {TOKENIZER_FILE}) of the model's "
+            f"{kind.tokenizer} there"
+        )
+    return getattr(transformers, kind.tokenizer).from_pretrained(folder, local_files_only=True)
+
+
+def scaling_factor_of(vae: Any, config: Mapping[str, Any]) -> float:
+    """What ``config.json`` says; where it is silent, 1 for a VQ model and the class's own for a KL one.
+
+    CompVis' VQ models were trained on unscaled latents and their published folders say nothing, which
+    diffusers since 0.22 takes for 0.18215, Stable Diffusion's (huggingface/diffusers issue 6725).
+    """
+    if "scaling_factor" not in config and is_vq(vae):
+        return 1.0
+    return float(vae.config.scaling_factor)
