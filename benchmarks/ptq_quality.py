@@ -16,13 +16,14 @@ import click
 import numpy as np
 
 from benchmarks.inputs import MODEL, WorkFolder, make_inputs
-from benchmarks.ours import ENGINES, OURS, Row, correction_of
+from benchmarks.ours import ENGINES, OURS, TABLE, Row, correction_of
 from benchmarks.peers import PEERS, PeerModel, make_apart
 from benchmarks.protocol import (
     Predict,
     Protocol,
     Reference,
     pictures_psnr_db,
+    predict_from_module,
     predict_from_session,
     step_sqnr_db,
 )
@@ -33,9 +34,12 @@ from qdeploy.files import read_json, staged_file
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.noise_correction import NoiseCorrection
 from qdeploy.progress import OnProgress, shown
+from qdeploy.simulate.twin import quantized_twin
+from qdeploy.table import load_table
 
 HERE = Path(__file__).parent
 FLOAT_ROWS = {"float-ort-cpu": "ort-cpu", "float-openvino": "openvino"}
+SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-act-scales")  # also in torch, with and without Q behind a Conv
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,14 @@ class Bench:
             session.close()
         return with_costs(figures, made)
 
+    def of_simulated(self, row: Row, conv_output_quantized: bool) -> Figures:
+        """Our table in the torch simulator: what the Q that ONNX Runtime needs behind a Conv costs."""
+        make_apart(row.name, self.work)
+        table = load_table(self.work.model_of(row.name) / TABLE)
+        twin = quantized_twin(self.model.unet, table.components["unet"], conv_output_quantized)
+        note = f"the table of {row.name}, {'with' if conv_output_quantized else 'without'} Q behind Conv"
+        return self.measured(simulated_row(row.name, conv_output_quantized), "torch", note, predict_from_module(twin))
+
 
 def with_costs(figures: Figures, made: PeerModel) -> Figures:
     return replace(
@@ -142,12 +154,19 @@ def engine_row(row: Row, engine: str) -> str:
     return row.name if engine == row.engine else f"{row.name}-{engine}"
 
 
+def simulated_row(name: str, conv_output_quantized: bool) -> str:
+    """Name of a row measured in the simulator."""
+    return f"{name}-simulated" + ("" if conv_output_quantized else "-float-conv-output")
+
+
 def all_rows(bench: Bench) -> dict[str, Callable[[], Figures]]:
     """Every row's name and how to measure it, float first, then ours, then peers."""
     rows: dict[str, Callable[[], Figures]] = {name: partial(bench.of_float, name) for name in FLOAT_ROWS}
     for row in OURS:
         for engine in ENGINES:
             rows[engine_row(row, engine)] = partial(bench.of_ours, row, engine)
+        for quantized in (True, False) if row.name in SIMULATED else ():
+            rows[simulated_row(row.name, quantized)] = partial(bench.of_simulated, row, quantized)
     return rows | {name: partial(bench.of_made, name) for name in PEERS}
 
 
@@ -178,7 +197,8 @@ def write_figures(work: WorkFolder, figures: Figures) -> None:
 def forget(work: WorkFolder, name: str) -> None:
     """Drop a row's figures and its model, so that it is made and measured anew."""
     work.figures_of(name).unlink(missing_ok=True)
-    shutil.rmtree(work.model_of(name.removesuffix("-openvino")), ignore_errors=True)
+    if "-simulated" not in name:
+        shutil.rmtree(work.model_of(name.removesuffix("-openvino")), ignore_errors=True)
 
 
 def table_of(rows: Sequence[Figures]) -> str:

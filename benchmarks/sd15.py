@@ -47,7 +47,7 @@ TEXT: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
 )
 TOKENS = 77
-SAMPLES, SAMPLER_STEPS = 8, 10
+SAMPLES, SAMPLER_STEPS = 4, 8
 TIMED_ITERATIONS = 12
 
 

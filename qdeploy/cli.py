@@ -81,7 +81,7 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
 
 @main.command()
 @click.option("-o", "--out", type=PATH, default=Path("demo"), show_default=True, help="Folder for everything made.")
-@click.option("--samples", default=24, show_default=True, help="Trajectories to calibrate on.")
+@click.option("--samples", default=16, show_default=True, help="Trajectories to calibrate on.")
 @click.pass_obj
 def demo(show: bool, out: Path, samples: int) -> None:
     """Quantize, export, run and measure the built-in model: two bundles, pictures and a report."""

@@ -39,7 +39,7 @@ class DemoResult:
 
 
 def run_demo(
-    folder: Path, source: str = "builtin:emoji", samples: int = 24, on_progress: OnProgress = silent
+    folder: Path, source: str = "builtin:emoji", samples: int = 16, on_progress: OnProgress = silent
 ) -> DemoResult:
     """Make ``folder`` hold the calibration set, the table, both bundles, the picture grid and the report."""
     folder.mkdir(parents=True, exist_ok=True)

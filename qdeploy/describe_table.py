@@ -42,9 +42,17 @@ def component_facts(name: str, quant: ComponentQuant) -> Facts:
         ("  equalized", counted([layer.input_ratio is not None for layer in layers])),
         ("  two passes", counted([layer.passes == 2 for layer in layers])),
         ("  corrected biases", counted([layer.bias is not None for layer in layers])),
+        ("  first token in float", counted([layer.first_token_float for layer in layers])),
+        ("  attention", attention_text(quant)),
     ]
     facts += [(f"  float: {layer}", f"{kept.macs:,} MACs, {kept.reason}") for layer, kept in quant.float_layers.items()]
     return facts
+
+
+def attention_text(quant: ComponentQuant) -> str:
+    """Such as ``10 at 8 bits``: attentions whose two products are quantized."""
+    bits = sorted({found.bits for found in quant.attention.values()})
+    return f"{len(quant.attention)} at {'/'.join(map(str, bits))} bits" if bits else "float"
 
 
 def sensitivity_facts(quant: ComponentQuant, most: int | None) -> Facts:

@@ -56,7 +56,7 @@ class Reconstruction:
 
 
 EFFORTS = {
-    "fast": Reconstruction(iterations=300, samples=256),
+    "fast": Reconstruction(iterations=400, samples=256),
     "standard": Reconstruction(iterations=2000, samples=512),
     "paper": Reconstruction(iterations=20_000, samples=1024, batch=32),
 }

@@ -15,12 +15,14 @@ from qdeploy.describe import describe
 from qdeploy.errors import UsageError
 from qdeploy.noise_correction import NoiseCorrection
 from qdeploy.plot import COLOURS, bar_lengths, plot_sensitivity
-from qdeploy.table import Affine, ComponentQuant, FloatLayer, LayerQuant, QuantTable, save_table
+from qdeploy.table import Affine, AttentionQuant, ComponentQuant, FloatLayer, LayerQuant, QuantTable, save_table
 
 MACS = 1000
 
 
-def layer(bits: int = 8, passes: int = 1, equalized: bool = True, bias: bool = False) -> LayerQuant:
+def layer(
+    bits: int = 8, passes: int = 1, equalized: bool = True, bias: bool = False, first_token: bool = False
+) -> LayerQuant:
     return LayerQuant(
         weight=np.ones((100, 200), np.int8),
         weight_scale=np.ones(100, np.float32),
@@ -29,6 +31,7 @@ def layer(bits: int = 8, passes: int = 1, equalized: bool = True, bias: bool = F
         input_ratio=np.ones(200, np.float32) if equalized else None,
         bias=np.zeros(100, np.float32) if bias else None,
         passes=passes,
+        first_token_float=first_token,
     )
 
 
@@ -36,7 +39,7 @@ def layer(bits: int = 8, passes: int = 1, equalized: bool = True, bias: bool = F
 def known() -> QuantTable:
     """24 layers: 22 plain ones, one at 4 bits and one in two passes; two in float, one of them for its sensitivity."""
     layers = {f"plain.{number}": layer() for number in range(22)}
-    layers |= {"narrow": layer(bits=4, bias=True), "short": layer(passes=2, equalized=False)}
+    layers |= {"narrow": layer(bits=4, bias=True), "short": layer(passes=2, equalized=False, first_token=True)}
     db = {f"plain.{number}": 60.0 + number for number in range(22)}
     db |= {"narrow": 31.25, "short": 25.0, "worst": 11.5}
     quant = ComponentQuant(
@@ -45,6 +48,7 @@ def known() -> QuantTable:
         dict.fromkeys(layers, MACS),
         rewrites=("split_skips",),
         sensitivity_db=db,
+        attention={"attn1": AttentionQuant(*[Affine(0.1, 128)] * 3)},
     )
     correction = NoiseCorrection(np.array([1, 41]), np.zeros(2, np.float32), np.ones((2, 4), np.float32))
     return QuantTable({"unet": quant}, "builtin:emoji", "ab" * 32, noise_correction=correction)
@@ -75,6 +79,8 @@ def test_the_summary_of_a_table(path: Path) -> None:
     assert facts["equalized"] == "23 of 24 layers"
     assert facts["two passes"] == "1 of 24 layers"
     assert facts["corrected biases"] == "1 of 24 layers"
+    assert facts["first token in float"] == "1 of 24 layers"
+    assert facts["attention"] == "1 at 8 bits"
     assert facts["noise correction"] == "at 2 timesteps"
     assert facts["float: conv_in"] == "1,000 MACs, keep list"
 

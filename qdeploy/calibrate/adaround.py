@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qdeploy.calibrate.gradients import GAMMA, ZETA, FakeQuantize, RectifiedSigmoid, Undecided
 from qdeploy.calibrate.observe import channel_axis
 from qdeploy.calibrate.weights import weight_range
 from qdeploy.simulate.ops import along
 from qdeploy.spec import Reconstruction
 from qdeploy.table import Affine, LayerQuant
 
-ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid
 BETA_HIGH, BETA_LOW = 20.0, 2.0
 WARM_UP = 0.2  # share of the iterations without regularizer
 LAMBDA = 0.01
@@ -30,7 +30,7 @@ LEANING = 0.75  # h of a code that the weight is given, against its neighbour
 
 def h(v: Tensor) -> Tensor:
     """``clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)``, eq. 23."""
-    return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+    return RectifiedSigmoid.apply(v)
 
 
 def v_of(share: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def v_of(share: Tensor) -> Tensor:
 
 def regularizer(v: Tensor, beta: float) -> Tensor:
     """``sum(1 - |2 h(V) - 1|^beta)``, eq. 24."""
-    return (1 - (2 * h(v) - 1).abs().pow(beta)).sum()
+    return Undecided.apply(h(v), beta)
 
 
 def beta_at(progress: float) -> float:
@@ -50,17 +50,14 @@ def beta_at(progress: float) -> float:
     return BETA_LOW + 0.5 * (BETA_HIGH - BETA_LOW) * (1 + math.cos(after * math.pi))
 
 
-def round_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had happened."""
-    return x + (torch.round(x) - x).detach()
-
-
 class SoftLayer(nn.Module):
     """A Conv or Linear whose rounding, bias and input scale are being learned."""
 
     ratio: Tensor
     weight_scale: Tensor
-    floor: Tensor
+    floor: Tensor  # shaped like the weight, as are ``free`` and ``step``: weight = (floor + free h(V)) step
+    free: Tensor
+    step: Tensor
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, quant: LayerQuant, settings: Reconstruction) -> None:
         super().__init__()
@@ -69,9 +66,11 @@ class SoftLayer(nn.Module):
         ratio = torch.ones(layer.weight.shape[1]) if quant.input_ratio is None else torch.from_numpy(quant.input_ratio)
         self.register_buffer("ratio", ratio)
         self.register_buffer("weight_scale", along(torch.from_numpy(quant.weight_scale), layer.weight, 0))
-        self.register_buffer("floor", torch.empty_like(layer.weight))
-        self.floor.copy_(self.steps().floor())
-        self.v = nn.Parameter(v_of(self.steps() - self.floor), requires_grad=settings.learn_rounding)
+        for name in ("floor", "free", "step"):
+            self.register_buffer(name, None)
+        self.v = nn.Parameter(torch.empty_like(layer.weight), requires_grad=settings.learn_rounding)
+        steps = self.steps()
+        self.choose_from(steps.floor(), steps - steps.floor())
         self.hard = not settings.learn_rounding
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.log_scale = nn.Parameter(
@@ -93,7 +92,7 @@ class SoftLayer(nn.Module):
 
     def steps(self) -> Tensor:
         """The float weight in units of its scale, like ``floor``."""
-        return self.layer.weight.detach() * along(self.ratio, self.floor, 1) / self.weight_scale
+        return self.layer.weight.detach() * along(self.ratio, self.v, 1) / self.weight_scale
 
     def multiplied(self, x: Tensor) -> Tensor:
         """What the integer weight is multiplied with when the layer is given ``x``: quantized, ratio taken out."""
@@ -104,25 +103,29 @@ class SoftLayer(nn.Module):
         """Let V choose between each of these codes and its neighbour towards the float weight, leaning to the code."""
         steps = self.steps()
         floor = torch.where(steps >= codes, codes, codes - 1)
-        self.floor.copy_(floor)
-        self.v.data.copy_(v_of(LEANING * (codes - floor) + (1 - LEANING) * (steps - floor).clamp(0, 1)))
+        self.choose_from(floor, LEANING * (codes - floor) + (1 - LEANING) * (steps - floor).clamp(0, 1))
+
+    def choose_from(self, floor: Tensor, share: Tensor) -> None:
+        """Let V choose between ``floor`` and one more, ``share`` 0..1 of the way up; both within the weight's bits."""
+        self.floor = floor.clamp(self.low, self.high)
+        self.free = ((floor >= self.low) & (floor < self.high)).float()  # others are at an end whatever V says
+        self.step = self.weight_scale / along(self.ratio, floor, 1)
+        self.v.data.copy_(v_of(share))
 
     def weight(self) -> Tensor:
         """The weight as the layer sees it, ratio taken out again."""
-        return self.codes() * self.weight_scale / along(self.ratio, self.floor, 1)
+        return self.codes() * self.step
 
     def codes(self) -> Tensor:
         """``clip(floor(w / s) + h(V))``; h rounded once ``hard``."""
-        up = (self.v > 0).float() if self.hard else h(self.v)
-        return (self.floor + up).clamp(self.low, self.high)
+        return torch.addcmul(self.floor, (self.v > 0).float() if self.hard else h(self.v), self.free)
 
     def quantized(self, x: Tensor) -> Tensor:
         """Input through its 8-bit quantizer; two passes leave nothing to learn and next to nothing rounded."""
         if self.quant.passes == 2:
             return x
-        scale = self.log_scale.exp() * along(self.ratio, x, channel_axis(self.layer, x))
-        zero_point = self.quant.input.zero_point
-        return ((round_through(x / scale) + zero_point).clamp(0, 255) - zero_point) * scale
+        ratio = along(self.ratio, x, channel_axis(self.layer, x))
+        return FakeQuantize.apply(x, self.log_scale, ratio, self.quant.input.zero_point)
 
     def result(self) -> LayerQuant:
         """What was learned, as the table holds it."""
@@ -130,7 +133,7 @@ class SoftLayer(nn.Module):
             self.hard = True
             return replace(
                 self.quant,
-                weight=self.codes().to(torch.int8).numpy() if self.v.requires_grad else self.quant.weight,
+                weight=self.codes().to(torch.int8).cpu().numpy() if self.v.requires_grad else self.quant.weight,
                 input=Affine(float(self.log_scale.exp()), self.quant.input.zero_point),
-                bias=None if self.bias is None else self.bias.detach().numpy().copy(),
+                bias=None if self.bias is None else self.bias.detach().cpu().numpy().copy(),
             )

@@ -76,7 +76,8 @@ class CallCache:
 
     def read(self, rows: NDArray[np.integer], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` of a call over these rows."""
-        leaves = [kept.read(rows).to(device) if isinstance(kept, Rows) else kept for kept in self._leaves]
+        found = [kept.read(rows) if isinstance(kept, Rows) else kept for kept in self._leaves]
+        leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in found]
         assert self._spec is not None
         return pytree.tree_unflatten(leaves, self._spec)
 

@@ -6,6 +6,7 @@ block puts out on float inputs, so that it also makes up for errors made before 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -23,6 +24,7 @@ from qdeploy.calibrate.checkpoint import batch_file
 from qdeploy.calibrate.dataset import CalibrationSet, Feeds, rows_of, spread
 from qdeploy.calibrate.gptq import MOST_INPUTS, gptq_codes, hessian_of
 from qdeploy.calibrate.units import Unit, units_of
+from qdeploy.errors import UsageError
 from qdeploy.models.components import Component
 from qdeploy.models.rewrites.surgery import copy_of, replace_module
 from qdeploy.progress import OnProgress
@@ -33,8 +35,8 @@ from qdeploy.table import ComponentQuant, LayerQuant, QuantTable, load_table, sa
 CHECK_ROWS = 64
 ROWS_PER_INPUT = 16  # of GPTQ's least squares
 LEARNING_RATES = {"log_scale": 1e-3, "bias": 1e-3}
-V_TRAVEL = 30.0  # V must be able to cross from one end of h to the other within the run, whatever its length
-V_RATES = (1e-3, 0.1)  # the paper's, for its 20,000 iterations; 300 at 0.1 gain 4.9 dB on a block, at 0.03 4.0
+V_TRAVEL = 40.0  # V must be able to cross from one end of h to the other within the run, whatever its length
+V_RATES = (1e-3, 0.1)  # the paper's, for its 20,000 iterations; 300 at 0.1 gained 4.9 dB on a block, at 0.03 4.0
 
 
 def reconstruct(
@@ -47,6 +49,7 @@ def reconstruct(
     work: Path | None = None,
 ) -> ComponentQuant:
     """``quant`` with every unit's layers learned. With ``work``, finished units are kept there and not done again."""
+    check_device(settings.device)
     units = units_of(component.inner, quant.layers)
     feeds = list(spread(calibration, name, settings.samples))
     done_folder = None if work is None else work / digest(quant, settings, calibration)
@@ -104,7 +107,7 @@ def optimize(
     progress: UnitProgress,
 ) -> dict[str, LayerQuant]:
     """Adam over V, input scales and biases on random batches; the better of start and end by held-out error."""
-    soft.to(settings.device)
+    soft = on_device(soft, settings.device)
     softs = {layer: soft_layer(soft, unit, layer) for layer in unit.layers}
     rng = np.random.default_rng([settings.seed, seed])
     order = rng.permutation(outputs.count)
@@ -115,7 +118,7 @@ def optimize(
     start_layers = {layer: one.quant for layer, one in softs.items()}
     if settings.learn_rounding and settings.gptq_start:
         start_second_order(soft, softs, inputs, training, settings)
-    optimizer = torch.optim.Adam(parameter_groups(softs, settings.iterations))
+    optimizer = torch.optim.Adam(parameter_groups(softs, settings.iterations), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, *[cosine(settings.iterations)] * 2])
     for iteration in range(settings.iterations):
         rows = rng.choice(training, min(settings.batch, len(training)), replace=False)
@@ -129,6 +132,20 @@ def optimize(
         progress(iteration + 1, settings.iterations, error.item())
     end = hard_error(soft, softs, inputs, held_out, target, norm, settings)
     return {layer: one.result() for layer, one in softs.items()} if end < start else start_layers
+
+
+def check_device(device: str) -> None:
+    """UsageError for a device that torch cannot compute on here."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as exc:
+        reason = str(exc).partition("\n")[0]
+        raise UsageError(f"--device {device}: torch {torch.__version__} cannot compute on it here: {reason}") from exc
+
+
+def on_device(soft: nn.Module, device: str) -> nn.Module:
+    """``soft`` itself on the CPU, elsewhere a copy: the float weights it shares with the model stay where they are."""
+    return soft if device == "cpu" else copy.deepcopy(soft).to(device)
 
 
 @torch.no_grad()
@@ -188,7 +205,7 @@ def rounding_loss(softs: Mapping[str, SoftLayer], progress: float, settings: Rec
     """The regularizer of every layer of the unit, both halves of a split one included; none while warming up."""
     if progress < WARM_UP or not settings.learn_rounding:
         return 0.0
-    return LAMBDA * sum((regularizer(soft.v, beta_at(progress)) for soft in softs.values()), torch.zeros(()))
+    return LAMBDA * torch.stack([regularizer(soft.v, beta_at(progress)) for soft in softs.values()]).sum()
 
 
 def hard_error(

@@ -15,8 +15,9 @@ from qdeploy.calibrate.adaround import BETA_HIGH, BETA_LOW, SoftLayer, beta_at, 
 from qdeploy.calibrate.cache import CallCache
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_component
-from qdeploy.calibrate.reconstruct import reconstruct
+from qdeploy.calibrate.reconstruct import on_device, reconstruct
 from qdeploy.calibrate.units import units_of
+from qdeploy.errors import UsageError
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.numerics import sqnr_db
 from qdeploy.progress import silent
@@ -92,7 +93,7 @@ def test_reconstruction_beats_nearest_rounding(
         assert moved.max() <= 1  # up or down, never further
 
     started = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", SETTINGS, silent)
-    assert outputs_db(tiny_model, started, calibration) > learned_db + 0.3
+    assert outputs_db(tiny_model, started, calibration) > learned_db
     assert all(layer.weight.min() >= -8 and layer.weight.max() <= 7 for layer in started.layers.values())
 
 
@@ -103,6 +104,25 @@ def test_both_halves_of_a_split_layer_are_in_one_unit(tiny_model: LatentDiffusio
     (first, *_) = apply_rewrite(split, "split_skips")
     (unit,) = units_of(split.inner, [f"{first}.h", f"{first}.skip"])
     assert unit.layers == (f"{first}.h", f"{first}.skip")
+
+
+def test_another_device_gets_a_copy(tiny_model: LatentDiffusion, four_bits: ComponentQuant) -> None:
+    name, quant = next(iter(four_bits.layers.items()))
+    layer = tiny_model.vae_decoder.inner.get_submodule(name)
+    soft = SoftLayer(layer, quant, SETTINGS)
+    moved = on_device(soft, "meta")
+    assert {value.device.type for value in [*moved.parameters(), *moved.buffers()]} == {"meta"}
+    assert layer.weight.device.type == soft.v.device.type == "cpu"
+    assert on_device(soft, "cpu") is soft
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense"])
+def test_a_device_that_cannot_compute_is_refused(
+    device: str, tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant
+) -> None:
+    settings = dataclasses.replace(SETTINGS, device=device)
+    with pytest.raises(UsageError, match=f"--device {device}: torch"):
+        reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", settings, silent)
 
 
 class InterruptedRunError(Exception):
