@@ -27,12 +27,17 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
         "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
         help="LoRA in safetensors to fuse into the weights first, times SCALE (1). May be repeated.",
     )  # fmt: skip
+    @click.option("--config", type=PATH, help="Original YAML of a checkpoint file, where its tensors say too little.")
+    @click.option("--ema", is_flag=True, help="Take the averaged UNet of a checkpoint file.")
+    @click.option("--allow-download", is_flag=True, help="Fetch a missing tokenizer from the hub.")
     @functools.wraps(command)
-    def with_loading(*args: Any, loras: Sequence[str], **kwargs: Any) -> None:
+    def with_loading(
+        *args: Any, loras: Sequence[str], config: Path | None, ema: bool, allow_download: bool, **kwargs: Any
+    ) -> None:
         from qdeploy.models.options import LoraFile, ModelOptions
 
-        loading = ModelOptions(loras=tuple(LoraFile.from_text(text) for text in loras))
-        command(*args, loading=loading, **kwargs)
+        fused = tuple(LoraFile.from_text(text) for text in loras)
+        command(*args, loading=ModelOptions(fused, config, ema, allow_download), **kwargs)
 
     return with_loading
 
@@ -74,7 +79,8 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """Quantize latent-diffusion models after training and deploy them.
 
     The way: MODEL -> calibrate -> quantize -> export -> generate, bench. `qdeploy demo` walks it on
-    the built-in model. MODEL is a diffusers folder (Stable Diffusion or latent diffusion) or builtin:emoji.
+    the built-in model. MODEL is a diffusers folder or an original
+    .ckpt or .safetensors (Stable Diffusion 1.x, latent diffusion), or builtin:emoji.
     """
     ctx.obj = not quiet
 

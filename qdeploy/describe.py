@@ -20,19 +20,24 @@ def describe(path: str, every: bool = False) -> Facts:
         return describe_model(path)
     if (Path(path) / MANIFEST).is_file():
         return describe_bundle(Path(path))
-    if Path(path).suffix == ".safetensors":
-        kind = safetensors_kind(Path(path))
-        if kind == "qdeploy_table":
-            return describe_table(Path(path), every)
-        if kind == "qdeploy_calibration":
-            return describe_calibration(Path(path))
-    raise UsageError(f"{path} is neither a model folder, builtin:NAME, a calibration set, a table nor a bundle")
+    kind = safetensors_kind(Path(path))
+    if kind == "qdeploy_table":
+        return describe_table(Path(path), every)
+    if kind == "qdeploy_calibration":
+        return describe_calibration(Path(path))
+    if Path(path).suffix in (".ckpt", ".pt", ".pth", ".safetensors") and Path(path).is_file():
+        return describe_single_file(Path(path))
+    raise UsageError(
+        f"{path} is neither a model folder or checkpoint file, builtin:NAME, a calibration set, a table nor a bundle"
+    )
 
 
 def safetensors_kind(path: Path) -> str:
     """The key that qdeploy wrote into the file's header, or ``""``."""
     from safetensors import SafetensorError, safe_open
 
+    if path.suffix != ".safetensors":
+        return ""
     try:
         with safe_open(path, framework="numpy") as file:
             return next((key for key in file.metadata() or {} if key.startswith("qdeploy_")), "")
@@ -97,6 +102,23 @@ def describe_calibration(path: Path) -> Facts:
         ),
         ("text encoder inputs", str(calibration.count("text_encoder"))),
         ("decoder latents", str(calibration.count("vae_decoder"))),
+    ]
+
+
+def describe_single_file(path: Path) -> Facts:
+    """An original checkpoint by its tensors' names and shapes; no weight is read."""
+    from qdeploy.models.checkpoints import describe_checkpoint
+
+    found = describe_checkpoint(path)
+    return [
+        ("model", str(path)),
+        ("size", f"{path.stat().st_size / 1e6:.1f} MB"),
+        ("kind", found.kind),
+        ("picture", f"{found.image_side}x{found.image_side}"),
+        ("latents", "x".join(map(str, found.latents))),
+        ("averaged weights", "of the UNet, take them with --ema" if found.ema else "none"),
+        *((name, f"{count / 1e6:.2f} M parameters") for name, count in found.parameters.items()),
+        ("missing", "; ".join(found.missing) or "nothing"),
     ]
 
 

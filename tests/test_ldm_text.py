@@ -76,7 +76,7 @@ def test_w8a8_the_whole_way_and_generate_without_torch(model: LatentDiffusion, t
 def test_a_missing_vocabulary_says_which_file_to_put_where(ldm_text_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(ldm_text_folder, tmp_path / "model")
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"tokenizer holds no tokenizer: put vocab\.txt .*BertTokenizer there"):
+    with pytest.raises(ModelError, match=r"tokenizer holds no tokenizer: put vocab\.txt .*bert-base-uncased there"):
         load_model(str(folder))
 
 

@@ -38,9 +38,15 @@ class ModelOptions:
     """How to load a model.
 
     loras: fused into its weights, in this order.
+    config: the original YAML of a single file, where its tensors do not say enough.
+    ema: take the averaged UNet of a single file.
+    allow_download: a tokenizer that is not there may be fetched from the hub; nothing else ever is.
     """
 
     loras: tuple[LoraFile, ...] = ()
+    config: Path | None = None
+    ema: bool = False
+    allow_download: bool = False
 
 
 def _is_number(text: str) -> bool:

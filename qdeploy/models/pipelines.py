@@ -24,12 +24,13 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class TextKind:
-    """The folder and class of a text encoder, its tokenizer's class, and the files that stand for a tokenizer.json."""
+    """A text encoder's folder and class; its tokenizer's class, files (or a tokenizer.json) and place on the hub."""
 
     folder: str
     encoder: str
     tokenizer: str
     vocabulary: tuple[str, ...]
+    hub: str
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class Kind:
         return (*text, "unet", self.vae_folder, SCHEDULER)
 
 
-CLIP = TextKind("text_encoder", "CLIPTextModel", "CLIPTokenizer", ("vocab.json", "merges.txt"))
-BERT = TextKind("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",))
+CLIP = TextKind(
+    "text_encoder", "CLIPTextModel", "CLIPTokenizer", ("vocab.json", "merges.txt"), "openai/clip-vit-large-patch14"
+)
+BERT = TextKind("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
 KINDS: Mapping[str, Kind] = {
     "StableDiffusionPipeline": Kind("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
     "LDMTextToImagePipeline": Kind("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", BERT),
@@ -68,7 +71,7 @@ def kind_of(folder: Path) -> Kind:
     return KINDS[name]
 
 
-def parts_from_folder(folder: Path) -> Parts:
+def parts_from_folder(folder: Path, allow_download: bool = False) -> Parts:
     """Read every part of the pipeline; ModelError says which one is missing or broken."""
     kind = kind_of(folder)
     unet: Any = diffusers_module(folder / "unet", (kind.unet,))
@@ -76,7 +79,7 @@ def parts_from_folder(folder: Path) -> Parts:
     text_encoder = tokenizer = None
     if kind.text is not None:
         text_encoder = text_module(folder / kind.text.folder, kind.text)
-        tokenizer = load_tokenizer(folder / TOKENIZER, kind.text)
+        tokenizer = load_tokenizer(folder / TOKENIZER, kind.text, allow_download)
     return Parts(
         unet,
         vae,
@@ -127,17 +130,23 @@ def check_complete(folder: Path, info: Mapping[str, Any]) -> None:
         )
 
 
-def load_tokenizer(folder: Path, kind: TextKind) -> Any:
+def load_tokenizer(folder: Path, kind: TextKind, allow_download: bool = False) -> Any:
     """The tokenizer in ``folder``; ModelError says which file to put there (transformers would load an empty one)."""
     import transformers
 
+    tokenizer_class = getattr(transformers, kind.tokenizer)
     absent = [name for name in kind.vocabulary if not (folder / name).is_file()]
-    if absent and not (folder / TOKENIZER_FILE).is_file():
+    if not absent or (folder / TOKENIZER_FILE).is_file():
+        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+    if not allow_download:
         raise ModelError(
-            f"{folder} holds no tokenizer: put {' and '.join(kind.vocabulary)} (or {TOKENIZER_FILE}) of the model's "
-            f"{kind.tokenizer} there"
+            f"{folder} holds no tokenizer: put {' and '.join(kind.vocabulary)} (or {TOKENIZER_FILE}) of {kind.hub} "
+            "there, or let --allow-download fetch it"
         )
-    return getattr(transformers, kind.tokenizer).from_pretrained(folder, local_files_only=True)
+    try:
+        return tokenizer_class.from_pretrained(kind.hub)
+    except OSError as exc:
+        raise ModelError(f"the tokenizer {kind.hub} cannot be fetched: {exc}") from exc
 
 
 def scaling_factor_of(vae: Any, config: Mapping[str, Any]) -> float:

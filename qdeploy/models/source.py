@@ -1,16 +1,17 @@
-"""Finding and loading a model: a diffusers folder or ``builtin:NAME``."""
+"""Finding and loading a model: a diffusers folder, an original checkpoint file or ``builtin:NAME``."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from qdeploy.errors import ModelError
+from qdeploy.errors import ModelError, UsageError
 from qdeploy.files import sha256_of
 from qdeploy.models.latent_diffusion import LatentDiffusion, assemble
 from qdeploy.models.lora import fuse_lora
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import kind_of, parts_from_folder
+from qdeploy.models.single_file import SUFFIXES, file_sha256, is_single_file, parts_from_file
 
 __all__ = ["BUILTIN", "LatentDiffusion", "builtin_names", "load_model", "model_folder", "prepared", "weights_sha256"]
 
@@ -31,7 +32,8 @@ def model_folder(source: str) -> Path:
     folder = Path(source)
     if not folder.exists():
         raise ModelError(
-            f"{source} does not exist; give a diffusers folder or builtin:NAME ({', '.join(builtin_names())})"
+            f"{source} does not exist; give a diffusers folder, a checkpoint file ({', '.join(SUFFIXES)}) or "
+            f"builtin:NAME ({', '.join(builtin_names())})"
         )
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{source} is not a diffusers pipeline folder: no model_index.json in it")
@@ -40,16 +42,29 @@ def model_folder(source: str) -> Path:
 
 
 def load_model(source: str, options: ModelOptions | None = None) -> LatentDiffusion:
-    """Load the diffusers folder or built-in model ``source``; ModelError says what is missing or broken."""
+    """Load the diffusers folder, checkpoint file or built-in model; ModelError says what is missing or broken."""
     options = ModelOptions() if options is None else options
+    if is_single_file(source):
+        path = Path(source)
+        parts = parts_from_file(path, options)
+        model = assemble(parts, source=source, folder=path.parent, sha256=file_sha256(path, options))
+    else:
+        model = from_folder(source, options)
+    return prepared(model, options)
+
+
+def from_folder(source: str, options: ModelOptions) -> LatentDiffusion:
+    """The model in a diffusers folder or a built-in one."""
+    if options.ema or options.config is not None:
+        raise UsageError(f"--ema and --config are for checkpoint files; {source} is a folder or a built-in model")
     try:
         folder = model_folder(source)
-        parts = parts_from_folder(folder)
+        parts = parts_from_folder(folder, options.allow_download)
     except ModelError:
         raise
     except Exception as exc:  # diffusers, transformers and safetensors each have their own trees
         raise ModelError(f"{source} cannot be loaded, part of it is missing or broken: {exc}") from exc
-    return prepared(assemble(parts, source=source, folder=folder, sha256=weights_sha256(folder)), options)
+    return assemble(parts, source=source, folder=folder, sha256=weights_sha256(folder))
 
 
 def prepared(model: LatentDiffusion, options: ModelOptions) -> LatentDiffusion:
