@@ -25,11 +25,17 @@ def describe(path: str, every: bool = False) -> Facts:
         return describe_table(Path(path), every)
     if kind == "qdeploy_calibration":
         return describe_calibration(Path(path))
-    if Path(path).suffix in (".ckpt", ".pt", ".pth", ".safetensors") and Path(path).is_file():
+    if Path(path).is_file() and is_checkpoint(path):
         return describe_single_file(Path(path))
     raise UsageError(
         f"{path} is neither a model folder or checkpoint file, builtin:NAME, a calibration set, a table nor a bundle"
     )
+
+
+def is_checkpoint(path: str) -> bool:
+    from qdeploy.models.single_file import is_single_file
+
+    return is_single_file(path)
 
 
 def safetensors_kind(path: Path) -> str:

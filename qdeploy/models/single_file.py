@@ -7,12 +7,11 @@ from pathlib import Path
 
 from qdeploy.errors import ModelError
 from qdeploy.files import sha256_of
-from qdeploy.models.checkpoints import convert_checkpoint
+from qdeploy.models.checkpoints import SUFFIXES, convert_checkpoint
 from qdeploy.models.latent_diffusion import Parts
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import BERT, CLIP, TOKENIZER, load_tokenizer
 
-SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 TEXT = {"sd1": CLIP, "ldm-text2img": BERT}
 
 

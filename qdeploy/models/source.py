@@ -7,11 +7,12 @@ from pathlib import Path
 
 from qdeploy.errors import ModelError, UsageError
 from qdeploy.files import sha256_of
+from qdeploy.models.checkpoints import SUFFIXES
 from qdeploy.models.latent_diffusion import LatentDiffusion, assemble
 from qdeploy.models.lora import fuse_lora
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import kind_of, parts_from_folder
-from qdeploy.models.single_file import SUFFIXES, file_sha256, is_single_file, parts_from_file
+from qdeploy.models.single_file import file_sha256, is_single_file, parts_from_file
 
 __all__ = ["BUILTIN", "LatentDiffusion", "builtin_names", "load_model", "model_folder", "prepared", "weights_sha256"]
 

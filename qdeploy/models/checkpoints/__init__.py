@@ -13,10 +13,11 @@ say enough, and must agree with them where they can.
 from __future__ import annotations
 
 from qdeploy.models.checkpoints.convert import CheckpointFacts, Converted, convert_checkpoint, describe_checkpoint
-from qdeploy.models.checkpoints.file import read_checkpoint, torch_load
+from qdeploy.models.checkpoints.file import SUFFIXES, read_checkpoint, torch_load
 from qdeploy.models.checkpoints.kinds import kind_of
 
 __all__ = [
+    "SUFFIXES",
     "CheckpointFacts",
     "Converted",
     "convert_checkpoint",
