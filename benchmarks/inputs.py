@@ -17,6 +17,7 @@ from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.targets import lower
 from qdeploy.files import staged_folder
+from qdeploy.models.components import Component
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
 from qdeploy.spec import graph_batch, target_named
@@ -68,7 +69,7 @@ def make_inputs(
         save_reference(record_reference(model, fresh_prompts(prompts, protocol), protocol, on_progress), work.reference)
     if not work.float_unet.exists():
         with staged_folder(work.float_unet.parent) as folder:
-            export_float_unet(model, folder / work.float_unet.name)
+            export_unet(model.unet, model, folder / work.float_unet.name)  # what every peer quantizes
     reference = load_reference(work.reference)
     if (reference.protocol, reference.model_sha256) != (protocol, model.sha256):
         raise UsageError(
@@ -78,11 +79,10 @@ def make_inputs(
     return reference
 
 
-def export_float_unet(model: LatentDiffusion, path: Path) -> None:
-    """The graph that every peer quantizes."""
-    graph = graph_from_component(
-        model.unet, model.example("unet", graph_batch("unet", reads_text=True)), target_named(TARGET).opset
-    )
+def export_unet(unet: Component, model: LatentDiffusion, path: Path) -> None:
+    """The graph of ``model``'s UNet, float or a quantized twin, at the static batch of both guidance halves."""
+    example = model.example("unet", graph_batch("unet", reads_text=True))
+    graph = graph_from_component(unet, example, target_named(TARGET).opset)
     lower(graph, TARGET)
     save_graph(graph, path)
 

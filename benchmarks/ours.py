@@ -7,16 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inputs import MODEL, TARGET, WorkFolder
+from benchmarks.inputs import MODEL, WorkFolder, export_unet
 from qdeploy.calibrate.dataset import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.export.exporter import save_graph
-from qdeploy.export.graph import graph_from_component
-from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.noise_correction import NoiseCorrection
 from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import EFFORTS, QuantSpec, Reconstruction, graph_batch, target_named
+from qdeploy.spec import EFFORTS, QuantSpec, Reconstruction
 from qdeploy.table import QuantTable, load_table, save_table
 
 TABLE = "table.safetensors"
@@ -94,11 +91,7 @@ def quantize_ours(row: Row, work: WorkFolder) -> Path:
 def save_for(engine: str, model: LatentDiffusion, table: QuantTable, folder: Path) -> None:
     """``ENGINE.onnx``: with Q behind spatial convolutions for ONNX Runtime, without for OpenVINO."""
     twin = quantized_twin(model.unet, table.components["unet"], engine == "ort-cpu")
-    graph = graph_from_component(
-        twin, model.example("unet", graph_batch("unet", reads_text=True)), target_named(TARGET).opset
-    )
-    lower(graph, TARGET)
-    save_graph(graph, folder / f"{engine}.onnx")
+    export_unet(twin, model, folder / f"{engine}.onnx")
 
 
 def correction_of(row: Row, work: WorkFolder) -> NoiseCorrection | None:

@@ -100,16 +100,22 @@ def convert_unet(weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads
     return unet
 
 
-def _conditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
-    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention)
-    up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(layout.attention))
-    counts = tuple(heads.of(width) for width in layout.widths)
+def _common_config(layout: UNetLayout, sample_size: int) -> dict[str, Any]:
     return dict(
         sample_size=sample_size,
         in_channels=layout.in_channels,
         out_channels=layout.out_channels,
         block_out_channels=layout.widths,
         layers_per_block=layout.num_res_blocks,
+    )
+
+
+def _conditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
+    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention)
+    up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(layout.attention))
+    counts = tuple(heads.of(width) for width in layout.widths)
+    return dict(
+        **_common_config(layout, sample_size),
         down_block_types=down,
         up_block_types=up,
         cross_attention_dim=layout.context_dim,
@@ -124,11 +130,7 @@ def _unconditional_config(layout: UNetLayout, heads: Heads, sample_size: int) ->
     down = tuple(names[attends] for attends in layout.attention)
     resampling = "resnet" if layout.resblock_updown else "conv"
     return dict(
-        sample_size=sample_size,
-        in_channels=layout.in_channels,
-        out_channels=layout.out_channels,
-        block_out_channels=layout.widths,
-        layers_per_block=layout.num_res_blocks,
+        **_common_config(layout, sample_size),
         down_block_types=tuple(name.format("Down") for name in down),
         up_block_types=tuple(name.format("Up") for name in reversed(down)),
         downsample_type=resampling,
