@@ -53,10 +53,11 @@ TIMED_ITERATIONS = 12
 
 @dataclass(frozen=True)
 class Receipt:
-    """What one step took; ``facts`` are its own."""
+    """What one step took, ``cpu_seconds`` by all threads together; ``facts`` are its own."""
 
     step: str
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
     facts: dict[str, Any]
 
@@ -158,19 +159,21 @@ def run_apart(step: str, work: Path) -> Receipt:
 
 def run_here(step: str, work: Path) -> None:
     """``step`` in this process; its receipt is written when it is done."""
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     facts = STEPS[step](work)
-    receipt = Receipt(step, time.perf_counter() - start, peak_rss_bytes(), facts)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    receipt = Receipt(step, seconds, cpu_seconds, peak_rss_bytes(), facts)
     with staged_file(work / f"{step}.json") as scratch:
         scratch.write_text(json.dumps(asdict(receipt), indent=1) + "\n", encoding="utf-8")
 
 
 def table_of(receipts: list[Receipt]) -> str:
     """The Markdown table."""
-    lines = ["| step | minutes | peak RAM, GB | |", "|---|--:|--:|---|"]
+    lines = ["| step | minutes | CPU minutes | peak RAM, GB | |", "|---|--:|--:|--:|---|"]
     for one in receipts:
         facts = "; ".join(f"{key}: {told(value)}" for key, value in one.facts.items())
-        lines.append(f"| {one.step} | {one.seconds / 60:.1f} | {one.peak_rss_bytes / 1e9:.1f} | {facts} |")
+        minutes, cpu_minutes = one.seconds / 60, one.cpu_seconds / 60
+        lines.append(f"| {one.step} | {minutes:.1f} | {cpu_minutes:.1f} | {one.peak_rss_bytes / 1e9:.1f} | {facts} |")
     return "\n".join(lines) + "\n"
 
 

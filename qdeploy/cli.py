@@ -219,7 +219,7 @@ def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptio
             continue
         quant = table.components[name]
         click.echo(
-            f"{name}: {len(quant.layers)} layers in {widths_text(quant)}A{spec.act_bits} "
+            f"{name}: {len(quant.layers)} layers in {widths_text(quant.weight_bits)}A{spec.act_bits} "
             f"({quant.integer_mac_share():.1%} of MACs), {len(quant.float_layers)} in float"
         )
     click.echo(f"wrote {out}")
