@@ -72,6 +72,7 @@ OURS: list[Row] = [
     *ladder(8),
     Row("qdeploy-w8a8-attention", {"attention_bits": 8}),
     *ladder(4),
+    Row("qdeploy-w4a8-gptq-start-split", {"weight_bits": 4, "reconstruction": ROUNDING, "rewrites": ("split_skips",)}),
     Row("qdeploy-w4a8-standard", {"weight_bits": 4, "reconstruction": EFFORTS["standard"]}),
 ]
 

@@ -39,7 +39,7 @@ from qdeploy.table import load_table
 
 HERE = Path(__file__).parent
 FLOAT_ROWS = {"float-ort-cpu": "ort-cpu", "float-openvino": "openvino"}
-SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-act-scales")  # also in torch, with and without Q behind a Conv
+SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-gptq-start")  # also in torch, with and without Q behind a Conv
 
 
 @dataclass(frozen=True)
