@@ -6,6 +6,7 @@ the quantizer will see them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,16 +155,19 @@ def watched(calls: Sequence[LayerCall], watch: Watch) -> Iterator[None]:
 
 def sharing_groups(component: Component, calls: Sequence[LayerCall], feeds: dict[str, Tensor]) -> list[list[LayerCall]]:
     """Layers of one parent that read the very same tensor (Q, K, V): they will share one QuantizeLinear."""
-    groups: dict[tuple[int, str], list[LayerCall]] = {}
-    alive: list[Tensor] = []  # keeps ids unique
+    groups: list[list[LayerCall]] = []
+    latest: dict[str, tuple[weakref.ref[Tensor], list[LayerCall]]] = {}  # by parent; no activation is kept alive
 
     def watch(call: LayerCall, x: Tensor, _: Tensor) -> None:
-        alive.append(x)
-        groups.setdefault((id(x), call.name.rpartition(".")[0]), []).append(call)
+        parent = call.name.rpartition(".")[0]
+        if parent not in latest or latest[parent][0]() is not x:
+            latest[parent] = weakref.ref(x), []
+            groups.append(latest[parent][1])
+        latest[parent][1].append(call)
 
     with watched(calls, watch), torch.no_grad():
         component(**feeds)
-    return list(groups.values())
+    return groups
 
 
 def check_stats(stats: Mapping[str, ChannelStats], component: str) -> None:

@@ -14,6 +14,7 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 from qdeploy.errors import ExportError
+from qdeploy.export.passes.simplify import simplify
 from qdeploy.models.components import Component
 from qdeploy.simulate import ops  # noqa: F401 - registers the custom ops that are translated below
 
@@ -35,11 +36,13 @@ def graph_from_component(component: Component, feeds: dict[str, Tensor], opset: 
                 opset_version=opset,
                 dynamo=True,
                 custom_translation_table=translations,
+                optimize=False,
                 verbose=False,
             )
     except Exception as exc:  # torch.export raises many kinds
         raise ExportError(f"{type(component).__name__} could not be traced to ONNX: {exc}") from exc
     assert program is not None  # what export() returns unless it was told to write a file
+    simplify(program.model)
     return program.model
 
 
