@@ -279,11 +279,12 @@ def export(
 @click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale; 1 turns it off.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--scheduler", help="pndm, ddim or dpm++. Default: the bundle's own.")
+@click.option("--eta", default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--count", default=1, show_default=True, help="Pictures to make.")
 @click.pass_obj
 def generate(
     show: bool, bundle: Path, prompt: str | None, out: Path, negative_prompt: str, engine: str | None,
-    threads: int | None, steps: int, guidance: float, seed: int, scheduler: str | None, count: int,
+    threads: int | None, steps: int, guidance: float, seed: int, scheduler: str | None, eta: float, count: int,
 ) -> None:  # fmt: skip
     """Make pictures of PROMPT, or without one if BUNDLE is unconditional. Needs no torch.
 
@@ -302,7 +303,7 @@ def generate(
     with load(bundle, engine=engine, threads=threads) as pipe, shown(show) as on_progress:
         result = pipe(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance, seed=seed, count=count,
-            scheduler=scheduler, callback=lambda step: on_progress("steps", step.index + 1, step.count),
+            scheduler=scheduler, eta=eta, callback=lambda step: on_progress("steps", step.index + 1, step.count),
         )  # fmt: skip
     for number, image in enumerate(result.images):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")
