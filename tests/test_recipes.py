@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from qdeploy.bundle import open_bundle
+from qdeploy.bundle import open_bundle, write_manifest
 from qdeploy.calibrate.dataset import load_calibration
 from qdeploy.calibrate.modes import Request
 from qdeploy.cli import main
 from qdeploy.errors import ModelError, RequestError, UsageError
 from qdeploy.models.random_model import random_model
+from qdeploy.progress import silent
 from qdeploy.recipe.read import SECTIONS, Recipe, read_recipe
+from qdeploy.recipe.receipt import Step, finish
 from qdeploy.recipe.run import run_full
 from qdeploy.recipe.sample import runs
 from qdeploy.recipe.tiny import shrunk
@@ -25,6 +27,9 @@ from qdeploy.spec import QuantSpec, spec_from_options
 from qdeploy.table import load_table
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+# Half a minute each on one thread. These three have between them every architecture, calibration and precision.
+QUICK = ("lsun_bedroom_w4a8_uncalibrated", "lsun_churches_w8a8", "text_to_image_w4a8")
+BY_SPEED = [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES]
 
 # As the experiments' table has them: what is the same for a model, then what is a recipe's own.
 BEDROOM = dict(
@@ -107,7 +112,7 @@ def test_tiny_changes_sizes_alone(path: Path) -> None:
     assert (full.target, full.given, full.model) == (tiny.target, tiny.given, tiny.model)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BY_SPEED)
 def test_a_recipe_runs_at_tiny_scale(path: Path, tmp_path: Path) -> None:
     expected = EXPECTED[path.stem]
     result = run(path, "-o", tmp_path, "--scale", "tiny")
@@ -278,47 +283,71 @@ def test_the_batch_changes_no_picture(small: Callable[..., Recipe], again: Path,
     assert bytes_below(again / "pictures") == made
 
 
-@pytest.mark.parametrize(
-    ("replaced", "kept", "redone"),
-    [
-        ({"sample_seed": "seed = 6"}, ("calibration.safetensors", "table.safetensors", "bundle/manifest.json"), ()),
-        ({"quantize_weight_bits": "weight_bits = 5"}, ("calibration.safetensors",), ("table.safetensors",)),
-        ({"calibrate_eta": "eta = 0.5"}, (), ("calibration.safetensors", "table.safetensors", "bundle/manifest.json")),
-    ],
-)
-def test_a_changed_setting_redoes_its_step_and_all_behind_it(
-    small: Callable[..., Recipe],
-    again: Path,
-    tmp_path: Path,
-    replaced: dict[str, str],
-    kept: tuple[str, ...],
-    redone: tuple[str, ...],
-) -> None:
+def test_another_seed_makes_other_pictures_alone(small: Callable[..., Recipe], again: Path, tmp_path: Path) -> None:
     before, made = states_below(again), bytes_below(again / "pictures")
-    recipe = small(tmp_path, **replaced)
-    with pytest.raises(KeyboardInterrupt):  # in the second batch: no picture of before may be left among the new ones
+    recipe = small(tmp_path, sample_seed="seed = 6")
+    with pytest.raises(KeyboardInterrupt):  # in the second batch: no picture of before may be left beside the new ones
         run_full(recipe, again, Stop("sample", 2 * 3 + 2))
     assert pictures_of(again) == ["000000.png", "000001.png"]
     run_full(recipe, again)
-    after = states_below(again)
-    assert all(after[name] == before[name] for name in kept)
-    assert all(after[name] != before[name] for name in redone)
-    found = bytes_below(again / "pictures")
+    after, found = states_below(again), bytes_below(again / "pictures")
+    assert {name for name in after if after[name] != before[name]} == {
+        "receipts/sample.json", *(f"pictures/{name}" for name in made),
+    }  # fmt: skip
     assert set(found) == set(made)
     assert all(found[name] != made[name] for name in made)
 
 
-def test_a_cut_file_is_made_again(small: Callable[..., Recipe], again: Path, tmp_path: Path) -> None:
+def test_other_weight_bits_redo_all_behind_the_calibration(
+    small: Callable[..., Recipe], again: Path, tmp_path: Path
+) -> None:
+    before, made = states_below(again), bytes_below(again / "pictures")
+    run_full(small(tmp_path, quantize_weight_bits="weight_bits = 5"), again)
+    after, found = states_below(again), bytes_below(again / "pictures")
+    assert after["calibration.safetensors"] == before["calibration.safetensors"]
+    assert open_bundle(again / "bundle").manifest.components["unet"].weight_bits == 5
+    assert all(found[name] != made[name] for name in made)
+
+
+def test_another_calibration_redoes_the_table(small: Callable[..., Recipe], again: Path, tmp_path: Path) -> None:
+    before = states_below(again)
+    with pytest.raises(KeyboardInterrupt):
+        run_full(small(tmp_path, calibrate_eta="eta = 0.5"), again, Stop("export", 0))
+    after = states_below(again)
+    assert all(after[name] != before[name] for name in ("calibration.safetensors", "table.safetensors"))
+    assert after["bundle/manifest.json"] == before["bundle/manifest.json"]
+
+
+def test_a_cut_table_is_made_again(small: Callable[..., Recipe], again: Path, tmp_path: Path) -> None:
     table, before = again / "table.safetensors", states_below(again)
     whole = table.read_bytes()
     table.write_bytes(whole[:1000])
-    (graph,) = again.glob("bundle/vae_decoder/model.onnx")
-    graph.unlink()
     run_full(small(tmp_path), again)
     after = states_below(again)
     assert table.read_bytes() == whole
-    assert graph.is_file()
-    assert after["calibration.safetensors"] == before["calibration.safetensors"]
+    assert {name for name in after if after[name] != before[name]} == {"table.safetensors", "receipts/quantize.json"}
+
+
+@pytest.mark.parametrize("damage", ["graph", "manifest", "swapped"])
+def test_a_damaged_bundle_is_exported_again(finished: Path, again: Path, damage: str) -> None:
+    bundle, remade = again / "bundle", list[Path]()
+    step = Step("export", bundle, {}, {"table": "0"})
+    sha256 = finish(step, again / "receipts", lambda: None, silent)
+    if damage == "graph":
+        (bundle / "unet" / "model.onnx").unlink()
+    elif damage == "manifest":
+        (bundle / "manifest.json").write_text("{")
+    else:
+        write_manifest(bundle, dataclasses.replace(open_bundle(bundle).manifest, target="another"))
+
+    def make() -> None:
+        remade.append(bundle)
+        shutil.rmtree(bundle)
+        shutil.copytree(finished / "bundle", bundle)
+
+    assert finish(step, again / "receipts", make, silent) == sha256
+    assert finish(step, again / "receipts", make, silent) == sha256
+    assert remade == [bundle]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", '{"key": null, "sha256": null}', '{"key": 1e999}'])
