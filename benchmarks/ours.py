@@ -44,9 +44,9 @@ def told(value: Any) -> str:
 
 ONE_PASS: dict[str, tuple[str, ...]] = {"unet": ()}
 PLAIN: dict[str, Any] = {"equalize": False, "two_passes": ONE_PASS}
-LEARNED = EFFORTS["fast"]
-ROUNDING = replace(LEARNED, learn_act_scales=False)
+ROUNDING = EFFORTS["fast"]
 NEAREST_START = replace(ROUNDING, gptq_start=False)
+AND_SCALES = replace(ROUNDING, learn_act_scales=True)
 
 
 def ladder(bits: int) -> list[Row]:
@@ -60,7 +60,7 @@ def ladder(bits: int) -> list[Row]:
         Row(f"{name}-two-passes", bit),
         Row(f"{name}-adaround", bit | {"reconstruction": NEAREST_START}),
         Row(f"{name}-gptq-start", bit | {"reconstruction": ROUNDING}),
-        Row(f"{name}-act-scales", bit | {"reconstruction": LEARNED}),
+        Row(f"{name}-act-scales", bit | {"reconstruction": AND_SCALES}),
         Row(f"{name}-split", bit | {"rewrites": ("split_skips",)}),
         Row(f"{name}-timestep-table", bit | {"rewrites": ("timestep_table",)}),
         Row(f"{name}-noise-correction", bit | {"noise_correction": True}),
@@ -72,6 +72,7 @@ OURS: list[Row] = [
     *ladder(8),
     Row("qdeploy-w8a8-attention", {"attention_bits": 8}),
     *ladder(4),
+    Row("qdeploy-w4a8-gptq-start-split", {"weight_bits": 4, "reconstruction": ROUNDING, "rewrites": ("split_skips",)}),
     Row("qdeploy-w4a8-standard", {"weight_bits": 4, "reconstruction": EFFORTS["standard"]}),
 ]
 

@@ -47,6 +47,7 @@ class PeerModel:
     """A quantized UNet and what it took to make.
 
     path: ``model.onnx`` or OpenVINO's ``model.xml``, beneath the work folder.
+    cpu_seconds: of all threads together, which other work on the machine changes little.
     peak_rss_bytes: of the whole process, of which ``idle_rss_bytes`` were there before it began
     (Python, torch and the calibration data).
     """
@@ -54,7 +55,7 @@ class PeerModel:
     name: str
     path: str
     engine: str
-    seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
     idle_rss_bytes: int
     note: str
@@ -80,9 +81,9 @@ def make_here(name: str, work: WorkFolder) -> PeerModel:
     folder = work.model_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     idle = peak_rss_bytes()
-    start = time.perf_counter()
+    start = time.process_time()
     path = make()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     made = PeerModel(name, str(path.relative_to(work.root)), engine, seconds, peak_rss_bytes(), idle, note)
     (folder / "made.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
     return made

@@ -39,7 +39,7 @@ from qdeploy.table import load_table
 
 HERE = Path(__file__).parent
 FLOAT_ROWS = {"float-ort-cpu": "ort-cpu", "float-openvino": "openvino"}
-SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-act-scales")  # also in torch, with and without Q behind a Conv
+SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-gptq-start")  # also in torch, with and without Q behind a Conv
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Figures:
     note: str
     step_sqnr_db: list[float]
     picture_psnr_db: list[float]
-    make_seconds: float | None = None
+    make_cpu_seconds: float | None = None
     make_peak_rss_bytes: int | None = None
     make_idle_rss_bytes: int | None = None
 
@@ -129,7 +129,7 @@ class Bench:
 def with_costs(figures: Figures, made: PeerModel) -> Figures:
     return replace(
         figures,
-        make_seconds=made.seconds,
+        make_cpu_seconds=made.cpu_seconds,
         make_peak_rss_bytes=made.peak_rss_bytes,
         make_idle_rss_bytes=made.idle_rss_bytes,
     )
@@ -204,15 +204,15 @@ def forget(work: WorkFolder, name: str) -> None:
 def table_of(rows: Sequence[Figures]) -> str:
     """The Markdown table."""
     lines = [
-        "| row | engine | UNet SQNR mean, dB | worst step, dB | picture PSNR, dB | made in, s | peak RAM, GB | how |",
+        "| row | engine | UNet SQNR mean, dB | worst step, dB | picture PSNR, dB | CPU minutes | peak RAM, GB | how |",
         "|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
-        seconds = "" if row.make_seconds is None else f"{row.make_seconds:.0f}"
+        minutes = "" if row.make_cpu_seconds is None else f"{row.make_cpu_seconds / 60:.1f}"
         memory = "" if row.make_peak_rss_bytes is None else f"{row.make_peak_rss_bytes / 1e9:.1f}"
         lines.append(
             f"| {row.name} | {row.engine} | {row.mean_sqnr_db:.2f} | {row.worst_sqnr_db:.2f} | "
-            f"{row.mean_psnr_db:.2f} | {seconds} | {memory} | {row.note} |"
+            f"{row.mean_psnr_db:.2f} | {minutes} | {memory} | {row.note} |"
         )
     return "\n".join(lines) + "\n"
 

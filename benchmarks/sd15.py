@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,11 @@ TIMED_ITERATIONS = 12
 
 @dataclass(frozen=True)
 class Receipt:
-    """What one step took; ``facts`` are its own."""
+    """What one step took, ``cpu_seconds`` by all threads together; ``facts`` are its own."""
 
     step: str
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
     facts: dict[str, Any]
 
@@ -107,14 +109,15 @@ def quantize(work: Path) -> dict[str, Any]:
     return {"table bytes": path.stat().st_size}
 
 
-def adaround(work: Path) -> dict[str, Any]:
+def adaround(work: Path, device: str = "cpu") -> dict[str, Any]:
     """AdaRound's time an iteration on the block with the most MACs, and what that means for the whole UNet."""
     model = load_model(str(work / "model"))
     quant = load_table(work / "w8a8.safetensors").components["unet"]
     units = units_of(model.unet.inner, quant.layers)
     largest = max(units, key=lambda unit: macs_of(quant, unit))
     alone = replace(quant, layers={layer: quant.layers[layer] for layer in largest.layers})
-    settings = replace(EFFORTS["standard"], iterations=TIMED_ITERATIONS, samples=4 * EFFORTS["standard"].batch)
+    standard = EFFORTS["standard"]
+    settings = replace(standard, iterations=TIMED_ITERATIONS, samples=4 * standard.batch, device=device)
     ticks: list[float] = []
     calibration = load_calibration(work / "calibration.safetensors")
     reconstruct(
@@ -143,7 +146,15 @@ STEPS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "calibrate": calibrate,
     "quantize": quantize,
     "adaround": adaround,
+    "adaround-cuda": partial(adaround, device="cuda"),
 }
+
+
+def steps_here() -> list[str]:
+    """All steps; without a GPU those that need none."""
+    import torch
+
+    return [step for step in STEPS if torch.cuda.is_available() or not step.endswith("-cuda")]
 
 
 def run_apart(step: str, work: Path) -> Receipt:
@@ -158,19 +169,21 @@ def run_apart(step: str, work: Path) -> Receipt:
 
 def run_here(step: str, work: Path) -> None:
     """``step`` in this process; its receipt is written when it is done."""
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     facts = STEPS[step](work)
-    receipt = Receipt(step, time.perf_counter() - start, peak_rss_bytes(), facts)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    receipt = Receipt(step, seconds, cpu_seconds, peak_rss_bytes(), facts)
     with staged_file(work / f"{step}.json") as scratch:
         scratch.write_text(json.dumps(asdict(receipt), indent=1) + "\n", encoding="utf-8")
 
 
 def table_of(receipts: list[Receipt]) -> str:
     """The Markdown table."""
-    lines = ["| step | minutes | peak RAM, GB | |", "|---|--:|--:|---|"]
+    lines = ["| step | minutes | CPU minutes | peak RAM, GB | |", "|---|--:|--:|--:|---|"]
     for one in receipts:
         facts = "; ".join(f"{key}: {told(value)}" for key, value in one.facts.items())
-        lines.append(f"| {one.step} | {one.seconds / 60:.1f} | {one.peak_rss_bytes / 1e9:.1f} | {facts} |")
+        minutes, cpu_minutes = one.seconds / 60, one.cpu_seconds / 60
+        lines.append(f"| {one.step} | {minutes:.1f} | {cpu_minutes:.1f} | {one.peak_rss_bytes / 1e9:.1f} | {facts} |")
     return "\n".join(lines) + "\n"
 
 
@@ -186,12 +199,12 @@ def told(value: Any) -> str:
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "sd15.json", help="Report to write.")
 @click.option("--step", type=click.Choice(list(STEPS)), help="Run this step alone, in this process.")
 def main(work: Path, out: Path, step: str | None) -> None:
-    """Measure every step that has no receipt yet, then print all."""
+    """Measure every step that has no receipt yet, then print all; adaround-cuda only where there is a GPU."""
     work.mkdir(parents=True, exist_ok=True)
     if step is not None:
         run_here(step, work)
         return
-    receipts = [run_apart(name, work) for name in STEPS]
+    receipts = [run_apart(name, work) for name in steps_here()]
     report = {"environment": environment_of(), "steps": [asdict(receipt) for receipt in receipts]}
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(table_of(receipts))

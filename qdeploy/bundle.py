@@ -38,12 +38,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ComponentInfo:
-    """One graph of the bundle and how far it is quantized."""
+    """One graph of the bundle and how far it is quantized; ``weight_bits`` are all widths, the widest first."""
 
     file: str
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
-    weight_bits: int
+    weight_bits: tuple[int, ...]
     act_bits: int
     integer_mac_share: float = 0.0
     # Measured at export on recorded inputs, for quantized components:
@@ -167,7 +167,12 @@ def _component_from_document(entry: Mapping[str, Any]) -> ComponentInfo:
     def tensors(group: Mapping[str, Any]) -> dict[str, TensorInfo]:
         return {name: TensorInfo(str(info["dtype"]), tuple(map(int, info["shape"]))) for name, info in group.items()}
 
-    fields = {**entry, "inputs": tensors(entry["inputs"]), "outputs": tensors(entry["outputs"])}
+    fields = {
+        **entry,
+        "inputs": tensors(entry["inputs"]),
+        "outputs": tensors(entry["outputs"]),
+        "weight_bits": tuple(map(int, entry["weight_bits"])),
+    }
     return ComponentInfo(**fields)
 
 

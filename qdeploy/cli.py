@@ -169,6 +169,10 @@ def calibrate(show: bool, model: str, out: Path, loading: ModelOptions, **option
     help="Learn the rounding, block by block. Default: where weights have less than 8 bits.",
 )
 @click.option("--effort", type=click.Choice(["fast", "standard", "paper"]), default="standard", show_default=True)
+@click.option(
+    "--learn-act-scales/--no-learn-act-scales", default=False, show_default=True,
+    help="Learn each layer's input scale with its rounding.",
+)  # fmt: skip
 @click.option("--cache-gb", default=8.0, show_default=True, help="Disk for the blocks' inputs and outputs.")
 @click.option("--device", default="cpu", show_default=True, help="Where blocks are fitted: cpu or cuda.")
 @click.option("--sensitivity", is_flag=True, help="Measure each layer alone; `inspect` shows it.")
@@ -221,7 +225,7 @@ def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptio
             continue
         quant = table.components[name]
         click.echo(
-            f"{name}: {len(quant.layers)} layers in {widths_text(quant)}A{spec.act_bits} "
+            f"{name}: {len(quant.layers)} layers in {widths_text(quant.weight_bits)}A{spec.act_bits} "
             f"({quant.integer_mac_share():.1%} of MACs), {len(quant.float_layers)} in float"
         )
     click.echo(f"wrote {out}")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from qdeploy.bundle import MANIFEST, ComponentInfo, open_bundle
-from qdeploy.describe_table import Facts, describe_table
+from qdeploy.describe_table import Facts, describe_table, widths_text
 from qdeploy.errors import UsageError
 from qdeploy.table import QuantTable, load_table
 
@@ -74,7 +74,7 @@ def describe_bundle(path: Path) -> Facts:
         facts.append(
             (
                 name,
-                f"{bundle.component_bytes(name) / 1e6:.1f} MB, W{info.weight_bits}A{info.act_bits}, "
+                f"{bundle.component_bytes(name) / 1e6:.1f} MB, {widths_text(info.weight_bits)}A{info.act_bits}, "
                 f"{info.integer_mac_share:.1%} of MACs in int8{parity}",
             )
         )

@@ -33,8 +33,9 @@ def describe_table(path: Path, every: bool = False) -> Facts:
 def component_facts(name: str, quant: ComponentQuant) -> Facts:
     """One component: its layers by weight bits and in float, and how they were made."""
     layers = quant.layers.values()
-    facts = [(name, f"{len(layers)} layers in {widths_text(quant)}, {quant.integer_mac_share():.1%} of MACs")]
-    facts += [(f"  W{bits}", width_text(quant, bits)) for bits in widths(quant)]
+    mixed = widths_text(quant.weight_bits)
+    facts = [(name, f"{len(layers)} layers in {mixed}, {quant.integer_mac_share():.1%} of MACs")]
+    facts += [(f"  W{bits}", width_text(quant, bits)) for bits in quant.weight_bits]
     share = sum(mac_share(quant, layer) for layer in quant.float_layers)
     facts += [
         ("  float", f"{len(quant.float_layers)} layers, {share:.1%} of MACs"),
@@ -89,14 +90,9 @@ def mac_share(quant: ComponentQuant, layer: str) -> float:
     return macs / total if total else 0.0
 
 
-def widths(quant: ComponentQuant) -> list[int]:
-    """Weight bits in use, the widest first."""
-    return sorted({layer.weight_bits for layer in quant.layers.values()}, reverse=True)
-
-
-def widths_text(quant: ComponentQuant) -> str:
+def widths_text(weight_bits: Sequence[int]) -> str:
     """Such as ``W8``, or ``W8/W4`` where widths are mixed."""
-    return "/".join(f"W{bits}" for bits in widths(quant)) or "float"
+    return "/".join(f"W{bits}" for bits in weight_bits) or "float"
 
 
 def width_text(quant: ComponentQuant, bits: int) -> str:

@@ -37,6 +37,7 @@ class Reconstruction:
     iterations: optimizer steps for each block.
     samples: calibration inputs that a block is fitted on; cache_gb bounds them on disk.
     gptq_start: V starts from GPTQ's rounding instead of the float weight (Frantar et al. 2023, arXiv 2210.17323).
+    learn_act_scales: the layers' input scales are learned too (LSQ, Esser et al. 2020, arXiv 1902.08153).
     """
 
     iterations: int = 2000
@@ -44,7 +45,7 @@ class Reconstruction:
     batch: int = 16
     learn_rounding: bool = True
     gptq_start: bool = True
-    learn_act_scales: bool = True
+    learn_act_scales: bool = False
     cache_gb: float = 8.0
     seed: int = 0
     device: str = "cpu"
@@ -136,6 +137,7 @@ def spec_from_options(
     keep_float: Sequence[str] = (),
     adaround: bool | None = None,
     effort: str = "standard",
+    learn_act_scales: bool = False,
     cache_gb: float = 8.0,
     device: str = "cpu",
     sensitivity: bool = False,
@@ -149,6 +151,9 @@ def spec_from_options(
     if effort not in EFFORTS:
         raise UsageError(f"effort: got {effort!r}, expected one of {', '.join(EFFORTS)}")
     wanted = weight_bits < 8 or max_mb is not None if adaround is None else adaround
+    if learn_act_scales and not wanted:
+        raise UsageError("--learn-act-scales: scales are learned together with the rounding; add --adaround")
+    learned = replace(EFFORTS[effort], learn_act_scales=learn_act_scales, cache_gb=cache_gb, device=device)
     rewrites = [name for name, on in (("split_skips", split), ("timestep_table", timestep_table)) if on]
     return QuantSpec(
         weight_bits=weight_bits,
@@ -160,7 +165,7 @@ def spec_from_options(
         sensitivity=sensitivity,
         float_macs=float_macs,
         max_mb=max_mb,
-        reconstruction=replace(EFFORTS[effort], cache_gb=cache_gb, device=device) if wanted else None,
+        reconstruction=learned if wanted else None,
         noise_correction=noise_correction,
         first_token_float=first_token_float,
         attention_bits=attention_bits,

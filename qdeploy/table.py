@@ -134,6 +134,11 @@ class ComponentQuant:
         """Multiply-accumulates a call of every Conv and Linear, float ones included."""
         return sum(self.macs.values()) + sum(layer.macs for layer in self.float_layers.values())
 
+    @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """Widths of quantized weights in use, the widest first."""
+        return tuple(sorted({layer.weight_bits for layer in self.layers.values()}, reverse=True))
+
     def integer_mac_share(self) -> float:
         """Share of Conv and Linear multiply-accumulates in quantized layers, 0..1."""
         total = self.total_macs

@@ -56,6 +56,7 @@ def test_the_whole_way(tiny_folder: Path, tmp_path: Path) -> None:
         (("export", "none.safetensors", "-o", "x"), 1, "not a readable qdeploy table"),
         (("generate", "no/such/bundle", "a cat"), 1, "not a qdeploy bundle"),
         (("quantize", "builtin:emoji"), 2, "--calib"),
+        (("quantize", "builtin:emoji", "--calib", "c", "-o", "x", "--learn-act-scales"), 2, "add --adaround"),
         (("quantize", "builtin:emoji", "--calib", "none", "-o", "x"), 1, "qdeploy calibrate"),
         (("calibrate", "builtin:emoji", "-o", "x", "--samples", "0"), 2, "at least 1"),
         (("inspect", "pyproject.toml"), 2, "neither a model folder"),

@@ -127,6 +127,11 @@ class SoftLayer(nn.Module):
         ratio = along(self.ratio, x, channel_axis(self.layer, x))
         return FakeQuantize.apply(x, self.log_scale, ratio, self.quant.input.zero_point)
 
+    def input(self) -> Affine:
+        """The input's quantizer, with its scale as learned."""
+        given = self.quant.input
+        return Affine(float(self.log_scale.exp()), given.zero_point) if self.log_scale.requires_grad else given
+
     def result(self) -> LayerQuant:
         """What was learned, as the table holds it."""
         with torch.no_grad():
@@ -134,6 +139,6 @@ class SoftLayer(nn.Module):
             return replace(
                 self.quant,
                 weight=self.codes().to(torch.int8).cpu().numpy() if self.v.requires_grad else self.quant.weight,
-                input=Affine(float(self.log_scale.exp()), self.quant.input.zero_point),
+                input=self.input(),
                 bias=None if self.bias is None else self.bias.detach().cpu().numpy().copy(),
             )

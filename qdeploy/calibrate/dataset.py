@@ -15,7 +15,7 @@ from qdeploy.errors import CalibrationError
 from qdeploy.files import staged_file
 
 SCHEMA_VERSION = 1
-LATENT_PIXELS = 2**13  # a batch's, so that activations stay below a gigabyte for Stable Diffusion too
+LATENT_PIXELS = 2**13  # a batch's; half of it for the decoder, whose maps are the largest: one Stable Diffusion picture
 MOST_ROWS = 16
 
 Feeds = Mapping[str, Tensor]  # a component's inputs by name
@@ -81,10 +81,11 @@ class CalibrationSet:
         return {"sample": torch.cat([x, x]), "timestep": t, "encoder_hidden_states": torch.cat([uncond, cond])}
 
 
-def batch_rows(calibration: CalibrationSet) -> int:
-    """Inputs to run at once: 16 for small latents, 2 for Stable Diffusion's 64x64."""
+def batch_rows(calibration: CalibrationSet, component: str) -> int:
+    """Inputs to run at once: 16 for small latents; for Stable Diffusion's 64x64 2, of the decoder 1."""
     height, width = calibration.sample.shape[-2:]
-    return max(2, min(MOST_ROWS, LATENT_PIXELS // (height * width)))
+    rows = LATENT_PIXELS // (height * width)
+    return max(1, min(MOST_ROWS, rows // 2 if component == "vae_decoder" else rows))
 
 
 def rows_of(feeds: Feeds) -> int:
@@ -96,7 +97,7 @@ def spread(calibration: CalibrationSet, component: str, samples: int) -> Iterato
     """About ``samples`` inputs of ``component``, evenly over the set and so over the timesteps."""
     stride = max(1, calibration.count(component) // samples)
     if component != "unet":
-        yield from list(calibration.batches(component, batch_rows(calibration)))[::stride]
+        yield from list(calibration.batches(component, batch_rows(calibration, component)))[::stride]
         return
     # one t a call: thin out within each timestep rather than between them
     thin = replace(
@@ -105,7 +106,7 @@ def spread(calibration: CalibrationSet, component: str, samples: int) -> Iterato
         timestep=calibration.timestep[::stride],
         prompt=None if calibration.prompt is None else calibration.prompt[::stride],
     )
-    yield from thin.batches(component, batch_rows(calibration))
+    yield from thin.batches(component, batch_rows(calibration, component))
 
 
 # name: (dtype, dimensions); a file without the optional ones is one of fewer components.

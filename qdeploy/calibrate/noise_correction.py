@@ -21,7 +21,7 @@ def measure_noise_correction(
     """
     sums: dict[int, NoiseSums] = {}
     done = 0
-    for feeds in calibration.batches("unet", batch_rows(calibration)):
+    for feeds in calibration.batches("unet", batch_rows(calibration, "unet")):
         t = int(feeds["timestep"])
         batch = noise_sums(_output(float_unet, feeds), _output(quantized_unet, feeds))
         sums[t] = sums[t] + batch if t in sums else batch

@@ -132,7 +132,7 @@ def run_watched(
     """Run ``component`` over the whole set, showing ``watch`` every call of ``calls``."""
     done, total = 0, calibration.count(name)
     with watched(calls, watch), torch.no_grad():
-        for feeds in calibration.batches(name, batch_rows(calibration)):
+        for feeds in calibration.batches(name, batch_rows(calibration, name)):
             component(**feeds)
             done += rows_of(feeds)
             on_progress(what, done, total)

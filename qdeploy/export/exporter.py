@@ -100,7 +100,7 @@ def export_component(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(named_tensor_info, graph.graph.inputs)),
         outputs=dict(map(named_tensor_info, graph.graph.outputs)),
-        weight_bits=32 if quant is None else min(layer.weight_bits for layer in quant.layers.values()),
+        weight_bits=(32,) if quant is None else quant.weight_bits,
         act_bits=32 if quant is None else 8,
     )
     if quant is None:

@@ -25,7 +25,7 @@ from qdeploy.simulate.twin import quantized_twin
 from qdeploy.spec import QuantSpec, Reconstruction
 from qdeploy.table import ComponentQuant
 
-SETTINGS = Reconstruction(iterations=40, samples=12, batch=4)
+SETTINGS = Reconstruction(iterations=40, samples=12, batch=4, learn_act_scales=True)
 
 
 @given(st.floats(0.001, 0.999))
@@ -95,6 +95,17 @@ def test_reconstruction_beats_nearest_rounding(
     started = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", SETTINGS, silent)
     assert outputs_db(tiny_model, started, calibration) > learned_db
     assert all(layer.weight.min() >= -8 and layer.weight.max() <= 7 for layer in started.layers.values())
+
+
+def test_input_scales_are_learned_on_demand_alone(
+    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant
+) -> None:
+    block = {name: layer for name, layer in four_bits.layers.items() if ".mid_block.resnets.0." in name}
+    alone = dataclasses.replace(four_bits, layers=block)
+    for on in (False, True):
+        settings = dataclasses.replace(SETTINGS, learn_act_scales=on)
+        learned = reconstruct(tiny_model.vae_decoder, alone, calibration, "vae_decoder", settings, silent)
+        assert any(learned.layers[name].input != layer.input for name, layer in block.items()) == on
 
 
 def test_both_halves_of_a_split_layer_are_in_one_unit(tiny_model: LatentDiffusion) -> None:

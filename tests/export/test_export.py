@@ -42,7 +42,9 @@ def test_four_bit_weights_lie_in_the_file_as_int4_and_run_as_int8(w4a8: Path, in
     stored = [tensor for tensor in graph.initializer if tensor.name.endswith(".codes_int4")]
     assert len(stored) > 50
     assert {tensor.data_type for tensor in stored} == {onnx.TensorProto.INT4}
-    assert open_bundle(w4a8).manifest.components["unet"].integer_mac_share > 0.97
+    info = open_bundle(w4a8).manifest.components["unet"]
+    assert info.integer_mac_share > 0.97
+    assert info.weight_bits == (4,)
     size = {folder: (folder / "text_encoder" / "model.onnx.data").stat().st_size for folder in (w4a8, int8_bundle)}
     assert size[w4a8] < size[int8_bundle]
 
