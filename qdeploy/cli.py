@@ -149,7 +149,7 @@ def calibrate(show: bool, model: str, out: Path, loading: ModelOptions, **option
 @click.option("--calib", type=PATH, required=True, help="Calibration set of `qdeploy calibrate`.")
 @click.option("-o", "--out", type=PATH, required=True, help="Table to write, .safetensors.")
 @click.option("--weight-bits", type=click.IntRange(2, 8), default=8, show_default=True)
-@click.option("--act-bits", type=click.Choice(["8"]), default="8", show_default=True)
+@click.option("--act-bits", default=8, show_default=True, help="8, the engines' integer kernels.")
 @click.option(
     "--observer", type=click.Choice(["minmax", "percentile", "mse"]), default="mse", show_default=True,
     help="How ranges are read off the histograms.",
@@ -187,9 +187,11 @@ def calibrate(show: bool, model: str, out: Path, loading: ModelOptions, **option
 )
 @click.option("--first-token-float", is_flag=True, help="Keep the text's first token in float in cross-attention.")
 @click.option(
-    "--attention-bits", type=click.Choice(["0", "8", "16"]), default="0", show_default=True,
-    help="Bits of the attentions' own products; 0 is float, 16 cannot be exported.",
-)  # fmt: skip
+    "--attention-bits",
+    default=0,
+    show_default=True,
+    help="Bits of the attentions' own products: 0 (float), 8, or 16, which cannot be exported.",
+)
 @loading_options
 @click.pass_obj
 def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptions, **options: Any) -> None:
@@ -271,6 +273,52 @@ def export(
 
 
 @main.command()
+@click.argument("recipe", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="Folder for everything made.")
+@click.option(
+    "--scale", type=click.Choice(["full", "tiny"]), default="full", show_default=True,
+    help="tiny runs the recipe on a small random model of its architecture, in about a minute.",
+)  # fmt: skip
+@click.option("--model", help="Where the recipe's model lies.")
+@click.option("--data", type=PATH, help="Where the pictures that it calibrates on lie.")
+@click.option("--from-qdiffusion", type=PATH, help="Where its Q-Diffusion .pt set lies.")
+@click.option("--pictures", type=click.IntRange(1), help="Pictures to make.")
+@click.pass_obj
+def run(
+    show: bool, recipe: Path, out: Path, scale: str, model: str | None, data: Path | None,
+    from_qdiffusion: Path | None, pictures: int | None,
+) -> None:  # fmt: skip
+    """Run RECIPE, an experiment in a TOML file: calibrate, quantize, export and sample.
+
+    The repository's recipes/ folder holds eight. A recipe has the sections [model], [calibrate],
+    [quantize], [export] and [sample], whose keys are the options of the commands; its paths are
+    taken from the folder that you run it in. OUT gets calibration.safetensors, table.safetensors,
+    bundle/, pictures/ and a receipt for each step.
+
+    The same command again goes on where it was stopped. Steps that are finished stay; a changed
+    setting or file redoes its step and all behind it, pictures included.
+
+    \b
+    Examples:
+      qdeploy run recipes/lsun_bedroom_w4a8.toml -o bedroom-trial --scale tiny
+      qdeploy run recipes/lsun_bedroom_w4a8.toml -o bedroom --model lsun_beds256.ckpt --pictures 16
+    """
+    from qdeploy.progress import shown
+    from qdeploy.recipe.read import read_recipe
+    from qdeploy.recipe.run import run_full
+    from qdeploy.recipe.tiny import run_tiny, shrunk
+
+    asked = read_recipe(recipe)
+    files = [f"--{name.replace('_', '-')}" for name in ("model", "data", "from_qdiffusion") if was_typed(name)]
+    if scale == "tiny" and files:
+        raise UsageError(f"{files[0]} does not go with --scale tiny, which makes what it reads")
+    asked = (shrunk(asked) if scale == "tiny" else asked).with_files(model, data, from_qdiffusion, pictures)
+    with shown(show) as on_progress:
+        folder = (run_tiny if scale == "tiny" else run_full)(asked, out, on_progress)
+    click.echo(f"{asked.sample.count} pictures are in {folder}")
+
+
+@main.command()
 @click.argument("bundle", type=PATH)
 @click.argument("prompt", required=False)
 @click.option(
@@ -283,11 +331,12 @@ def export(
 @click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale; 1 turns it off.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--scheduler", help="pndm, ddim or dpm++. Default: the bundle's own.")
+@click.option("--eta", default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--count", default=1, show_default=True, help="Pictures to make.")
 @click.pass_obj
 def generate(
     show: bool, bundle: Path, prompt: str | None, out: Path, negative_prompt: str, engine: str | None,
-    threads: int | None, steps: int, guidance: float, seed: int, scheduler: str | None, count: int,
+    threads: int | None, steps: int, guidance: float, seed: int, scheduler: str | None, eta: float, count: int,
 ) -> None:  # fmt: skip
     """Make pictures of PROMPT, or without one if BUNDLE is unconditional. Needs no torch.
 
@@ -306,7 +355,7 @@ def generate(
     with load(bundle, engine=engine, threads=threads) as pipe, shown(show) as on_progress:
         result = pipe(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance, seed=seed, count=count,
-            scheduler=scheduler, callback=lambda step: on_progress("steps", step.index + 1, step.count),
+            scheduler=scheduler, eta=eta, callback=lambda step: on_progress("steps", step.index + 1, step.count),
         )  # fmt: skip
     for number, image in enumerate(result.images):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")

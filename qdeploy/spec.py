@@ -128,26 +128,28 @@ class QuantSpec:
 
 def spec_from_options(
     *,
-    weight_bits: int,
-    act_bits: str,
-    observer: str,
-    equalize: bool,
-    split: bool,
-    timestep_table: bool,
-    keep_float: Sequence[str],
-    adaround: bool | None,
-    effort: str,
-    learn_act_scales: bool,
-    cache_gb: float,
-    device: str,
-    sensitivity: bool,
-    float_macs: float,
-    max_mb: float | None,
-    noise_correction: bool,
-    first_token_float: bool,
-    attention_bits: str,
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    observer: str = "mse",
+    equalize: bool = True,
+    split: bool = False,
+    timestep_table: bool = False,
+    keep_float: Sequence[str] = (),
+    adaround: bool | None = None,
+    effort: str = "standard",
+    learn_act_scales: bool = False,
+    cache_gb: float = 8.0,
+    device: str = "cpu",
+    sensitivity: bool = False,
+    float_macs: float = 0.0,
+    max_mb: float | None = None,
+    noise_correction: bool = False,
+    first_token_float: bool = False,
+    attention_bits: int = 0,
 ) -> QuantSpec:
-    """The spec that the command line's options mean; AdaRound is on where weights may have less than 8 bits."""
+    """The spec that `quantize`'s options (a recipe's too) mean; AdaRound is on where weights may have under 8 bits."""
+    if effort not in EFFORTS:
+        raise UsageError(f"effort: got {effort!r}, expected one of {', '.join(EFFORTS)}")
     wanted = weight_bits < 8 or max_mb is not None if adaround is None else adaround
     if learn_act_scales and not wanted:
         raise UsageError("--learn-act-scales: scales are learned together with the rounding; add --adaround")
@@ -155,7 +157,7 @@ def spec_from_options(
     rewrites = [name for name, on in (("split_skips", split), ("timestep_table", timestep_table)) if on]
     return QuantSpec(
         weight_bits=weight_bits,
-        act_bits=int(act_bits),
+        act_bits=act_bits,
         keep_float=KEEP_FLOAT | {"unet": (*KEEP_FLOAT["unet"], *keep_float)},
         observer=observer,
         equalize=equalize,
@@ -166,7 +168,7 @@ def spec_from_options(
         reconstruction=learned if wanted else None,
         noise_correction=noise_correction,
         first_token_float=first_token_float,
-        attention_bits=int(attention_bits),
+        attention_bits=attention_bits,
     )
 
 

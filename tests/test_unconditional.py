@@ -82,7 +82,7 @@ def test_int8_is_near_its_float_twin(made: Path, float_bundle: Path) -> None:
 
 
 def test_generate_and_bench(made: Path, tmp_path: Path) -> None:
-    passed("generate", made / "w8a8", "-o", tmp_path / "out.png", "--count", 4, "--steps", 2)
+    passed("generate", made / "w8a8", "-o", tmp_path / "out.png", "--count", 4, "--steps", 2, "--eta", 1)
     assert all((tmp_path / f"out-{number}.png").stat().st_size > 0 for number in range(4))
     report = tmp_path / "bench.json"
     passed("bench", made / "fp32", made / "w8a8", "--pictures", 1, "--steps", 2, "--json", report)

@@ -51,6 +51,8 @@ class Request:
 
 def check_request(request: Request, given: Set[str], out: Path) -> None:
     """UsageError when an option in ``given`` (names of those typed) would be ignored, or one is missing."""
+    if request.mode not in MODES:
+        raise UsageError(f"--mode: got {request.mode!r}, expected one of {', '.join(MODES)}")
     way = request.mode if request.from_qdiffusion is None else "from_qdiffusion"
     for name in sorted(given - OPTIONS[way]):
         readers = [option(other) for other, names in OPTIONS.items() if name in names]
@@ -61,6 +63,8 @@ def check_request(request: Request, given: Set[str], out: Path) -> None:
             f"-o {out}: Q-Diffusion's layout holds a sampler's run, and raw_data draws a timestep for each picture; "
             "write a .safetensors file"
         )
+    if request.seed < 0:
+        raise UsageError(f"--seed: got {request.seed}, expected 0 or more")
     if request.eta != 0 and request.sampler not in (None, "ddim"):
         raise UsageError(f"--eta: only ddim takes noise this way, not --sampler {request.sampler}")
 

@@ -23,9 +23,7 @@ from qdeploy.errors import UsageError
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
 from qdeploy.sampling import NAMES, Sampler, make_sampler
-from qdeploy.sampling.loop import Array, denoise, unit_noise
-
-SAMPLER_STREAM = 1  # keeps a stochastic sampler's noise apart from the starting noise, drawn for (seed, i)
+from qdeploy.sampling.loop import Array, PictureStreams, denoise, unit_noise
 
 
 @dataclass(frozen=True)
@@ -108,9 +106,9 @@ def _batch_of_trajectories(
     config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """``sample float16[K, B, C, h, w]``, ``timestep int64[K]`` of K kept steps, ``latents float16[B, C, h, w]``."""
-    rng = np.random.default_rng([settings.seed, numbers.start, SAMPLER_STREAM])
-    sampler = make_sampler(config, settings.steps, eta=settings.eta, rng=rng)
-    noise = unit_noise(model.latents.shape, [(settings.seed, i) for i in numbers])
+    seeds = [(settings.seed, i) for i in numbers]
+    sampler = make_sampler(config, settings.steps, eta=settings.eta, rng=PictureStreams(seeds))
+    noise = unit_noise(model.latents.shape, seeds)
     recorder = _Recorder(model, sampler, len(numbers), settings.record)
     if text is None:
         final = denoise(recorder.predict, sampler, noise, None, None, 1.0)

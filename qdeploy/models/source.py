@@ -14,7 +14,16 @@ from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import kind_of, parts_from_folder
 from qdeploy.models.single_file import file_sha256, is_single_file, parts_from_file
 
-__all__ = ["BUILTIN", "LatentDiffusion", "builtin_names", "load_model", "model_folder", "prepared", "weights_sha256"]
+__all__ = [
+    "BUILTIN",
+    "LatentDiffusion",
+    "builtin_names",
+    "load_model",
+    "model_folder",
+    "model_sha256",
+    "prepared",
+    "weights_sha256",
+]
 
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -48,7 +57,7 @@ def load_model(source: str, options: ModelOptions | None = None) -> LatentDiffus
     if is_single_file(source):
         path = Path(source)
         parts = parts_from_file(path, options)
-        model = assemble(parts, source=source, folder=path.parent, sha256=file_sha256(path, options))
+        model = assemble(parts, source=source, folder=path.parent, sha256=model_sha256(source, options))
     else:
         model = from_folder(source, options)
     return prepared(model, options)
@@ -73,6 +82,13 @@ def prepared(model: LatentDiffusion, options: ModelOptions) -> LatentDiffusion:
     for lora in options.loras:
         model = fuse_lora(model, lora.path, lora.scale)
     return model
+
+
+def model_sha256(source: str, options: ModelOptions) -> str:
+    """The hash that the model at ``source`` has once it is loaded, LoRA files apart; nothing is loaded for it."""
+    if is_single_file(source):
+        return file_sha256(Path(source), options)
+    return weights_sha256(model_folder(source))
 
 
 def weights_sha256(folder: Path) -> str:

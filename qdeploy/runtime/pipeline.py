@@ -21,7 +21,7 @@ from qdeploy.noise_correction import NoiseCorrection, load_noise_correction
 from qdeploy.runtime.image import image_from_pixels, pixels_from_decoded
 from qdeploy.runtime.tokenizer import Tokenizer
 from qdeploy.sampling import make_sampler, with_scheduler
-from qdeploy.sampling.loop import denoise, unit_noise
+from qdeploy.sampling.loop import PictureStreams, denoise, unit_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,7 +134,9 @@ class Pipeline:
         guidance_scale: float = 7.5,
         seed: int = 0,
         count: int = 1,
+        first: int = 0,
         scheduler: str | None = None,
+        eta: float = 0.0,
         latents: Array | None = None,
         callback: Callable[[Step], bool | None] | None = None,
     ) -> Result:
@@ -142,9 +144,10 @@ class Pipeline:
 
         An unconditional bundle takes neither ``prompt`` nor ``negative_prompt``, and ``guidance_scale`` plays no
         part: its UNet runs once a step.
-        Picture ``i`` of a prompt starts from noise drawn for (seed, i), whatever else is in the
-        batch; ``latents`` (``float32[B, C, H, W]``, unit noise) replaces that noise. ``scheduler``
-        swaps the bundle's own (pndm, ddim, ...). ``callback`` is called after every step and may
+        Picture ``i`` of a prompt, from ``first`` on, takes all its noise from streams of (seed, i), so it is the
+        same whatever else is in the batch; ``latents`` (``float32[B, C, H, W]``, unit noise) replaces the noise
+        that it starts from. ``scheduler`` swaps the bundle's own (pndm, ddim, ...); ``eta`` 0..1 is ddim's share
+        of noise, which no other takes. ``callback`` is called after every step and may
         return False to cancel, which raises CancelledError. Raises UsageError for a prompt too many or
         too few and RequestError for values that cannot be served.
         """
@@ -152,10 +155,13 @@ class Pipeline:
         prompts = None if prompt is None else _checked_prompts(prompt, negative_prompt)
         if count < 1:
             raise RequestError(f"count: got {count}, expected at least 1")
-        seeds = tuple((seed, i) for _ in prompts or [""] for i in range(count))
+        for name, value in (("first", first), ("seed", seed)):
+            if value < 0:
+                raise RequestError(f"{name}: got {value}, expected 0 or more")
+        seeds = tuple((seed, i) for _ in prompts or [""] for i in range(first, first + count))
         noise = unit_noise(self.latents.shape, seeds) if latents is None else self._checked_latents(latents, len(seeds))
         config = self._scheduler if scheduler is None else with_scheduler(self._scheduler, scheduler)
-        sampler = make_sampler(config, steps, rng=np.random.default_rng([seed, len(seeds)]))
+        sampler = make_sampler(config, steps, eta=eta, rng=PictureStreams(seeds))
         clock = Clock()
         cond = uncond = None
         if prompts is not None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qdeploy.errors import RequestError, UsageError
 from qdeploy.sampling.ddim import DDIM
 from qdeploy.sampling.dpm_solver import DPMSolverMultistep
-from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule
+from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule, NormalSource
 from qdeploy.sampling.pndm import PNDM
 from qdeploy.sampling.settings import refuse_unknown
 
@@ -40,11 +40,12 @@ class Sampler(Protocol):
 
 
 def make_sampler(
-    config: Mapping[str, Any], steps: int, *, eta: float = 0.0, rng: np.random.Generator | None = None
+    config: Mapping[str, Any], steps: int, *, eta: float = 0.0, rng: NormalSource | None = None
 ) -> Sampler:
     """A fresh sampler of the class that ``config["_class_name"]`` names, for one request of ``steps`` steps.
 
-    ``eta`` is DDIM's share of noise; ``rng`` is needed by stochastic samplers only.
+    ``eta`` is DDIM's share of noise; ``rng`` is needed by stochastic samplers only (``loop.PictureStreams`` makes
+    each picture independent of its batch).
     """
     refuse_unknown(config)
     class_name = config.get("_class_name")

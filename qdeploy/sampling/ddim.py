@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.errors import RequestError, UsageError
-from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule
+from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule, NormalSource
 from qdeploy.sampling.settings import (
     check_steps,
     check_timesteps,
@@ -29,7 +29,7 @@ class DDIM:
     init_noise_sigma = 1.0
 
     def __init__(
-        self, config: Mapping[str, Any], steps: int, eta: float = 0.0, rng: np.random.Generator | None = None
+        self, config: Mapping[str, Any], steps: int, eta: float = 0.0, rng: NormalSource | None = None
     ) -> None:
         refuse_flags(config, ("thresholding",))
         self._schedule = NoiseSchedule.from_config(config)
@@ -79,7 +79,7 @@ def _clip_range(config: Mapping[str, Any]) -> float | None:
     return number(config, "clip_sample_range", 1.0) if flag(config, "clip_sample", True) else None
 
 
-def _checked_noise(eta: float, rng: np.random.Generator | None) -> tuple[float, np.random.Generator | None]:
+def _checked_noise(eta: float, rng: NormalSource | None) -> tuple[float, NormalSource | None]:
     """``eta`` and the generator it draws from, None where there is no noise to draw."""
     if not 0 <= eta <= 1:
         raise RequestError(f"eta: got {eta}, expected 0 (deterministic) to 1 (as noisy as DDPM)")

@@ -15,7 +15,7 @@ import numpy as np
 
 from qdeploy.errors import UsageError
 from qdeploy.sampling.noise_levels import noise_levels
-from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule
+from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule, NormalSource
 from qdeploy.sampling.settings import check_steps, choice, flag, refuse_flags
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
@@ -55,7 +55,7 @@ class DPMSolverMultistep:
     init_noise_sigma = 1.0
     _previous_x0: Floats
 
-    def __init__(self, config: Mapping[str, Any], steps: int, rng: np.random.Generator | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any], steps: int, rng: NormalSource | None = None) -> None:
         self._solver = Solver.from_config(config)
         self._schedule = NoiseSchedule.from_config(config)
         check_steps(steps, self._schedule.train_steps)

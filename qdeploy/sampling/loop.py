@@ -19,10 +19,23 @@ PredictNoise = Callable[[Array, int, Context], Array]
 # (index of the step, t, x after the step) -> False to stop
 OnStep = Callable[[int, int, Array], bool | None]
 
+SAMPLER_STREAM = 1  # keeps a stochastic sampler's noise apart from the starting noise, drawn for (seed, index)
+
 
 def unit_noise(shape: tuple[int, int, int], seeds: Sequence[tuple[int, int]]) -> Array:
     """Starting noise ``float32[B, *shape]``, each picture's drawn for its own (seed, index) alone."""
     return np.stack([np.random.default_rng(pair).standard_normal(shape, dtype=np.float32) for pair in seeds])
+
+
+class PictureStreams:
+    """Noise that a stochastic sampler adds at each step: one stream a picture, so no picture depends on its batch."""
+
+    def __init__(self, seeds: Sequence[tuple[int, int]]) -> None:
+        self._streams = [np.random.default_rng([*pair, SAMPLER_STREAM]) for pair in seeds]
+
+    def standard_normal(self, size: tuple[int, ...], dtype: type[np.float32] = np.float32) -> Array:
+        """The next ``float32[B, C, h, w]``, row i from the stream of picture i."""
+        return np.stack([stream.standard_normal(size[1:], dtype=dtype) for stream in self._streams])
 
 
 def denoise(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,14 @@ Floats = NDArray[np.float64]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class NormalSource(Protocol):
+    """Where a stochastic sampler draws its noise: a ``numpy.random.Generator``, or ``loop.PictureStreams``."""
+
+    def standard_normal(self, size: tuple[int, ...], dtype: type[np.float32]) -> Latents:
+        """Independent standard normal numbers, ``float32[*size]``."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from qdeploy.calibrate.timestep_aware import SAMPLER_STREAM, TimestepAware, record_trajectories
+from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
 from qdeploy.errors import CalibrationError, UsageError
 from qdeploy.models.components import UNet
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.sampling.loop import SAMPLER_STREAM
 
 HALF = 5e-3  # float16 storage of values around 1, after some float32 steps
 STEPS, GUIDANCE, SEED = 6, 3.0, 5

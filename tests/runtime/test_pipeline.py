@@ -60,6 +60,24 @@ def test_equal_seed_equal_picture_whatever_else_is_in_the_batch(pipe: Pipeline) 
     assert not np.array_equal(alone.pixels, pipe("a cat", steps=4, seed=10).pixels)
 
 
+@pytest.mark.parametrize("options", [{}, {"scheduler": "ddim", "eta": 1.0}, {"scheduler": "dpm++"}])
+def test_a_picture_is_the_same_in_any_batch(pipe: Pipeline, options: dict) -> None:
+    settings = dict(steps=4, seed=9, **options)
+    together = pipe("a cat", count=4, **settings)
+    later = pipe("a cat", first=1, count=3, **settings)
+    assert later.seeds == ((9, 1), (9, 2), (9, 3))
+    assert np.array_equal(together.latents[1:], later.latents)
+    assert np.array_equal(together.pixels[3:], pipe("a cat", first=3, **settings).pixels)
+
+
+def test_eta_adds_noise_of_each_pictures_own(pipe: Pipeline) -> None:
+    start = np.repeat(unit_noise(pipe), 2, axis=0)
+    noisy = pipe("a cat", count=2, steps=3, scheduler="ddim", eta=1.0, latents=start)
+    quiet = pipe("a cat", count=2, steps=3, scheduler="ddim", latents=start)
+    assert np.array_equal(quiet.latents[0], quiet.latents[1])
+    assert not np.allclose(noisy.latents[0], noisy.latents[1])
+
+
 def test_threads_share_one_pipeline(pipe: Pipeline) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -95,6 +113,10 @@ def test_timings_name_the_components(pipe: Pipeline) -> None:
         ({"prompt": "x", "steps": 0}, "steps"),
         ({"prompt": "x", "steps": 5000}, "steps"),
         ({"prompt": "x", "count": 0}, "count"),
+        ({"prompt": "x", "first": -1}, "first"),
+        ({"prompt": "x", "seed": -1}, "seed"),
+        ({"prompt": "x", "eta": 0.5}, "only ddim takes noise"),
+        ({"prompt": "x", "eta": 2.0, "scheduler": "ddim"}, "eta"),
         ({"prompt": "x", "latents": np.zeros((1, 1, 1, 1), np.float32)}, "expected float32"),
         ({"prompt": "x", "latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, "NaN"),
     ],

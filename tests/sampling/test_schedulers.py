@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qdeploy.errors import RequestError, UsageError
 from qdeploy.sampling import NAMES, NoiseSchedule, make_sampler, with_scheduler
+from qdeploy.sampling.loop import PictureStreams, denoise, unit_noise
 from qdeploy.sampling.settings import KNOWN_SETTINGS
 
 torch = pytest.importorskip("torch", reason="the twins are diffusers' schedulers, which need torch")
@@ -296,6 +297,26 @@ def test_requests_do_not_share_state() -> None:
     for index, t in enumerate(samplers[0].timesteps):
         xs = [sampler.step(model(x, t), index, x) for sampler, x in zip(samplers, xs, strict=True)]
     np.testing.assert_array_equal(xs[0], alone)
+
+
+@pytest.mark.parametrize(
+    ("config", "eta"),
+    [
+        (config_of("pndm", SD, skip_prk_steps=True), 0.0),
+        (config_of("ddim", SD, clip_sample=False), 1.0),
+        (config_of("dpm++", SD, algorithm_type="sde-dpmsolver++"), 0.0),
+    ],
+)
+def test_a_picture_takes_the_same_way_in_any_batch(config: Config, eta: float) -> None:
+    seeds = [(SEED, i) for i in range(5)]
+
+    def run(chosen: list[tuple[int, int]]) -> Any:
+        sampler = make_sampler(config, 20, eta=eta, rng=PictureStreams(chosen))
+        return denoise(lambda x, t, _: model(x, t), sampler, unit_noise((4, 5, 7), chosen), None, None, 1.0)
+
+    together = run(seeds)
+    np.testing.assert_array_equal(together[3:], run(seeds[3:]))
+    np.testing.assert_array_equal(together[4:], run(seeds[4:]))
 
 
 def test_importing_loads_no_torch() -> None:

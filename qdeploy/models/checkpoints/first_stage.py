@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -68,11 +69,24 @@ def convert_first_stage(
     weights: Mapping[str, Tensor], layout: FirstStageLayout, sample_size: int, scaling_factor: float
 ) -> nn.Module:
     """``sample_size`` is the pictures' side. ModelError for tensors that diffusers' class has no place for."""
-    from diffusers import AutoencoderKL, VQModel
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
+    make, config = first_stage_class(layout, sample_size, scaling_factor)
+    converted = convert_ldm_vae_checkpoint({FIRST_STAGE + name: value for name, value in weights.items()}, config)
+    if layout.n_embed is not None:
+        converted[CODEBOOK] = weights[CODEBOOK]
+    check_all_used(weights, converted, "first stage")
+    return filled(make, config, converted, "first stage")
+
+
+def first_stage_class(
+    layout: FirstStageLayout, sample_size: int, scaling_factor: float
+) -> tuple[type[nn.Module], dict[str, Any]]:
+    """diffusers' class of this layout and its settings; ModelError for a layout that it cannot express."""
+    from diffusers import AutoencoderKL, VQModel
+
     levels = len(layout.ch_mult)
-    config = dict(
+    config: dict[str, Any] = dict(
         in_channels=layout.in_channels,
         out_channels=layout.out_ch,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -84,16 +98,11 @@ def convert_first_stage(
         scaling_factor=scaling_factor,
         mid_block_add_attention=layout.attention,
     )
-    converted = convert_ldm_vae_checkpoint({FIRST_STAGE + name: value for name, value in weights.items()}, config)
-    if layout.n_embed is None:
-        if layout.embed_dim != layout.z_channels:
-            raise ModelError(
-                f"the first stage maps {layout.z_channels} channels to {layout.embed_dim} latents, which diffusers' "
-                "AutoencoderKL cannot express"
-            )
-        check_all_used(weights, converted, "first stage")
-        return filled(AutoencoderKL, config, converted, "first stage")
-    converted[CODEBOOK] = weights[CODEBOOK]
-    check_all_used(weights, converted, "first stage")
-    config |= dict(num_vq_embeddings=layout.n_embed, vq_embed_dim=layout.embed_dim)
-    return filled(VQModel, config, converted, "first stage")
+    if layout.n_embed is not None:
+        return VQModel, config | dict(num_vq_embeddings=layout.n_embed, vq_embed_dim=layout.embed_dim)
+    if layout.embed_dim != layout.z_channels:
+        raise ModelError(
+            f"the first stage maps {layout.z_channels} channels to {layout.embed_dim} latents, which diffusers' "
+            "AutoencoderKL cannot express"
+        )
+    return AutoencoderKL, config

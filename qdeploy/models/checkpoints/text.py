@@ -34,7 +34,7 @@ def convert_clip(weights: Mapping[str, Tensor]) -> nn.Module:
     transformers 5 has no ``text_model`` level in ``CLIPTextModel`` any more, and position indices are not stored.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     foreign = [name for name in weights if not name.startswith("transformer.")]
     if foreign:
@@ -42,19 +42,32 @@ def convert_clip(weights: Mapping[str, Tensor]) -> nn.Module:
     named = convert_ldm_clip_checkpoint({f"cond_stage_model.{name}": value for name, value in weights.items()})
     named = {name.removeprefix("text_model."): value for name, value in named.items()}
     vocab_size, width = named["embeddings.token_embedding.weight"].shape
-    config = CLIPTextConfig(
+    config = clip_config(
+        vocab_size,
+        width,
+        inner=named["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        layers=_layers(named, "encoder.layers.{}.mlp.fc1.weight"),
+        positions=named["embeddings.position_embedding.weight"].shape[0],
+    )
+    return filled(CLIPTextModel, config, named, "text encoder")
+
+
+def clip_config(vocab_size: int, width: int, inner: int, layers: int, positions: int) -> Any:
+    """``CLIPTextConfig`` of a text encoder with ``inner`` channels between the linear layers of a block."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=width,
-        intermediate_size=named["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=_layers(named, "encoder.layers.{}.mlp.fc1.weight"),
+        intermediate_size=inner,
+        num_hidden_layers=layers,
         num_attention_heads=width // CLIP_HEAD_CHANNELS,
-        max_position_embeddings=named["embeddings.position_embedding.weight"].shape[0],
+        max_position_embeddings=positions,
         hidden_act="quick_gelu",
         projection_dim=width,
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
     )
-    return filled(CLIPTextModel, config, named, "text encoder")
 
 
 def convert_bert(weights: Mapping[str, Tensor]) -> nn.Module:

@@ -7,7 +7,7 @@ residual blocks that resample, and 8 heads at every width, which ``UNet2DModel``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -19,6 +19,8 @@ from qdeploy.models.checkpoints.assemble import check_all_used, filled
 from qdeploy.models.checkpoints.heads import Heads
 from qdeploy.models.checkpoints.kinds import UNET
 from qdeploy.models.checkpoints.original_config import OriginalConfig
+
+Make = Callable[[type[nn.Module], Mapping[str, Any]], nn.Module]  # (class, its settings) -> a module of it
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,17 @@ def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
 
 def convert_unet(weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads, sample_size: int) -> nn.Module:
     """The diffusers UNet with exactly these weights; ModelError for tensors that it has no place for."""
+
+    def fill(make: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
+        named = _renamed(weights, layout)
+        named = named if layout.context_dim is not None else _split_attention(named, heads)
+        return filled(make, config, named, "UNet")
+
+    return build_unet(fill, layout, heads, sample_size)
+
+
+def build_unet(make: Make, layout: UNetLayout, heads: Heads, sample_size: int) -> nn.Module:
+    """The diffusers UNet of this layout, made by ``make(class, config)``."""
     from diffusers import UNet2DConditionModel, UNet2DModel
 
     if layout.context_dim is not None:
@@ -92,10 +105,8 @@ def convert_unet(weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads
             raise ModelError(
                 "text-conditional UNets with `resblock_updown` or `use_scale_shift_norm` are not converted"
             )
-        config = _conditional_config(layout, heads, sample_size)
-        return filled(UNet2DConditionModel, config, _renamed(weights, layout), "UNet")
-    config = _unconditional_config(layout, heads, sample_size)
-    unet = filled(UNet2DModel, config, _split_attention(_renamed(weights, layout), heads), "UNet")
+        return make(UNet2DConditionModel, _conditional_config(layout, heads, sample_size))
+    unet = make(UNet2DModel, _unconditional_config(layout, heads, sample_size))
     _set_heads(unet, heads)
     return unet
 
