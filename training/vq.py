@@ -66,20 +66,20 @@ def nearest_indices(z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return torch.cat([(lengths - 2 * chunk @ codes.T).argmin(dim=1) for chunk in z.split(2048)])
 
 
-def k_means(z: torch.Tensor, count: int, rounds: int = 12) -> torch.Tensor:
+def k_means(z: torch.Tensor, count: int, rounds: int = 10) -> torch.Tensor:
     """``float32[count, C]`` codes for latents ``float32[P, C]``: Lloyd's rounds, begun at distinct latents.
 
     A code without members moves to another latent, drawn at random from the distinct ones.
     """
     distinct = z.unique(dim=0)
     codes = distinct[torch.randperm(len(distinct))[:count]]
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         own = nearest_indices(z, codes)
         members = torch.bincount(own, minlength=count)
         codes = torch.zeros_like(codes).index_add_(0, own, z) / members.clamp(min=1)[:, None]
         empty = (members == 0).nonzero().flatten()
         codes[empty] = distinct[torch.randint(len(distinct), (len(empty),))]
-        print(f"k-means: {len(empty)} of {count} codes without members", flush=True)
+        print(f"k-means {done}/{rounds}: {len(empty)} of {count} codes without members", flush=True)
     return codes
 
 
