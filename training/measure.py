@@ -79,7 +79,8 @@ def unconditional_figures(model: LatentDiffusion, pictures: np.ndarray) -> dict[
             "real": pictures[drawn],
             "noise": pipe.decode(noise * np.float32(model.latents.scaling_factor)),
         }
-    figures: dict[str, float] = {"codes_used": codes_used(model, pictures)}
+    mean = pictures.mean(axis=0, keepdims=True).round()
+    figures = {"codes_used": codes_used(model, pictures), "mean_nearest": nearest(mean, others)}
     for name, chosen in sets.items():
         figures |= {
             f"{name}_frechet": frechet(chosen, others),
