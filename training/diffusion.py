@@ -8,9 +8,6 @@ whole StableDiffusionPipeline folder, with averaged weights in fp16, to ``DIR/mo
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,16 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.data import Emoji, captions_of, load
-from training.loop import LoopState, learning_rate, say
+from training.denoising import (
+    AVERAGE_FROM,
+    averaged_copy,
+    draw_timesteps,
+    edit_json,
+    optimizer_of,
+    start_branches_at_zero,
+    velocity_loss,
+)
+from training.loop import Training, options
 from training.tokenizer import tokenizer_from_captions
 from training.vae import pictures
 
@@ -56,7 +62,6 @@ SCHEDULER = dict(
     steps_offset=1,
 )
 CAPTION_DROPOUT = 0.1  # share of empty captions, which classifier-free guidance needs
-AVERAGE_DECAY = 0.999
 
 
 class TextToLatent(torch.nn.Module):
@@ -72,10 +77,7 @@ class TextToLatent(torch.nn.Module):
         self.text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **special))
         self.unet = UNet2DConditionModel(**UNET)
         self.unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slow on CPU
-        for name, module in self.unet.named_modules():  # residual branches start at zero (ADM)
-            if name.endswith(("conv2", "proj_out", "conv_out")):
-                torch.nn.init.zeros_(module.weight)
-                torch.nn.init.zeros_(module.bias)
+        start_branches_at_zero(self.unet, ("conv2", "proj_out", "conv_out"))
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.unet(noisy, t, self.text_encoder(tokens).last_hidden_state).sample
@@ -88,30 +90,10 @@ def latents_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
     return torch.cat(means) * vae.config.scaling_factor
 
 
-def draw_timesteps(count: int) -> torch.Tensor:
-    """Stratified t with density rising from 0.5 (clean) to 1.5 (noise), where text decides the picture."""
-    u = (torch.arange(count) + torch.rand(count)) / count
-    share = (torch.sqrt(1 + 8 * u) - 1) / 2  # inverse of F(s) = (s + s^2) / 2
-    return (share * 1000).long().clamp(max=999)[torch.randperm(count)]
-
-
-def velocity_loss(
-    model: TextToLatent, scheduler: PNDMScheduler, latents: torch.Tensor, tokens: torch.Tensor
-) -> torch.Tensor:
-    """Mean squared error of v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D)."""
-    t = draw_timesteps(len(latents))
-    noise = torch.randn_like(latents)
-    alpha = scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
-    sigma = (1 - scheduler.alphas_cumprod[t]).sqrt()[:, None, None, None]
-    v = model(alpha * latents + sigma * noise, t, tokens)
-    return (v - (alpha * noise - sigma * latents)).square().mean()
-
-
 def first_guess_hits(model: TextToLatent, latents: torch.Tensor, tokens: torch.Tensor) -> float:
     """Share of captions whose one-step guess from pure noise is among the 10 % nearest to its own latents."""
-    with torch.no_grad():
-        torch.manual_seed(7)
-        guess = -model(torch.randn(len(tokens), *latents.shape[1:]), torch.full((len(tokens),), 999), tokens)
+    torch.manual_seed(7)
+    guess = -model(torch.randn(len(tokens), *latents.shape[1:]), torch.full((len(tokens),), 999), tokens)
     chosen = torch.linspace(0, len(latents) - 1, len(tokens)).long()
     distance = torch.cdist(guess.flatten(1), latents.flatten(1))
     own = distance.gather(1, chosen[:, None])
@@ -146,17 +128,8 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, model: TextToLatent, tokeniz
     edit_json(folder / "vae" / "config.json", {}, drop="_name_or_path")  # where it lay on this machine
 
 
-def edit_json(path: Path, changes: dict[str, object], drop: str = "") -> None:
-    kept = {key: value for key, value in json.loads(path.read_text()).items() if key != drop}
-    path.write_text(json.dumps(kept | changes, indent=2) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
-    parser.add_argument("--samples", type=int, default=400_000, help="samples to train on in all")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser = options(__doc__, samples=400_000, batch=32, lr=6e-4)
     parser.add_argument("--save-only", action="store_true", help="write the pipeline from the checkpoint and stop")
     args = parser.parse_args()
 
@@ -166,43 +139,29 @@ def main() -> None:
     latents = latents_of(vae, pictures(args.work / "data"))
     torch.manual_seed(0)
     model = TextToLatent(tokenizer)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE_DECAY)
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    parts = {"model": model, "averaged": averaged}
-    state = LoopState.resume(args.work / "diffusion.ckpt", parts, optimizer)
-    scheduler = PNDMScheduler(**SCHEDULER)
-    probe = torch.linspace(0, len(emoji) - 1, 200).long()
-    probe_tokens = tokens_of(tokenizer, [emoji[i].label for i in probe])
+    averaged = averaged_copy(model)
+    modules = {"model": model, "averaged": averaged}
+    training = Training(args.work / "diffusion.ckpt", modules, optimizer_of(model, args.lr), args)
+    alphas_cumprod = PNDMScheduler(**SCHEDULER).alphas_cumprod
+    probe_tokens = tokens_of(tokenizer, [emoji[i].label for i in torch.linspace(0, len(emoji) - 1, 200).long()])
+
+    def loss_of(chosen: np.ndarray) -> torch.Tensor:
+        tokens = tokens_of(tokenizer, training_captions(emoji, chosen, training.state.rng))
+        t = draw_timesteps(len(chosen), rising=True)  # text decides the picture where there is most noise
+        return velocity_loss(lambda noisy, t: model(noisy, t, tokens), alphas_cumprod, latents[chosen], t)
+
+    def average() -> None:
+        if training.state.step >= AVERAGE_FROM:
+            averaged.update_parameters(model)
+
+    def report() -> str:
+        return f"first guess among the 10 % nearest: {first_guess_hits(averaged.module, latents, probe_tokens):.1%}"
+
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"latents {tuple(latents.shape)} std {latents.std():.3f}; {millions:.2f} M parameters")
-    started, first = time.monotonic(), state.seen
-    while state.seen < args.samples and not args.save_only:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, state.seen, args.samples)
-        chosen = state.batch(len(emoji), args.batch)
-        tokens = tokens_of(tokenizer, training_captions(emoji, chosen, state.rng))
-        loss = velocity_loss(model, scheduler, latents[chosen], tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if state.step >= 500:
-            averaged.update_parameters(model)
-        state.note(loss.item(), args.batch)
-        if state.step % 50 == 0:
-            say(state, args.samples, started, first)
-        if state.step % 300 == 0:
-            kept = torch.get_rng_state()
-            print(
-                f"  first guess among the 10 % nearest: {first_guess_hits(averaged.module, latents, probe_tokens):.1%}",
-                flush=True,
-            )
-            torch.set_rng_state(kept)
-            state.save(args.work / "diffusion.ckpt", parts, optimizer)
-    state.save(args.work / "diffusion.ckpt", parts, optimizer)
-    state.record(args.work / "training.json", "diffusion", args.batch)
+    if not args.save_only:
+        training.run(len(emoji), loss_of, average, report)
+        training.state.record(args.work / "training.json", "diffusion", args.batch)
     save_pipeline(args.work / "model", vae, averaged.module, tokenizer)
 
 

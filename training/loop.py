@@ -1,15 +1,28 @@
-"""What both training scripts share: the schedule, the shuffled order, checkpoints, a progress line."""
+"""What every training script shares: options, the schedule, the shuffled order, checkpoints and the loop itself."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+
+
+def options(description: str | None, *, samples: int, batch: int, lr: float) -> argparse.ArgumentParser:
+    """The options of every training script, with its own defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
+    parser.add_argument("--samples", type=int, default=samples, help="samples to train on in all")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; run again to go on")
+    return parser
 
 
 def learning_rate(peak: float, seen: int, total: int, warmup: int = 4_000) -> float:
@@ -76,7 +89,64 @@ class LoopState:
         return state
 
 
-def say(state: LoopState, total: int, started: float, first: int, extra: str = "") -> None:
+@dataclass
+class Training:
+    """One run that can be interrupted: what is trained, by which optimizer, and the file that keeps both.
+
+    settings: samples in all, batch, peak learning rate, minutes, as ``options`` reads them.
+    """
+
+    checkpoint: Path
+    modules: dict[str, torch.nn.Module]
+    optimizer: torch.optim.Optimizer
+    settings: argparse.Namespace
+    state: LoopState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = LoopState.resume(self.checkpoint, self.modules, self.optimizer)
+
+    def run(
+        self,
+        pictures: int,
+        loss_of: Callable[[np.ndarray], torch.Tensor],
+        after_step: Callable[[], None] = lambda: None,
+        report: Callable[[], str] = lambda: "",
+        save_every: int = 300,
+    ) -> bool:
+        """Train to the end or for the minutes asked, and save; False when minutes ran out before the end.
+
+        loss_of: loss of the pictures with these indices, ``int64[batch]`` below ``pictures``.
+        report: what to say beside each checkpoint; random numbers that it draws do not change the run.
+        """
+        state, settings = self.state, self.settings
+        started, first = time.monotonic(), state.seen
+        while state.seen < settings.samples and time.monotonic() < started + 60 * settings.minutes:
+            self._step(loss_of(state.batch(pictures, settings.batch)))
+            after_step()
+            if state.step % 50 == 0:
+                say(state, settings.samples, started, first)
+            if state.step % save_every == 0:
+                with torch.random.fork_rng(), torch.no_grad():
+                    print(f"  {report()}", flush=True)
+                self.save()
+        self.save()
+        return state.seen >= settings.samples
+
+    def _step(self, loss: torch.Tensor) -> None:
+        state, settings = self.state, self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings.lr, state.seen, settings.samples)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.note(loss.item(), settings.batch)
+
+    def save(self) -> None:
+        self.state.save(self.checkpoint, self.modules, self.optimizer)
+
+
+def say(state: LoopState, total: int, started: float, first: int) -> None:
     rate = (state.seen - first) / (time.monotonic() - started)
     eta_min = (total - state.seen) / rate / 60
-    print(f"{state.seen}/{total} loss {state.loss:.4f} {rate:.1f}/s eta {eta_min:.0f} min {extra}", flush=True)
+    print(f"{state.seen}/{total} loss {state.loss:.4f} {rate:.1f}/s eta {eta_min:.0f} min", flush=True)

@@ -1,0 +1,62 @@
+"""Figures on pictures, ``uint8[N, 64, 64, 3]``, for the model cards. No networks: RGB values only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+WHITE = 245  # least value of a pixel that passes for white
+
+
+def flat(pictures: np.ndarray) -> np.ndarray:
+    """``float64[N, 12288]``: single precision would not do for ``distances``."""
+    return pictures.reshape(len(pictures), -1).astype(np.float64)
+
+
+def distances(made: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """Root mean square difference of each made picture to each other one, in grey levels: ``float64[M, N]``."""
+    rows, columns = flat(made), flat(pictures)
+    square = np.square(rows).sum(axis=1)[:, None] + np.square(columns).sum(axis=1) - 2 * rows @ columns.T
+    return np.sqrt(np.maximum(square, 0) / rows.shape[1])
+
+
+def ranks(made: np.ndarray, own: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """Share of all other training pictures that are nearer to each made one than its own, ``int[M]`` rows."""
+    found = distances(made, pictures)
+    nearer = found < found[np.arange(len(made)), own][:, None]
+    return nearer.sum(axis=1) / (len(pictures) - 1)
+
+
+def nearest(made: np.ndarray, pictures: np.ndarray) -> float:
+    """Mean distance to the nearest of ``pictures``."""
+    return float(distances(made, pictures).min(axis=1).mean())
+
+
+def spread(pictures: np.ndarray) -> float:
+    """Mean distance between two of ``pictures``."""
+    count = len(pictures)
+    return float(distances(pictures, pictures).sum() / (count * (count - 1)))
+
+
+def white_corners(pictures: np.ndarray) -> float:
+    """Share of pictures whose four corners are white."""
+    corners = pictures[:, ::63, ::63].reshape(len(pictures), -1)
+    return float((corners >= WHITE).all(axis=1).mean())
+
+
+def frechet(made: np.ndarray, pictures: np.ndarray) -> float:
+    """Frechet distance between Gaussians fitted to both sets, shrunk to 8x8 RGB in [0, 1] (192 dimensions).
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 sqrt(C1 C2)), as FID has it for Inception's features. It falls with the number
+    of pictures: compare equal numbers only.
+    """
+    first, second = shrunk(made), shrunk(pictures)
+    c1, c2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    values, vectors = np.linalg.eigh(c1)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ c2 @ root), 0)).sum()
+    return float(np.square(first.mean(axis=0) - second.mean(axis=0)).sum() + np.trace(c1) + np.trace(c2) - 2 * cross)
+
+
+def shrunk(pictures: np.ndarray) -> np.ndarray:
+    """``float64[N, 192]``: means over 8x8 pixels, in [0, 1]."""
+    return pictures.reshape(-1, 8, 8, 8, 8, 3).mean(axis=(2, 4)).reshape(len(pictures), -1) / 255
