@@ -106,7 +106,7 @@ class Recipe:
     ) -> Recipe:
         """The recipe with other places for its files and another number of pictures; None keeps its own."""
         files = {"data": data, "from_qdiffusion": from_qdiffusion}
-        moved = {name: path for name, path in files.items() if path is not None}
+        moved: dict[str, Any] = {name: path for name, path in files.items() if path is not None}
         return replace(
             self,
             model=self.model if model is None else replace(self.model, file=model),

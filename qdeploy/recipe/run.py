@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
 
     receipts = folder / RECEIPTS
     read = {name: identity(path) for name in FILES if (path := getattr(request, name)) is not None}
-    settings = asdict(replace(request, **dict.fromkeys(FILES)))  # where they lie changes nothing
+    settings = {name: value for name, value in asdict(request).items() if name not in FILES}  # wherever they lie
     calibrated = done("calibrate", calibration, settings, read, calibrate)
     quantized = done("quantize", table, asdict(spec), {"calibration": calibrated}, quantize)
     exported = done("export", bundle, asdict(target), {"table": quantized}, export)

@@ -81,7 +81,7 @@ def convert_first_stage(
 
 def first_stage_class(
     layout: FirstStageLayout, sample_size: int, scaling_factor: float
-) -> tuple[type[nn.Module], dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """diffusers' class of this layout and its settings; ModelError for a layout that it cannot express."""
     from diffusers import AutoencoderKL, VQModel
 

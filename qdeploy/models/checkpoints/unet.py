@@ -20,7 +20,7 @@ from qdeploy.models.checkpoints.heads import Heads
 from qdeploy.models.checkpoints.kinds import UNET
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
-Make = Callable[[type[nn.Module], Mapping[str, Any]], nn.Module]  # (class, its settings) -> a module of it
+Make = Callable[[Any, Mapping[str, Any]], nn.Module]  # (class, its settings) -> a module of it
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
 def convert_unet(weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads, sample_size: int) -> nn.Module:
     """The diffusers UNet with exactly these weights; ModelError for tensors that it has no place for."""
 
-    def fill(make: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    def fill(make: Any, config: Mapping[str, Any]) -> nn.Module:
         named = _renamed(weights, layout)
         named = named if layout.context_dim is not None else _split_attention(named, heads)
         return filled(make, config, named, "UNet")
