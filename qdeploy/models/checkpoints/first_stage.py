@@ -79,9 +79,7 @@ def convert_first_stage(
     return filled(make, config, converted, "first stage")
 
 
-def first_stage_class(
-    layout: FirstStageLayout, sample_size: int, scaling_factor: float
-) -> tuple[Any, dict[str, Any]]:
+def first_stage_class(layout: FirstStageLayout, sample_size: int, scaling_factor: float) -> tuple[Any, dict[str, Any]]:
     """diffusers' class of this layout and its settings; ModelError for a layout that it cannot express."""
     from diffusers import AutoencoderKL, VQModel
 
