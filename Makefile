@@ -26,11 +26,12 @@ format: $(STAMP)
 
 # torch first and alone, by its exact version: that takes the CPU build where one is offered
 # instead of several GB of CUDA packages. constraints.txt pins everything that it pulls in.
+# --no-compile: compiling all of their modules takes as long as the rest; Python compiles what it imports.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qdeploy needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 clean:
