@@ -19,6 +19,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class QdeployError(Exception):
     """Base of all errors that qdeploy raises on purpose."""
@@ -74,3 +76,9 @@ class RequestError(QdeployError, ValueError):
 
 class CancelledError(QdeployError):
     """The caller's callback stopped the request."""
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few of ``names`` and how many there are besides, for an error's text."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

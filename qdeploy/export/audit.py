@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 
 from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import AuditError
+from qdeploy.errors import AuditError, some_of
 from qdeploy.export.passes.name_by_layer import CODES, PRODUCTS
 from qdeploy.table import ComponentQuant
 
@@ -48,11 +48,10 @@ class Audit:
         """AuditError naming every layer that fell back to float."""
         failed = [finding for finding in self.findings if not finding.integer]
         if failed:
-            names = ", ".join(f"{f.layer} (runs as {f.op_type or 'no node that was found'})" for f in failed[:8])
-            more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+            names = some_of([f"{f.layer} (runs as {f.op_type or 'no node that was found'})" for f in failed])
             raise AuditError(
                 f"{component}: {len(failed)} of {len(self.findings)} layers that the table quantizes do not run as "
-                f"integer kernels: {names}{more}. Keep them in float, or report the graph pattern"
+                f"integer kernels: {names}. Keep them in float, or report the graph pattern"
             )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
+from qdeploy.errors import ModelError, some_of
 from qdeploy.files import sha256_of
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.options import LoraFile
@@ -174,20 +174,14 @@ def check_keys(model: LatentDiffusion, file: Path, keys: list[str], unknown: lis
     other = [key for key in keys if any(mark in key for mark in OTHER_METHODS)]
     if other:
         raise ModelError(
-            f"{file} is not a plain LoRA: it holds {some(other)}; LoHa, LoKr, DoRA, OFT, biases and full differences "
-            "are not supported"
+            f"{file} is not a plain LoRA: it holds {some_of(other)}; LoHa, LoKr, DoRA, OFT, biases and full "
+            "differences are not supported"
         )
     if unknown:
         raise ModelError(
-            f"{file}: {len(unknown)} of {len(keys)} keys are for no layer of {model.source}: {some(unknown)}; "
+            f"{file}: {len(unknown)} of {len(keys)} keys are for no layer of {model.source}: {some_of(unknown)}; "
             "give a LoRA that was made for this model"
         )
-
-
-def some(names: list[str]) -> str:
-    """The first few names."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def addresses_of(model: LatentDiffusion) -> dict[str, Address]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdeploy.errors import ModelError
+from qdeploy.errors import ModelError, some_of
 from qdeploy.files import read_json
 from qdeploy.models.latent_diffusion import Parts, is_vq
 
@@ -125,7 +125,7 @@ def check_complete(folder: Path, info: Mapping[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"the weights in {folder} lack {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}; "
+            f"the weights in {folder} lack {some_of(missing)}; "
             "copy them again, or mend config.json if it is another model's"
         )
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
-from qdeploy.models.checkpoints.kinds import some_of
+from qdeploy.errors import ModelError, some_of
 
 
 def filled(make: Any, config: Any, weights: Mapping[str, Tensor], what: str) -> nn.Module:

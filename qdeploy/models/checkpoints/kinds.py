@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from qdeploy.errors import ModelError
+from qdeploy.errors import ModelError, some_of
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
 SD1, UNCONDITIONAL, TEXT2IMG = "sd1", "ldm-uncond", "ldm-text2img"
@@ -109,7 +109,3 @@ def _check_target(kind: str, config: OriginalConfig) -> None:
     unconditional = stage is None or isinstance(stage, str)
     if unconditional != (kind == UNCONDITIONAL):
         raise ModelError(f"{config.path} describes another kind of model than the weights, which are {kind}")
-
-
-def some_of(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names)[:4]) + (", …" if len(names) > 4 else "")
