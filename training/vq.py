@@ -129,7 +129,8 @@ def train_decoder(vq: VQModel, x: torch.Tensor, args: argparse.Namespace, checkp
     optimizer = adam(chain(vq.post_quant_conv.parameters(), vq.decoder.parameters()), args.lr)
     training = Training(checkpoint, {"vq": vq}, optimizer, args)
     training.save()  # the codes, which are drawn at random
-    codes = nearest_codes(latents_of(vq, x), vq.quantize.embedding.weight.detach())
+    codebook = vq.quantize.embedding.weight.detach()  # a distance to every code: 8 MB a picture
+    codes = torch.cat([nearest_codes(chunk, codebook) for chunk in latents_of(vq, x).split(16)])
     training.run(
         len(x),
         lambda chosen: reconstruction_loss(decoded(vq, codes[chosen]) - x[chosen]),
