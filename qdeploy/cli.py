@@ -80,7 +80,7 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
 
     The way: MODEL -> calibrate -> quantize -> export -> generate, bench. `qdeploy demo` walks it on
     the built-in model. MODEL is a diffusers folder or an original
-    .ckpt or .safetensors (Stable Diffusion 1.x, latent diffusion), or builtin:emoji.
+    .ckpt or .safetensors (Stable Diffusion 1.x, latent diffusion), builtin:emoji or builtin:emoji-uncond.
     """
     ctx.obj = not quiet
 

@@ -1,4 +1,4 @@
-"""The model that ships: whole, small, really trained, and working."""
+"""The models that ship: whole, small, really trained, and working."""
 
 from __future__ import annotations
 
@@ -11,23 +11,38 @@ import pytest
 
 from qdeploy.models.source import BUILTIN, builtin_names, load_model
 
-MAX_BYTES = 30_000_000
+MAX_BYTES = {"emoji": 30_000_000, "emoji-uncond": 15_000_000}
+NAMES = sorted(MAX_BYTES)
 
 
-def test_it_fits_the_package() -> None:
-    assert builtin_names() == ["emoji"]
-    assert sum(path.stat().st_size for path in (BUILTIN / "emoji").rglob("*") if path.is_file()) <= MAX_BYTES
+def files_of(name: str) -> list[Path]:
+    return [path for path in (BUILTIN / name).rglob("*") if path.is_file()]
 
 
-def test_weights_are_fp16_safetensors_and_nothing_else() -> None:
+def figures_in(card: str, words: str) -> list[float]:
+    """The numbers of the card's table row whose first cell begins with ``words``."""
+    row = re.search(rf"^\| {re.escape(words)}[^|]*\|(.+)\|$", card, re.MULTILINE).group(1)
+    return [float(number) for number in re.findall(r"[\d.]+", row)]
+
+
+def test_these_and_no_others() -> None:
+    assert builtin_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_the_package(name: str) -> None:
+    assert sum(path.stat().st_size for path in files_of(name)) <= MAX_BYTES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_fp16_safetensors_and_nothing_else(name: str) -> None:
     from safetensors import safe_open
 
-    files = [path for path in (BUILTIN / "emoji").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
-    for path in files:
+    assert {path.suffix for path in files_of(name)} <= {".safetensors", ".json", ".txt", ".md"}
+    for path in files_of(name):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
-                assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+                assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118
 
 
 def test_layout_is_a_stable_diffusion_pipeline() -> None:
@@ -37,12 +52,37 @@ def test_layout_is_a_stable_diffusion_pipeline() -> None:
     assert sum("CrossAttn" in block for block in unet["up_block_types"]) >= 2
 
 
+def test_layout_is_an_unconditional_pipeline_with_a_codebook() -> None:
+    folder = BUILTIN / "emoji-uncond"
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = {name: found[1] for name, found in index.items() if isinstance(found, list)}
+    assert index["_class_name"] == "LDMPipeline"
+    assert parts == {"scheduler": "DDIMScheduler", "unet": "UNet2DModel", "vqvae": "VQModel"}
+    assert json.loads((folder / "vqvae" / "config.json").read_text())["scaling_factor"] == 1
+    assert load_model("builtin:emoji-uncond").kind == "unconditional"
+
+
 def test_model_card_holds_the_figures_the_release_promises() -> None:
     card = (BUILTIN / "emoji" / "README.md").read_text()
-    hits = float(re.search(r"among the 10 % nearest[^|]*\| ([\d.]+) %", card).group(1))
-    psnr = float(re.search(r"round trip[^|]*\| ([\d.]+) dB", card).group(1))
+    (hits,) = figures_in(card, "captions whose own picture is among the 10 % nearest")
+    (psnr,) = figures_in(card, "autoencoder round trip")
     assert hits >= 75
     assert psnr >= 26
+
+
+def test_unconditional_card_shows_that_it_learned() -> None:
+    card = (BUILTIN / "emoji-uncond" / "README.md").read_text()
+    made, real, noise = figures_in(card, "Fréchet distance")
+    assert real < made < noise / 4
+    made, real, noise = figures_in(card, "distance to the nearest other training picture")
+    assert made < noise
+    made, real, _ = figures_in(card, "distance between two of the set")
+    assert made > 0.7 * real  # not one picture over and over
+    made, real, noise = figures_in(card, "pictures with four white corners")
+    assert made > max(75, noise)
+    assert figures_in(card, "first-stage round trip")[0] >= 24
+    used, codes = figures_in(card, "codes used by them")
+    assert used > 0.9 * codes
 
 
 def test_a_picture_differs_by_prompt_and_has_a_white_ground(tmp_path: Path) -> None:
@@ -56,3 +96,16 @@ def test_a_picture_differs_by_prompt_and_has_a_white_ground(tmp_path: Path) -> N
         images = model.vae_decoder(found.latents.float()).clamp(-1, 1).numpy()
     assert np.abs(images[0] - images[1]).mean() > 0.1
     assert images[:, :, :3, :3].mean() == pytest.approx(1.0, abs=0.15)  # the corner
+
+
+def test_unconditional_pictures_differ_and_have_a_white_ground() -> None:
+    import torch
+
+    from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+
+    model = load_model("builtin:emoji-uncond")
+    found = record_trajectories(model, [], TimestepAware(samples=4, steps=20))
+    with torch.no_grad():
+        images = model.vae_decoder(found.latents.float()).clamp(-1, 1).numpy()
+    assert np.abs(images[0] - images[1]).mean() > 0.1
+    assert images[:, :, :3, :3].mean() == pytest.approx(1.0, abs=0.15)

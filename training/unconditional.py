@@ -1,6 +1,6 @@
 """Train the built-in unconditional UNet on cached latents of the VQ model (v-prediction).
 
-    python -m training.unconditional --work DIR --samples 240000
+    python -m training.unconditional --work DIR --samples 150000
 
 Needs ``DIR/vqvae`` (training.vq). Resumes from ``DIR/unconditional.ckpt``; writes the whole LDMPipeline
 folder, with averaged weights in fp16, to ``DIR/model-uncond``.
@@ -77,7 +77,7 @@ def save_pipeline(folder: Path, vqvae: VQModel, unet: UNet2DModel) -> None:
 
 
 def main() -> None:
-    args = options(__doc__, samples=240_000, batch=32, lr=6e-4).parse_args()
+    args = options(__doc__, samples=150_000, batch=32, lr=6e-4).parse_args()
     vqvae = VQModel.from_pretrained(args.work / "vqvae")
     latents = latents_of(vqvae, pictures(args.work / "data"))
     torch.manual_seed(0)
