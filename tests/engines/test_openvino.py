@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import EngineError, EngineUnavailableError
+from qdeploy.errors import EngineUnavailableError
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import measure_parity
@@ -74,20 +74,6 @@ def test_a_per_channel_quantize_behind_layer_norm(tmp_path: Path) -> None:
         engine_named(name).open_session(path, EngineOptions()).run(feeds)["y"] for name in ("ort-cpu", "openvino")
     )
     assert sqnr_db(right, found) > 40.0  # round-off may move single codes by a step
-
-
-def test_its_own_graph_shows_integer_kernels(int8_bundle: Path, tmp_path: Path) -> None:
-    path = tmp_path / "runtime.xml"
-    engine_named("openvino").open_session(int8_bundle / "unet" / "model.onnx", EngineOptions(optimized_path=path))
-    text = path.read_text(encoding="utf-8")
-    assert 'runtimePrecision="u8"' in text or 'value="u8"' in text
-
-
-def test_its_own_graph_has_to_be_xml(float_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"expected a name in \.xml"):
-        engine_named("openvino").open_session(
-            float_bundle / "unet" / "model.onnx", EngineOptions(optimized_path=tmp_path / "graph.onnx")
-        )
 
 
 def test_it_reads_its_own_format(float_bundle: Path, tiny_model: LatentDiffusion, tmp_path: Path) -> None:
