@@ -396,7 +396,7 @@ def bench(
         if twin is not None and figure is not twin:
             with load(twin.path) as reference, load(figure.path) as tested:
                 fidelity[figure.name] = compare(reference, tested, [settings.prompt], steps)
-    about = environment(engine or "ort-cpu", threads)
+    about = environment([figure.engine for figure in figures], threads)
     header, rows = rows_of(figures, fidelity)
     print_table(
         header, rows, "; ".join(f"{name}: {about[name]}" for name in ("cpu", "threads", "integer instructions"))
