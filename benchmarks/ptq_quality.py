@@ -240,7 +240,7 @@ def environment_of() -> dict[str, object]:
     from importlib import metadata
 
     peers = {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime", "openvino", "nncf")}
-    return environment("ort-cpu", threads=None) | {"packages": peers}
+    return environment(["ort-cpu"], threads=None) | {"packages": peers}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

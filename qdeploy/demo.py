@@ -68,7 +68,7 @@ def run_demo(
         fidelity = {"w8a8": compare(float_pipe, int8_pipe, PROMPTS[:3], STEPS, GUIDANCE)}
     bench = BenchSettings(prompt=PROMPTS[0], steps=STEPS, guidance_scale=GUIDANCE)
     figures = measure(list(bundles.values()), bench, on_progress)
-    about = environment(target.engine, bench.threads)
+    about = environment([target.engine], bench.threads)
     header, rows = rows_of(figures, fidelity)
     write_json(folder / "bench.json", figures, fidelity, about)
     write_report(folder / "report.md", header, rows, about)

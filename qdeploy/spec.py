@@ -192,7 +192,13 @@ class TargetSpec:
     conv_output_quantized: bool  # ONNX Runtime makes an integer Conv only where a Q follows it; 1x1 ones become MatMul
 
 
-TARGETS = {spec.name: spec for spec in (TargetSpec("ort-cpu", "ort-cpu", opset=20, conv_output_quantized=True),)}
+TARGETS = {
+    spec.name: spec
+    for spec in (
+        TargetSpec("ort-cpu", "ort-cpu", opset=20, conv_output_quantized=True),
+        TargetSpec("openvino", "openvino", opset=20, conv_output_quantized=False),
+    )
+}
 
 
 def target_named(name: str) -> TargetSpec:

@@ -33,7 +33,7 @@ FLOORS = {
     "simulate": 2,
     **dict.fromkeys(("runtime", "calibrate", "export"), 3),
     "bench": 4,
-    **dict.fromkeys(("demo", "describe", "plot", "recipe"), 5),
+    **dict.fromkeys(("demo", "describe", "describe_audit", "plot", "recipe"), 5),
     "describe_table": 4,
     "cli": 6,
 }

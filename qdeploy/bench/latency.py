@@ -42,6 +42,7 @@ class BundleFigures:
     name: str
     path: str
     precision: str
+    engine: str
     size_bytes: int
     integer_mac_share: float
     samples_ms: dict[str, list[float]] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class BundleFigures:
 def measure(paths: Sequence[Path], settings: BenchSettings, on_progress: OnProgress = silent) -> list[BundleFigures]:
     """Figures of every bundle: fresh-process load and peak memory, then UNet steps and pictures in turn."""
     pipelines = [load(path, engine=settings.engine, threads=settings.threads) for path in paths]
-    figures = [figures_of(name, p) for name, p in zip(distinct_names(paths), pipelines, strict=True)]
+    figures = [figures_of(name, p, settings) for name, p in zip(distinct_names(paths), pipelines, strict=True)]
     try:
         _interleaved(pipelines, figures, STEP, one_step, settings.step_calls, settings, on_progress)
         _interleaved(pipelines, figures, PICTURE, one_picture, settings.pictures, settings, on_progress)
@@ -81,12 +82,17 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def figures_of(name: str, pipeline: Pipeline) -> BundleFigures:
+def figures_of(name: str, pipeline: Pipeline, settings: BenchSettings) -> BundleFigures:
     """A bundle's static figures, samples still empty."""
     manifest = pipeline.bundle.manifest
     unet = manifest.components["unet"]
     return BundleFigures(
-        name, str(pipeline.bundle.folder), manifest.precision, pipeline.bundle.total_bytes, unet.integer_mac_share
+        name=name,
+        path=str(pipeline.bundle.folder),
+        precision=manifest.precision,
+        engine=settings.engine or manifest.engine,
+        size_bytes=pipeline.bundle.total_bytes,
+        integer_mac_share=unet.integer_mac_share,
     )
 
 

@@ -32,6 +32,7 @@ def rows_of(figures: Sequence[BundleFigures], fidelity: Mapping[str, Fidelity]) 
         rows.append((label, *values, *(("",) if two else ())))
 
     add_text("precision", [figure.precision for figure in figures])
+    add_text("engine", [figure.engine for figure in figures])
     add("size on disk, MB", [figure.size_bytes / 1e6 for figure in figures], "{:.1f}")
     add("load (fresh process), ms p50", [figure.median_load_ms for figure in figures], "{:.0f}")
     for what in (STEP, PICTURE):

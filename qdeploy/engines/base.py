@@ -1,9 +1,10 @@
 """What every engine offers; one engine is one sibling file whose name is its command-line name.
 
-An engine module has two functions::
+An engine module has three functions::
 
     def versions() -> dict[str, str]                                  # raises EngineUnavailableError
     def open_session(path: Path, options: EngineOptions) -> Session   # loads one ONNX graph
+    def kernels(path, options, feeds=None) -> list[Kernel]            # what the engine makes of it, and its time
 """
 
 from __future__ import annotations
@@ -25,7 +26,24 @@ class EngineOptions:
     """How to open a session."""
 
     threads: int | None = None  # None: the engine's own choice, all cores
-    optimized_path: Path | None = None  # where to leave the graph that the engine really runs
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One node of the graph that an engine really runs.
+
+    names: of the ONNX nodes that it computes, as far as the engine still knows them.
+    constants: of the ONNX graph, or names that begin like theirs, that it reads, directly or through what only
+        rescales or rearranges them.
+    integer: whether it multiplies and adds integers.
+    seconds: a run, where it was timed.
+    """
+
+    op_type: str
+    names: tuple[str, ...]
+    constants: tuple[str, ...] = ()
+    integer: bool = False
+    seconds: float | None = None
 
 
 class Session(Protocol):
@@ -39,11 +57,18 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
-    """The two functions of an engine's module."""
+    """The three functions of an engine's module."""
 
     def versions(self) -> dict[str, str]: ...
 
     def open_session(self, path: Path, options: EngineOptions) -> Session: ...
+
+    def kernels(
+        self, path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None
+    ) -> list[Kernel]: ...
+
+
+TIMED_RUNS = 5  # that ``kernels`` takes the mean of, behind one that does not count
 
 
 def engine_names() -> list[str]:

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.engines.base import EngineOptions
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel
 from qdeploy.errors import EngineError, EngineUnavailableError
 
 if TYPE_CHECKING:
     import openvino
 
 DYNAMIC = -1
+RUNTIME_FACTS = ("layerType", "primitiveType", "originalLayersNames")
+NOT_COMPUTED = ("Const", "Input", "Output")
+INTEGER_KERNEL = "_I8"  # what names of oneDNN's integer kernels end with
+CONVOLUTION_ITSELF = "/WithoutBiases"  # what the plugin appends where it splits a bias off
 
 
 class OpenVinoSession:
@@ -78,33 +82,45 @@ def versions() -> dict[str, str]:
 
 
 def open_session(path: Path, options: EngineOptions) -> OpenVinoSession:
-    """Compile ``path`` (``.onnx`` or ``.xml``) for the CPU plugin.
+    """Compile ``path`` (``.onnx`` or ``.xml``) for the CPU plugin."""
+    return OpenVinoSession(_compile(path, options), path)
 
-    ``options.optimized_path`` (``.xml``) receives the graph that the plugin runs, its kernels
-    named in each layer's ``execType``.
-    """
+
+def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+    """Every node of the graph that the CPU plugin makes of ``path``; timed when there are ``feeds`` to run it on."""
+    compiled = _compile(path, options, PERF_COUNT=feeds is not None)
+    seconds: dict[str, float] = {}
+    if feeds is not None:
+        request = compiled.create_infer_request()
+        for run in range(TIMED_RUNS + 1):
+            request.infer(dict(feeds))
+            for node in request.profiling_info if run else ():
+                spent = node.real_time.total_seconds() / TIMED_RUNS
+                seconds[node.node_name] = seconds.get(node.node_name, 0.0) + spent
+    found = []
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        about = {key: value.astype(str) for key, value in op.get_rt_info().items() if key in RUNTIME_FACTS}
+        if about.get("layerType") not in NOT_COMPUTED:
+            name = op.get_friendly_name()
+            names = {name, *about.get("originalLayersNames", "").split(",")}
+            names |= {one.removesuffix(CONVOLUTION_ITSELF) for one in names}
+            kernel = about.get("primitiveType", "")
+            integer = kernel.endswith(INTEGER_KERNEL)
+            found.append(Kernel(f"{about['layerType']} {kernel}", tuple(names), (), integer, seconds.get(name)))
+    return found
+
+
+def _compile(path: Path, options: EngineOptions, **more: bool) -> openvino.CompiledModel:
     ov = _openvino()
     # The plugin's own choice is bfloat16 where the CPU has it, which the simulator does not compute.
-    config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32"}
+    config: dict[str, str | int | bool] = {"INFERENCE_PRECISION_HINT": "f32", **more}
     if options.threads is not None:
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:
         core = ov.Core()
-        compiled = core.compile_model(core.read_model(path), "CPU", config)
+        return core.compile_model(core.read_model(path), "CPU", config)
     except Exception as exc:
         raise EngineError(f"OpenVINO cannot load {path}: {exc}") from exc
-    if options.optimized_path is not None:
-        _serialize(ov, compiled, options.optimized_path)
-    return OpenVinoSession(compiled, path)
-
-
-def _serialize(ov: ModuleType, compiled: openvino.CompiledModel, path: Path) -> None:
-    if path.suffix != ".xml":
-        raise EngineError(f"optimized_path: got {path.name}, expected a name in .xml, the one format OpenVINO writes")
-    try:
-        ov.serialize(compiled.get_runtime_model(), path)
-    except Exception as exc:
-        raise EngineError(f"OpenVINO cannot write {path}: {exc}") from exc
 
 
 def _openvino() -> ModuleType:

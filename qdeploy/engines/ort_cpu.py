@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -10,13 +12,17 @@ from typing import TYPE_CHECKING
 from numpy.typing import NDArray
 
 from qdeploy.cpu import has_vnni
-from qdeploy.engines.base import EngineOptions
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel
 from qdeploy.errors import EngineError, EngineUnavailableError
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 ERRORS_ONLY = 3  # ONNX Runtime logs thousands of warnings on edited graphs
+INTEGER_OPS = {"QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"}
+CARRIES_CONSTANTS = {"DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Cast"}
+TIMED = "_kernel_time"
 
 
 class OrtCpuSession:
@@ -48,8 +54,48 @@ def versions() -> dict[str, str]:
 
 def open_session(path: Path, options: EngineOptions) -> OrtCpuSession:
     """Load ``path`` on the CPU provider alone."""
-    ort = _onnxruntime()
-    settings = ort.SessionOptions()
+    return OrtCpuSession(_load(path, _settings(options)), path)
+
+
+def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+    """Every node of the graph that ONNX Runtime makes of ``path``; timed when there are ``feeds`` to run it on."""
+    import onnx  # not of the base install
+
+    with tempfile.TemporaryDirectory(prefix="qdeploy-kernels-") as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        settings = _settings(options)
+        settings.optimized_model_filepath = str(optimized)
+        settings.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", optimized.name + ".data"
+        )
+        if feeds is not None:
+            settings.enable_profiling, settings.profile_file_prefix = True, str(Path(scratch) / "profile")
+        session = _load(path, settings)
+        graph = onnx.load(optimized, load_external_data=False).graph
+        timed: list[Kernel] = []
+        if feeds is not None:
+            for _ in range(TIMED_RUNS + 1):
+                session.run(None, dict(feeds))
+            timed = _timed_kernels(Path(session.end_profiling()))
+    seconds = {kernel.names[0]: kernel.seconds for kernel in timed}
+    constants = {tensor.name for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    found = [
+        Kernel(
+            node.op_type,
+            (node.name, *node.output),
+            tuple(_constants_of(node, constants, producers)),
+            node.op_type in INTEGER_OPS,
+            seconds.get(node.name),
+        )
+        for node in graph.node
+    ]
+    known = {node.name for node in graph.node}
+    return found + [kernel for kernel in timed if kernel.names[0] not in known]  # nodes without a name
+
+
+def _settings(options: EngineOptions) -> onnxruntime.SessionOptions:
+    settings = _onnxruntime().SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
     if not has_vnni():
         # There ORT's u8 x s8 kernels add two 16-bit products and saturate: silently wrong results.
@@ -57,16 +103,33 @@ def open_session(path: Path, options: EngineOptions) -> OrtCpuSession:
         settings.add_session_config_entry("session.x64quantprecision", "1")
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
-    if options.optimized_path is not None:
-        settings.optimized_model_filepath = str(options.optimized_path)
-        settings.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", options.optimized_path.name + ".data"
-        )
+    return settings
+
+
+def _load(path: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        return _onnxruntime().InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as exc:
         raise EngineError(f"ONNX Runtime cannot load {path}: {exc}") from exc
-    return OrtCpuSession(session, path)
+
+
+def _constants_of(node: onnx.NodeProto, constants: set[str], producers: Mapping[str, onnx.NodeProto]) -> Iterator[str]:
+    """Initializers that ``node`` reads, looking through live DequantizeLinear and the like."""
+    for name in node.input:
+        if name in constants:
+            yield name
+        elif name in producers and producers[name].op_type in CARRIES_CONSTANTS:
+            yield from _constants_of(producers[name], constants, producers)
+
+
+def _timed_kernels(profile: Path) -> list[Kernel]:
+    """Each node with its mean time over all runs but the first."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["name"].endswith(TIMED):
+            node = event["args"]["op_name"], event["name"].removesuffix(TIMED)
+            times.setdefault(node, []).append(event["dur"] / 1e6)
+    return [Kernel(op, (name,), seconds=sum(found[1:]) / TIMED_RUNS) for (op, name), found in times.items()]
 
 
 def _onnxruntime() -> ModuleType:

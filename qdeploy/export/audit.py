@@ -1,100 +1,187 @@
-"""Does each layer that the table says is int8 really run as an integer kernel? Read off the engine's own graph."""
+"""What of a graph runs in integers, what does not and why, and where the time goes: read off the engine's own graph."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
 
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import AuditError, some_of
-from qdeploy.export.passes.name_by_layer import CODES, PRODUCTS
+from qdeploy.engines.base import EngineOptions, Kernel, engine_named
+from qdeploy.errors import AuditError, ExportError, some_of
+from qdeploy.export.passes.name_by_layer import PRODUCTS
 from qdeploy.table import ComponentQuant
 
-INTEGER_OPS = {"QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"}
+PRODUCT_OPS = ("Conv", "MatMul", "Gemm")
+PASSED_THROUGH = ("Transpose", "Reshape", "Cast")  # between what lies in the file and the product that reads it
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Quantize", "Convert")
+REARRANGING = ("Transpose", "Reorder", "ReorderInput", "ReorderOutput")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One Conv, MatMul or Gemm of an ONNX graph."""
+
+    name: str
+    output: str  # what engines may call a node that computes a graph's output
+    macs: int
+    quantized: bool  # both factors come by DequantizeLinear
+    constants: tuple[str, ...]  # that it reads through DequantizeLinear and the like
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How one layer that should run in integers really runs."""
+    """How one product of the graph really runs."""
 
     layer: str
-    op_type: str  # of the node that computes it in the engine's graph; "" when none was found
+    op_type: str  # of the engine's kernel; "" when none was found
     macs: int
+    quantized: bool
+    integer: bool
 
     @property
-    def integer(self) -> bool:
-        return self.op_type in INTEGER_OPS
+    def reason(self) -> str:
+        """Why it does not run in integers; "" when it does."""
+        if self.integer:
+            return ""
+        if not self.quantized:
+            return "float in the graph, by choice"
+        return f"quantized in the graph, but runs as {self.op_type or 'no node that was found'}"
 
 
 @dataclass(frozen=True)
 class Audit:
-    """All findings of one component."""
+    """All products of one graph, and its kernels."""
 
     findings: tuple[Finding, ...]
-    float_macs: int  # of layers that the table keeps in float
+    kernels: tuple[Kernel, ...]
 
     @property
     def integer_mac_share(self) -> float:
-        """Share of Conv and Linear multiply-accumulates that run in integers, 0..1."""
-        integer = sum(finding.macs for finding in self.findings if finding.integer)
-        total = self.float_macs + sum(finding.macs for finding in self.findings)
-        return integer / total if total else 0.0
+        """Share of all products' multiply-accumulates that run in integers, 0..1; attention's own count too."""
+        total = sum(finding.macs for finding in self.findings)
+        return sum(finding.macs for finding in self.findings if finding.integer) / total if total else 0.0
 
-    def check(self, component: str) -> None:
-        """AuditError naming every layer that fell back to float."""
-        failed = [finding for finding in self.findings if not finding.integer]
+    def mac_share(self, finding: Finding) -> float:
+        return finding.macs / sum(one.macs for one in self.findings)
+
+    def seconds_by_op(self) -> dict[str, tuple[int, float]]:
+        """Op type -> nodes and seconds a run, the longest first; empty when the kernels were not timed."""
+        found: dict[str, tuple[int, float]] = {}
+        for kernel in self.kernels:
+            if kernel.seconds is not None:
+                nodes, seconds = found.get(kernel.op_type, (0, 0.0))
+                found[kernel.op_type] = nodes + 1, seconds + kernel.seconds
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    def time_share(self, op_types: Iterable[str]) -> float:
+        """Share of the time that nodes of ``op_types`` take, 0..1."""
+        wanted = set(op_types)
+        seconds = {op: spent for op, (_, spent) in self.seconds_by_op().items()}
+        total = sum(seconds.values())
+        return sum(spent for op, spent in seconds.items() if op.split(" ")[0] in wanted) / total if total else 0.0
+
+    def check(self, component: str, quant: ComponentQuant) -> None:
+        """AuditError naming every layer and attention of the table that is not an integer kernel."""
+        products = [f"{attention}.{product}" for attention in quant.attention for product in PRODUCTS]
+        found = {finding.layer: finding for finding in self.findings}
+        rest = [f"{name}.rest" for name, layer in quant.layers.items() if layer.passes == 2]
+        failed = {name: found.get(name) for name in (*quant.layers, *rest, *products)}
+        failed = {name: finding for name, finding in failed.items() if finding is None or not finding.integer}
         if failed:
-            names = some_of([f"{f.layer} (runs as {f.op_type or 'no node that was found'})" for f in failed])
+            names = [f"{name} ({'is not in the graph' if f is None else f.reason})" for name, f in failed.items()]
             raise AuditError(
-                f"{component}: {len(failed)} of {len(self.findings)} layers that the table quantizes do not run as "
-                f"integer kernels: {names}. Keep them in float, or report the graph pattern"
+                f"{component}: {len(failed)} of {len(quant.layers) + len(products)} layers that the table quantizes do "
+                f"not run as integer kernels: {some_of(names)}. Keep them in float, or report the graph pattern"
             )
 
 
-def audit_graph(path: Path, engine: str, quant: ComponentQuant) -> Audit:
-    """Load ``path`` in ``engine``, take the graph it optimized for itself, and look each layer and attention up.
+def audit_graph(
+    path: Path, engine: str, options: EngineOptions | None = None, feeds: Mapping[str, NDArray] | None = None
+) -> Audit:
+    """Load ``path`` in ``engine``, take the graph that it makes for itself, and look each product up.
 
-    An attention's products have no MACs in the table: the share is that of Conv and Linear alone.
+    With ``feeds`` the kernels are timed on them. Raises EngineError and ExportError.
     """
-    with tempfile.TemporaryDirectory(prefix="qdeploy-audit-") as scratch:
-        optimized = Path(scratch) / "optimized.onnx"
-        engine_named(engine).open_session(path, EngineOptions(optimized_path=optimized)).close()
-        graph = onnx.load(optimized, load_external_data=False).graph
-    users = consumers_of(graph)
-    findings = tuple(Finding(name, op_of_layer(name, users), quant.macs[name]) for name in quant.layers)
-    op_types = {node.name: node.op_type for node in graph.node}
-    products = [f"{attention}.{product}" for attention in quant.attention for product in PRODUCTS]
-    findings += tuple(Finding(name, op_types.get(name, ""), 0) for name in products)
-    return Audit(findings, sum(layer.macs for layer in quant.float_layers.values()))
+    kernels = engine_named(engine).kernels(path, options or EngineOptions(), feeds)
+    by_name: dict[str, list[Kernel]] = {}
+    by_constant: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        for name in kernel.names:
+            by_name.setdefault(name, []).append(kernel)
+        for name in kernel.constants:
+            by_constant.setdefault(name, []).append(kernel)
+    findings = []
+    for product in products_of(ir.load(path)):
+        ran = by_name.get(product.name) or by_name.get(product.output) or kernels_reading(product, by_constant)
+        slowest = next((kernel for kernel in ran if not kernel.integer), ran[0] if ran else None)
+        op_type = "" if slowest is None else slowest.op_type
+        integer = slowest is not None and slowest.integer
+        findings.append(Finding(product.name, op_type, product.macs, product.quantized, integer))
+    return Audit(tuple(findings), tuple(kernels))
 
 
-def consumers_of(graph: onnx.GraphProto) -> Mapping[str, list[onnx.NodeProto]]:
-    """Tensor name -> nodes that read it."""
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    return users
+def kernels_reading(product: Product, by_constant: Mapping[str, list[Kernel]]) -> list[Kernel]:
+    """Kernels that read a constant of ``product``.
 
-
-def op_of_layer(layer: str, users: Mapping[str, list[onnx.NodeProto]]) -> str:
-    """Op type that consumes the layer's integer codes; where several do, one that is not integer if there is one.
-
-    ONNX Runtime may have changed the codes to unsigned (``..._s8_2_u8``) or laid them out anew, but
-    it keeps the beginning of their name.
+    ONNX Runtime may have changed codes to unsigned (``..._s8_2_u8``) or laid them out anew, but it keeps
+    the beginning of their name.
     """
-    codes = layer + CODES
-    tensors = [name for name in users if name == codes or name.startswith((codes + "_", codes + "."))]
-    ops = [op_type for name in tensors for node in users[name] for op_type in consuming_ops(node, users)]
-    return next((op_type for op_type in ops if op_type not in INTEGER_OPS), ops[0] if ops else "")
+    return [
+        kernel
+        for wanted in product.constants
+        for name, kernels in by_constant.items()
+        if name == wanted or name.startswith((wanted + "_", wanted + "."))
+        for kernel in kernels
+    ]
 
 
-def consuming_ops(node: onnx.NodeProto, users: Mapping[str, list[onnx.NodeProto]]) -> list[str]:
-    """Op types that in the end read what ``node`` reads, looking through live DequantizeLinear and the like."""
-    if node.op_type in ("DequantizeLinear", "Transpose", "Cast") and node.output[0] in users:
-        return [op_type for reader in users[node.output[0]] for op_type in consuming_ops(reader, users)]
-    return [node.op_type]
+def products_of(model: ir.Model) -> list[Product]:
+    """Every Conv, MatMul and Gemm of the graph with its multiply-accumulates; ExportError where a shape is open."""
+    nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
+    if any(value is None or value.shape is None for node in nodes for value in (*node.inputs[:2], node.outputs[0])):
+        model = ShapeInferencePass()(model).model
+        nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
+    return [
+        Product(
+            node.name or str(node.outputs[0].name),
+            str(node.outputs[0].name),
+            macs_of(node),
+            all(sources_of(value)[0] for value in node.inputs[:2]),
+            tuple(name for value in node.inputs[:2] for name in sources_of(value)[1]),
+        )
+        for node in nodes
+    ]
+
+
+def macs_of(node: ir.Node) -> int:
+    """Multiply-accumulates of a Conv (weight ``[out, in / groups, ...]``) or of a product over the first's rows."""
+    first, second = (shape_of(value, node) for value in node.inputs[:2])
+    terms = prod(second[1:]) if node.op_type == "Conv" else first[-1]
+    if node.op_type == "Gemm" and node.attributes.get_int("transA"):
+        terms = first[0]
+    return prod(shape_of(node.outputs[0], node)) * terms
+
+
+def shape_of(value: ir.Value | None, node: ir.Node) -> tuple[int, ...]:
+    if value is None or value.shape is None or not value.shape.is_static():
+        raise ExportError(f"{node.name} ({node.op_type}) has no static shape, so its multiply-accumulates are unknown")
+    return tuple(value.shape.numpy())
+
+
+def sources_of(value: ir.Value | None) -> tuple[bool, list[str]]:
+    """Whether a factor comes by DequantizeLinear; if it is constant, the names that it has on its way from the file."""
+    quantized, names = False, []
+    while value is not None and (node := value.producer()) is not None:
+        names.append(str(value.name))
+        if node.op_type == "DequantizeLinear":
+            quantized = True
+        elif node.op_type not in PASSED_THROUGH:
+            break
+        value = node.inputs[0]
+    constant = value is not None and value.is_initializer()
+    return quantized, [*names, str(value.name)] if constant and value is not None else []

@@ -105,8 +105,8 @@ def export_component(
     )
     if quant is None:
         return info
-    audit = audit_graph(path, target.engine, quant)
-    audit.check(name)
+    audit = audit_graph(path, target.engine)
+    audit.check(name, quant)
     session = engine_named(target.engine).open_session(path, EngineOptions())
     parity = measure_parity(float_component, component, session, probes)
     session.close()

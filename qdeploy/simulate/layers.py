@@ -61,6 +61,31 @@ class Equalize(nn.Module):
         return x * along(self.inverse_ratio, x, axis) if self.on else x
 
 
+class InputQuant(nn.Module):
+    """The integer codes of an activation, each with its way back to float.
+
+    Two passes make a 16-bit activation for 8-bit kernels: the second holds what the first rounded off.
+    """
+
+    def __init__(self, layer: LayerQuant) -> None:
+        super().__init__()
+        self.equalize, self.quantize = Equalize(layer.input_ratio), Quantize(layer.input)
+        self.dequantize = Dequantize(layer.input)
+        self.passes = layer.passes
+        if layer.passes == 2:  # the rest lies within half a step on each side
+            fine = Affine(layer.input.scale / 255, 128)
+            self.quantize_rest, self.dequantize_rest = Quantize(fine), Dequantize(fine)
+
+    def forward(self, x: Tensor, axis: int) -> list[tuple[Tensor, Dequantize]]:
+        """``x`` has its channels on ``axis``."""
+        x = self.equalize(x, axis)
+        codes = self.quantize(x)
+        if self.passes == 1:
+            return [(codes, self.dequantize)]
+        rest = self.quantize_rest(x - self.dequantize(codes))
+        return [(codes, self.dequantize), (rest, self.dequantize_rest)]
+
+
 class WeightQuant(nn.Module):
     """Integer weight with one symmetric scale per output channel, along ``axis``."""
 
@@ -108,12 +133,13 @@ class QuantConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, layer: LayerQuant, quantize_output: bool) -> None:
         super().__init__()
-        if layer.passes != 1:
-            raise TableError("a spatial convolution takes its activation in one pass; keep it in float instead")
+        if layer.passes != 1 and quantize_output:
+            raise TableError(
+                "a convolution with Q behind it takes its activation in one pass; keep it in float instead"
+            )
         if quantize_output and layer.output is None:
             raise TableError("the target needs this convolution's output range, which the table lacks; quantize again")
-        self.equalize, self.input_quant = Equalize(layer.input_ratio), Quantize(layer.input)
-        self.input_dequant = Dequantize(layer.input)
+        self.input_quant = InputQuant(layer)
         weight_scale, bias = torch.from_numpy(layer.weight_scale), bias_of(conv, layer)
         if quantize_output and layer.output is not None:
             weight_scale, bias = onto_output_grid(weight_scale, bias, layer)
@@ -123,9 +149,14 @@ class QuantConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.input_dequant(self.input_quant(self.equalize(x, 1)))
-        y = F.conv2d(x, self.weight_quant(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        (codes, dequantize), *rest = self.input_quant(x, 1)
+        y = self._conv(dequantize(codes), self.bias)
+        for codes, dequantize in rest:
+            y = y + self._conv(dequantize(codes), None)
         return self.output_quant(y)
+
+    def _conv(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, self.weight_quant(), bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def onto_output_grid(weight_scale: Tensor, bias: Tensor | None, layer: LayerQuant) -> tuple[Tensor, Tensor | None]:
@@ -153,28 +184,17 @@ class QuantMatMul(nn.Module):
 
     def __init__(self, layer: LayerQuant) -> None:
         super().__init__()
-        self.equalize, self.input_quant = Equalize(layer.input_ratio), Quantize(layer.input)
-        self.input_dequant = Dequantize(layer.input)
+        self.input_quant = InputQuant(layer)
         codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T.contiguous()
         self.weight_quant = WeightQuant(codes, torch.from_numpy(layer.weight_scale), axis=1)
-        self.passes = layer.passes
-        if layer.passes == 2:  # the rest lies within half a step on each side
-            fine = Affine(layer.input.scale / 255, 128)
-            self.rest_quant = Quantize(fine)
-            self.rest_dequant = Dequantize(fine)
 
     def product(self, x: Tensor, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
         """``x`` has its channels on ``axis``; ``order`` permutes the codes so that they come last."""
-        x = self.equalize(x, axis)
-        q = self.input_quant(x)
-        y = self._matmul(q, self.input_dequant, order)
-        if self.passes == 2:
-            rest = self.rest_quant(x - self.input_dequant(q))
-            y = y + self._matmul(rest, self.rest_dequant, order)
-        return y
+        first, *rest = (self._matmul(codes, back, order) for codes, back in self.input_quant(x, axis))
+        return sum(rest, first)
 
-    def _matmul(self, q: Tensor, dequant: Dequantize, order: tuple[int, ...] | None) -> Tensor:
-        return torch.matmul(dequant(q if order is None else q.permute(order)), self.weight_quant())
+    def _matmul(self, codes: Tensor, dequantize: Dequantize, order: tuple[int, ...] | None) -> Tensor:
+        return torch.matmul(dequantize(codes if order is None else codes.permute(order)), self.weight_quant())
 
 
 class QuantLinear(QuantMatMul):

@@ -21,7 +21,7 @@ def quantized_layer(original: nn.Conv2d | nn.Linear, layer: LayerQuant, conv_out
         raise TableError(
             f"convolution with padding_mode {original.padding_mode!r} cannot be quantized; only 'zeros' can"
         )
-    if is_pointwise(original) and (conv_output_quantized or layer.passes == 2):
+    if is_pointwise(original) and conv_output_quantized:
         return QuantPointwise(original, layer)
     return QuantConv2d(original, layer, conv_output_quantized)
 

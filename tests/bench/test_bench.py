@@ -18,7 +18,9 @@ from qdeploy.runtime.pipeline import load
 
 def figures(name: str, precision: str, step_ms: float) -> BundleFigures:
     samples = {"unet step": [step_ms, step_ms * 3, step_ms * 2], "picture": [step_ms * 100]}
-    return BundleFigures(name, name, precision, 4_000_000, 0.5, samples, [10.0, 30.0, 20.0], [5_000_000, 7_000_000])
+    return BundleFigures(
+        name, name, precision, "ort-cpu", 4_000_000, 0.5, samples, [10.0, 30.0, 20.0], [5_000_000, 7_000_000]
+    )
 
 
 def test_rows_hold_percentiles_ratio_and_fidelity() -> None:
@@ -48,7 +50,7 @@ def test_three_bundles_have_no_ratio() -> None:
 
 
 def test_json_keeps_the_raw_samples(tmp_path: Path) -> None:
-    write_json(tmp_path / "b.json", [figures("a", "fp32", 1.0)], {}, environment("ort-cpu", 2))
+    write_json(tmp_path / "b.json", [figures("a", "fp32", 1.0)], {}, environment(["ort-cpu"], 2))
     document = json.loads((tmp_path / "b.json").read_text())
     assert document["bundles"][0]["samples_ms"]["unet step"] == [1.0, 3.0, 2.0]
     assert "onnxruntime" in document["environment"]

@@ -148,13 +148,14 @@ def test_a_missing_file_is_refused(engine: Engine, tmp_path: Path) -> None:
         engine.open_session(tmp_path / "nowhere.onnx", EngineOptions())
 
 
-def test_the_largest_integer_codes_do_not_saturate(engine: Engine, tmp_path: Path) -> None:
+@pytest.fixture
+def integer_graph(tmp_path: Path) -> Path:
     """u8 activation and s8 weight: 64 products of 255 x 127 need more than 16 bits."""
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["x_codes"]),
         helper.make_node("DequantizeLinear", ["x_codes", "x_scale", "x_zero"], ["x_real"]),
         helper.make_node("DequantizeLinear", ["codes", "w_scale"], ["weight"], axis=1),
-        helper.make_node("MatMul", ["x_real", "weight"], ["y"]),
+        helper.make_node("MatMul", ["x_real", "weight"], ["y"], name="product"),
     ]
     constants = {
         "x_scale": np.float32(1 / 255),
@@ -163,6 +164,23 @@ def test_the_largest_integer_codes_do_not_saturate(engine: Engine, tmp_path: Pat
         "w_scale": np.full(16, 0.01, np.float32),
     }
     inputs, outputs = [tensor("x", TensorProto.FLOAT, [1, 4, 64])], [tensor("y", TensorProto.FLOAT, [1, 4, 16])]
-    path = saved(nodes, inputs, outputs, constants, tmp_path / "int8.onnx")
-    found = engine.open_session(path, EngineOptions()).run({"x": np.ones((1, 4, 64), np.float32)})["y"]
+    return saved(nodes, inputs, outputs, constants, tmp_path / "int8.onnx")
+
+
+def test_the_largest_integer_codes_do_not_saturate(engine: Engine, integer_graph: Path) -> None:
+    found = engine.open_session(integer_graph, EngineOptions()).run({"x": np.ones((1, 4, 64), np.float32)})["y"]
     np.testing.assert_allclose(found, np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=RTOL)
+
+
+def test_it_names_its_kernels(engine: Engine, integer_graph: Path, graph: Path) -> None:
+    integer = [kernel for kernel in engine.kernels(integer_graph, EngineOptions()) if kernel.integer]
+    assert len(integer) == 1
+    assert integer[0].seconds is None
+    known = {"product", "y"} & set(integer[0].names)  # by its own name or its output's
+    assert known or any(name.startswith("codes") for name in integer[0].constants)
+    assert not any(kernel.integer for kernel in engine.kernels(graph, EngineOptions()))
+
+
+def test_it_times_its_kernels(engine: Engine, graph: Path) -> None:
+    kernels = engine.kernels(graph, EngineOptions(), feeds())
+    assert any(kernel.seconds is not None for kernel in kernels)

@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+import qdeploy
+from qdeploy.bundle import open_bundle
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import EngineError, EngineUnavailableError
-from qdeploy.export.exporter import save_graph
+from qdeploy.errors import EngineUnavailableError
+from qdeploy.export.audit import audit_graph
+from qdeploy.export.exporter import export_bundle, save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import measure_parity
 from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.numerics import sqnr_db
 from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import QuantSpec
+from qdeploy.spec import QuantSpec, target_named
+from qdeploy.table import QuantTable
 from tests.engines.test_contract import saved, tensor
 
 
@@ -76,20 +80,6 @@ def test_a_per_channel_quantize_behind_layer_norm(tmp_path: Path) -> None:
     assert sqnr_db(right, found) > 40.0  # round-off may move single codes by a step
 
 
-def test_its_own_graph_shows_integer_kernels(int8_bundle: Path, tmp_path: Path) -> None:
-    path = tmp_path / "runtime.xml"
-    engine_named("openvino").open_session(int8_bundle / "unet" / "model.onnx", EngineOptions(optimized_path=path))
-    text = path.read_text(encoding="utf-8")
-    assert 'runtimePrecision="u8"' in text or 'value="u8"' in text
-
-
-def test_its_own_graph_has_to_be_xml(float_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"expected a name in \.xml"):
-        engine_named("openvino").open_session(
-            float_bundle / "unet" / "model.onnx", EngineOptions(optimized_path=tmp_path / "graph.onnx")
-        )
-
-
 def test_it_reads_its_own_format(float_bundle: Path, tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     import openvino
 
@@ -105,3 +95,22 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineUnavailableError, match=r"pip install 'qdeploy\[openvino\]'"):
         engine_named("openvino").versions()
+
+
+def test_its_own_target_runs_every_layer_in_integers_and_makes_pictures(
+    tiny_model: LatentDiffusion, table: QuantTable, int8_bundle: Path, tmp_path: Path
+) -> None:
+    """The table's two-pass shortcuts included; nothing is rounded behind a convolution."""
+    manifest = export_bundle(tiny_model, table, target_named("openvino"), tmp_path / "bundle")
+    assert manifest.engine == "openvino"
+    for name, quant in table.components.items():
+        audit = audit_graph(tmp_path / "bundle" / name / "model.onnx", "openvino")
+        audit.check(name, quant)
+        assert manifest.components[name].integer_mac_share == pytest.approx(audit.integer_mac_share)
+    here, there = manifest.components["unet"], open_bundle(int8_bundle).manifest.components["unet"]
+    assert here.engine_sqnr_db is not None
+    assert there.engine_sqnr_db is not None
+    assert here.engine_sqnr_db > there.engine_sqnr_db
+    with qdeploy.load(tmp_path / "bundle") as pipe, qdeploy.load(int8_bundle) as other:
+        ours, theirs = (p("a cat", steps=4, seed=1).latents for p in (pipe, other))
+    assert sqnr_db(theirs, ours) > 20.0

@@ -3,9 +3,9 @@
 1. Initializers lose the wrapper's prefix: ``inner.down.0.conv1.bias`` -> ``down.0.conv1.bias``.
 2. A Conv, MatMul or Gemm whose weight is ``LAYER.weight`` (float) or comes by DequantizeLinear
    from ``LAYER.weight_quant.codes`` (integer) is named ``LAYER``; a second one, reading what the first
-   pass over the activation rounded off, ``LAYER.rest``.
-3. The two products of a quantized attention, found by the module that they were traced in, are named
-   ``ATTENTION.scores`` and ``ATTENTION.values``.
+   pass over the activation rounded off, ``LAYER.rest``. So is a MatMul with a constant whose name was lost.
+3. The two products of an attention, which multiply activations alone, are named ``ATTENTION.scores`` and
+   ``ATTENTION.values`` after the module that they were traced in.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ def name_by_layer(model: ir.Model) -> int:
             value.name = name.removeprefix(PREFIX)
     named: set[str] = set()
     for node in model.graph:
-        layer = layer_of(node) if node.op_type in LAYER_OPS else None
-        if layer is not None:
+        if node.op_type not in LAYER_OPS:
+            continue
+        module = module_of(node)
+        if layer := layer_of(node) or (reads_constant(node) and module):
             node.name = f"{layer}.rest" if layer in named else layer
             named.add(layer)
-        elif node.op_type == "MatMul" and (attention := attention_of(node)) is not None:
-            scores, values = (f"{attention}.{product}" for product in PRODUCTS)
+        elif module:
+            scores, values = (f"{module}.{product}" for product in PRODUCTS)
             node.name = values if scores in named else scores
             named.add(node.name)
     return len(named)
@@ -53,11 +55,14 @@ def layer_of(node: ir.Node) -> str | None:
     return None
 
 
-def attention_of(node: ir.Node) -> str | None:
-    """The ``Attention`` whose processor itself computes ``node``; None in float, where a processor is no module."""
+def reads_constant(node: ir.Node) -> bool:
+    return any(value is not None and value.is_initializer() for value in node.inputs[:2])
+
+
+def module_of(node: ir.Node) -> str:
+    """The torch module that computes ``node`` itself; a quantized attention's processor counts as the attention."""
     scopes: list[str] = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
-    module = "" if len(scopes) < 2 else scopes[-2]  # the last one is the node's own
-    return module.removesuffix(PROCESSOR).removeprefix(PREFIX) if module.endswith(PROCESSOR) else None
+    return "" if len(scopes) < 2 else scopes[-2].removesuffix(PROCESSOR).removeprefix(PREFIX)  # the last is the node's
 
 
 def _through_dequantize(value: ir.Value | None) -> ir.Value | None:

@@ -1,0 +1,20 @@
+"""Lowering for OpenVINO's CPU plugin.
+
+It runs Conv and MatMul between DequantizeLinear in integers as they come, and needs no Q behind them.
+Weights of 4 bits lie in the file as INT4 and run on int8 kernels.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qdeploy.export.passes.name_by_layer import name_by_layer
+from qdeploy.export.passes.share_quantize import share_quantize
+from qdeploy.export.passes.store_int4 import store_int4
+
+
+def lower(model: ir.Model) -> None:
+    """Lower ``model`` in place."""
+    name_by_layer(model)
+    share_quantize(model)
+    store_int4(model)
