@@ -50,7 +50,7 @@ def test_the_whole_way(tiny_folder: Path, tmp_path: Path) -> None:
     [
         (("export", "no/such/folder", "-o", "x"), 1, "does not exist"),
         (("export", "builtin:none", "-o", "x"), 1, "no built-in model"),
-        (("export", "builtin:emoji", "-o", "x", "--target", "abacus"), 2, "known targets: ort-cpu"),
+        (("export", "builtin:emoji", "-o", "x", "--target", "abacus"), 2, "known targets: openvino, ort-cpu"),
         (("export", "builtin:emoji", "-o", "x", "--precision", "int3"), 2, "unknown --precision"),
         (("export", "builtin:emoji", "-o", "x", "--precision", "int8"), 2, "exports as fp32"),
         (("export", "none.safetensors", "-o", "x"), 1, "not a readable qdeploy table"),
