@@ -133,11 +133,17 @@ def test_a_pointwise_convolution_is_a_product_over_channels() -> None:
     assert torch.allclose(QuantPointwise(conv, layer)(x), QuantConv2d(conv, layer, False)(x), atol=ROUND_OFF)
 
 
-def test_a_spatial_convolution_takes_one_pass_only() -> None:
+def test_a_convolution_takes_two_passes_only_where_nothing_is_rounded_behind_it() -> None:
     conv = nn.Conv2d(4, 6, 3).requires_grad_(False)
-    layer = dataclasses.replace(layer_of(conv.weight.numpy()), passes=2)
+    one = layer_of(conv.weight.numpy(), output=Affine(0.05, 128))
+    two = dataclasses.replace(one, passes=2)
     with pytest.raises(TableError, match="one pass"):
-        QuantConv2d(conv, layer, quantize_output=False)
+        QuantConv2d(conv, two, quantize_output=True)
+    x = torch.rand(2, 4, 5, 7) * 4 - 2  # within the range, which is -2 to 3.1
+    weight = torch.from_numpy(one.weight * one.weight_scale[:, None, None, None])
+    exact = nn.functional.conv2d(x, weight, conv.bias)  # the activation's rounding alone is left out
+    errors = [(QuantConv2d(conv, layer, False)(x) - exact).abs().max() for layer in (one, two)]
+    assert errors[1] < errors[0] / 50
 
 
 def test_the_twin_shares_float_weights_and_leaves_the_model_alone(
