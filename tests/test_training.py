@@ -13,7 +13,7 @@ from qdeploy.models.components import nearest_codes
 from training.denoising import draw_timesteps, velocity_loss
 from training.figures import frechet, nearest, ranks, spread, white_corners
 from training.loop import Training, options
-from training.vq import VQ, decoded, k_means, latents_of, nearest_indices, normalize_latents, pixels
+from training.vq import VQ, codes_of, decoded, k_means, latents_of, nearest_indices, normalize_latents
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
@@ -42,9 +42,9 @@ def test_k_means_leaves_no_code_without_members() -> None:
     assert (latents - codes[nearest_indices(latents, codes)]).abs().max() < 0.1
 
 
-def test_pixels_follow_nearest_codes() -> None:
+def test_codes_are_those_that_the_decoder_looks_up() -> None:
     z, codes = torch.randn(2, 4, 3, 3), torch.randn(10, 4)
-    assert torch.equal(codes[nearest_indices(pixels(z), codes)], pixels(nearest_codes(z, codes)))
+    assert torch.equal(codes_of(z, codes), nearest_codes(z, codes))
 
 
 def test_velocity_of_a_perfect_predictor() -> None:

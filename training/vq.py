@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from diffusers import VQModel
 
-from qdeploy.models.components import nearest_codes
 from training.loop import Training, options
 from training.vae import CONFIG, pictures, reconstruction_loss
 
@@ -88,6 +87,12 @@ def pixels(z: torch.Tensor) -> torch.Tensor:
     return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def codes_of(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The nearest codes of latents ``float32[N, C, h, w]``, in that shape."""
+    indices = nearest_indices(pixels(z), codebook).unflatten(0, (len(z), *z.shape[2:]))
+    return torch.nn.functional.embedding(indices, codebook).permute(0, 3, 1, 2)
+
+
 def make_codebook(vq: VQModel, x: torch.Tensor) -> None:
     """Normalise the latents of the pictures ``x`` and set the codes by clustering them."""
     z = normalize_latents(vq, latents_of(vq, x))
@@ -129,8 +134,7 @@ def train_decoder(vq: VQModel, x: torch.Tensor, args: argparse.Namespace, checkp
     optimizer = adam(chain(vq.post_quant_conv.parameters(), vq.decoder.parameters()), args.lr)
     training = Training(checkpoint, {"vq": vq}, optimizer, args)
     training.save()  # the codes, which are drawn at random
-    codebook = vq.quantize.embedding.weight.detach()  # a distance to every code: 8 MB a picture
-    codes = torch.cat([nearest_codes(chunk, codebook) for chunk in latents_of(vq, x).split(16)])
+    codes = codes_of(latents_of(vq, x), vq.quantize.embedding.weight.detach())
     training.run(
         len(x),
         lambda chosen: reconstruction_loss(decoded(vq, codes[chosen]) - x[chosen]),
