@@ -23,6 +23,10 @@ NAMES = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMu
 class Sampler(Protocol):
     """One request's sampler; it holds the request's state, so each request makes its own.
 
+    A trajectory begins with model call 0 from unit noise times ``init_noise_sigma``, or with any call ``k`` from
+    ``noised(x0, noise, k)`` (image to image, where diffusers calls ``set_begin_index(k)``): the first ``step`` takes
+    any ``index``, and a multistep solver starts there with first order.
+
     timesteps: ``int64[calls]``, one for each model call, in order.
     init_noise_sigma: standard deviation of the first ``x``.
     """
@@ -36,6 +40,13 @@ class Sampler(Protocol):
 
     def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
         """The ``x`` that follows call ``index``; calls come in order, ``float32[B, C, H, W]`` all."""
+        ...
+
+    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+        """The ``x`` right before call ``index`` of clean latents ``x0`` and unit ``noise``, as ``add_noise`` has it.
+
+        Draws nothing and changes no state; ``float32[B, C, H, W]`` all.
+        """
         ...
 
 

@@ -60,6 +60,10 @@ class DDIM:
             x_prev += math.sqrt(variance) * self._rng.standard_normal(x.shape, dtype=np.float32)
         return x_prev.astype(np.float32)
 
+    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+        """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
+        return self._schedule.noised(x0, noise, self.timesteps[index : index + 1])
+
     def _x0_and_epsilon(self, model_output: Floats, x: Floats, a_t: float) -> tuple[Floats, Floats]:
         """Predicted x0, clipped, and the noise of the unclipped one, as in diffusers."""
         alpha, sigma = math.sqrt(a_t), math.sqrt(1 - a_t)

@@ -53,7 +53,6 @@ class DPMSolverMultistep:
     """One request's sampler; remembers the last predicted x0."""
 
     init_noise_sigma = 1.0
-    _previous_x0: Floats
 
     def __init__(self, config: Mapping[str, Any], steps: int, rng: NormalSource | None = None) -> None:
         self._solver = Solver.from_config(config)
@@ -63,6 +62,7 @@ class DPMSolverMultistep:
         if self._solver.stochastic and rng is None:
             raise UsageError("algorithm_type 'sde-dpmsolver++' draws noise; pass rng=numpy.random.default_rng(seed)")
         self._rng = rng if self._solver.stochastic else None
+        self._previous_x0: Floats | None = None
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
         """``x`` itself: x stays variance preserving."""
@@ -73,9 +73,14 @@ class DPMSolverMultistep:
         alpha, sigma = _alpha_sigma(self._levels[index])
         x_wide = x.astype(np.float64)
         x0 = self._schedule.x0(noise_pred.astype(np.float64), x_wide, alpha, sigma)
-        slope = None if self._is_first_order(index) else self._x0_slope(x0, index)
-        self._previous_x0 = x0
+        before, self._previous_x0 = self._previous_x0, x0
+        slope = None if before is None or self._is_first_order(index) else self._x0_slope(x0, before, index)
         return self._update(x_wide, x0, slope, index).astype(np.float32)
+
+    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+        """``alpha x0 + sigma noise`` at the level of call ``index``; ``float32[B, C, H, W]`` all."""
+        alpha, sigma = _alpha_sigma(self._levels[index])
+        return np.float32(alpha) * x0 + np.float32(sigma) * noise
 
     def _update(self, x: Floats, x0: Floats, slope: Floats | None, index: int) -> Floats:
         """DPM-Solver++(2M), k = 1, or SDE-DPM-Solver++(2M), which decays the old noise as exp(-2h), k = 2."""
@@ -94,15 +99,15 @@ class DPMSolverMultistep:
             x_next = x_next + next_sigma * math.sqrt(1 - decay**2) * noise
         return x_next
 
-    def _x0_slope(self, x0: Floats, index: int) -> Floats:
+    def _x0_slope(self, x0: Floats, x0_before: Floats, index: int) -> Floats:
         """D1 = (h / h_previous) (x0 - x0_previous), h the step in log-SNR."""
         before, now, after = self._levels[index - 1 : index + 2]
-        return math.log(now / after) / math.log(before / now) * (x0 - self._previous_x0)
+        return math.log(now / after) / math.log(before / now) * (x0 - x0_before)
 
     def _is_first_order(self, index: int) -> bool:
-        """The first step, which has no previous x0, and a last one that is not to extrapolate."""
+        """Every step of order 1, and a last one that is not to extrapolate."""
         steps = len(self.timesteps)
-        if index == 0 or self._solver.order == 1:
+        if self._solver.order == 1:
             return True
         solver, last_level, next_level = self._solver, self._levels[index], self._levels[index + 1]
         return index == steps - 1 and (

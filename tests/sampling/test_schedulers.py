@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qdeploy.errors import RequestError, UsageError
-from qdeploy.sampling import NAMES, NoiseSchedule, make_sampler, with_scheduler
+from qdeploy.sampling import NAMES, NoiseSchedule, Sampler, make_sampler, with_scheduler
 from qdeploy.sampling.loop import PictureStreams, denoise, unit_noise
 from qdeploy.sampling.settings import KNOWN_SETTINGS
 
@@ -57,12 +57,20 @@ def first_x() -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((2, 4, 2, 2), dtype=np.float32)
 
 
-def our_trajectory(config: Config, steps: int, eta: float = 0.0) -> tuple[list[int], Trajectory]:
-    sampler = make_sampler(config, steps, eta=eta, rng=np.random.default_rng(SEED))
-    x = first_x() * sampler.init_noise_sigma
-    trajectory = []
-    for index, t in enumerate(sampler.timesteps):
-        x = sampler.step(model(sampler.scale_model_input(x, index), t), index, x)
+def clean_x() -> NDArray[np.float32]:
+    return 0.5 * np.random.default_rng(1).standard_normal((2, 4, 2, 2), dtype=np.float32)
+
+
+def new_sampler(config: Config, steps: int, eta: float = 0.0) -> Sampler:
+    return make_sampler(config, steps, eta=eta, rng=np.random.default_rng(SEED))
+
+
+def our_trajectory(config: Config, steps: int, eta: float = 0.0, begin: int = 0) -> tuple[list[int], Trajectory]:
+    sampler = new_sampler(config, steps, eta)
+    x = sampler.noised(clean_x(), first_x(), begin) if begin else first_x() * np.float32(sampler.init_noise_sigma)
+    trajectory = [x]
+    for index in range(begin, len(sampler.timesteps)):
+        x = sampler.step(model(sampler.scale_model_input(x, index), int(sampler.timesteps[index])), index, x)
         assert x.dtype == np.float32
         trajectory.append(x)
     return sampler.timesteps.tolist(), trajectory
@@ -89,12 +97,19 @@ def make_twin(config: Config, steps: int, dtype: Any) -> Any:
     return twin
 
 
-def twin_trajectory(config: Config, steps: int, eta: float = 0.0, dtype: Any = None) -> tuple[list[int], Trajectory]:
+def twin_trajectory(
+    config: Config, steps: int, eta: float = 0.0, dtype: Any = None, begin: int = 0
+) -> tuple[list[int], Trajectory]:
+    """The twin's timesteps and every x from call ``begin`` on, as diffusers' image-to-image pipeline runs it."""
     dtype = dtype or torch.float32
     twin, rng = make_twin(config, steps, dtype), np.random.default_rng(SEED)
     x = torch.from_numpy(first_x()).to(dtype)
-    trajectory = []
-    for t in twin.timesteps:
+    if begin:
+        if hasattr(twin, "set_begin_index"):
+            twin.set_begin_index(begin)
+        x = twin.add_noise(torch.from_numpy(clean_x()).to(dtype), x, twin.timesteps[begin : begin + 1])
+    trajectory = [x.numpy()]
+    for t in twin.timesteps[begin:]:
         options = {"eta": eta} if eta else {}
         if eta or config.get("algorithm_type") == "sde-dpmsolver++":
             options["variance_noise"] = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
@@ -109,9 +124,9 @@ def relative_error(ours: Trajectory, twins: Trajectory) -> float:
     return float(np.max([np.abs(x - y).max() / np.abs(y).max() for x, y in zip(ours, twins, strict=True)]))
 
 
-def check_against_twin(config: Config, steps: int, eta: float = 0.0, dtype: Any = None) -> None:
-    our_timesteps, ours = our_trajectory(config, steps, eta)
-    twin_timesteps, twins = twin_trajectory(config, steps, eta, dtype)
+def check_against_twin(config: Config, steps: int, eta: float = 0.0, dtype: Any = None, begin: int = 0) -> None:
+    our_timesteps, ours = our_trajectory(config, steps, eta, begin)
+    twin_timesteps, twins = twin_trajectory(config, steps, eta, dtype, begin)
     assert our_timesteps == twin_timesteps
     assert relative_error(ours, twins) < TOLERANCE  # false for NaN
 
@@ -216,6 +231,10 @@ SINGLE_SETTINGS = [
 ]  # fmt: skip
 
 
+# Samplers that can begin at any call.
+BEGINNING = [config for config in STABLE_DIFFUSION if config.get("skip_prk_steps") is not False]
+
+
 @pytest.mark.parametrize(
     "config", [*STABLE_DIFFUSION, *pndm_grid("epsilon"), *ddim_grid(), *dpm_grid(), *SINGLE_SETTINGS], ids=label
 )
@@ -240,6 +259,32 @@ def test_pndm_equals_the_twin_in_float64(config: Config) -> None:
 def test_stochastic_ddim_equals_the_twin_in_float64(config: Config) -> None:
     for steps in STEPS:
         check_against_twin(config, steps, eta=1.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("begin", [1, 2, 10, 19])
+@pytest.mark.parametrize("config", BEGINNING, ids=label)
+def test_begun_in_the_middle_equals_the_twin(config: Config, begin: int) -> None:
+    """As image to image begins: x0 noised for call ``begin``, then the rest of the calls."""
+    check_against_twin(config, 20, begin=begin)
+
+
+@pytest.mark.parametrize("config", BEGINNING, ids=label)
+def test_noised_equals_add_noise(config: Config) -> None:
+    sampler, twin = new_sampler(config, 20), make_twin(config, 20, torch.float32)
+    x0, noise = clean_x(), first_x()
+    for index, t in enumerate(twin.timesteps):
+        if hasattr(twin, "set_begin_index"):
+            twin.set_begin_index(index)
+        expected = twin.add_noise(torch.from_numpy(x0), torch.from_numpy(noise), t[None]).numpy()
+        ours = sampler.noised(x0, noise, index)
+        assert ours.dtype == np.float32
+        assert relative_error([ours], [expected]) < SCHEDULE_TOLERANCE
+
+
+def test_a_runge_kutta_start_is_at_the_first_call() -> None:
+    sampler = make_sampler(config_of("pndm", SD, skip_prk_steps=False), 20)
+    with pytest.raises(RequestError, match="skip_prk_steps"):
+        sampler.step(first_x(), 3, first_x())
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
