@@ -17,7 +17,7 @@ class X0Range:
     """At most one of the two limits is set.
 
     clip: largest magnitude of x0.
-    ratio: the quantile of a picture's magnitudes that becomes 1; ``ceiling`` is the largest it may be.
+    ratio: x0 is divided by this quantile of its picture's magnitudes, taken between 1 and ``ceiling``.
     """
 
     clip: float | None = None
