@@ -50,6 +50,7 @@ class PNDM:
         else:
             self.timesteps = _runge_kutta_timesteps(ascending, self._stride)
         self._outputs: list[Floats] = []  # newest first
+        self._calls = 0
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
         """``x`` itself: PNDM's model input needs no scaling."""
@@ -57,8 +58,15 @@ class PNDM:
 
     def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
         """``x`` for the next model call, or at last the clean one; ``float32[B, C, H, W]`` all."""
+        self._refuse_to_begin_after_warmup(index)
         advance = self._runge_kutta if index < self._warmup_calls else self._multistep
-        return advance(noise_pred.astype(np.float64), index, x.astype(np.float64)).astype(np.float32)
+        x_next = advance(noise_pred.astype(np.float64), index, x.astype(np.float64))
+        self._calls += 1
+        return x_next.astype(np.float32)
+
+    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+        """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
+        return self._schedule.noised(x0, noise, self.timesteps[index : index + 1])
 
     def _runge_kutta(self, noise_pred: Floats, index: int, x: Floats) -> Floats:
         """Equation 13: four calls a step, each move starting at the step's first ``x``."""
@@ -74,15 +82,23 @@ class PNDM:
     def _multistep(self, noise_pred: Floats, index: int, x: Floats) -> Floats:
         """Equation 12 on the last four outputs, fewer while they last."""
         t = int(self.timesteps[index])
-        if index == 1:  # the first step again, with the mean of the noise at both its ends
+        if self._calls == 1:  # the first step again, with the mean of the noise at both its ends
             return self._transfer(self._x_start, t + self._stride, t, (noise_pred + self._outputs[0]) / 2)
-        if index == 0:
+        if self._calls == 0:
             self._x_start = x
         self._outputs = [noise_pred, *self._outputs[:3]]
         # summed by hand: BLAS rounds a picture's last bit by its place in the batch
         weights = ADAMS_BASHFORTH[len(self._outputs) - 1]
         slope = sum((w * e for w, e in zip(weights, self._outputs, strict=True)), np.zeros_like(noise_pred))
         return self._transfer(x, t, t - self._stride, slope)
+
+    def _refuse_to_begin_after_warmup(self, index: int) -> None:
+        """The Runge-Kutta start moves from the first timestep; diffusers runs it there wherever x is."""
+        if self._warmup_calls and self._calls == 0 and index > 0:
+            raise RequestError(
+                f"pndm with `skip_prk_steps` false: got a start at call {index}, expected 0, where its Runge-Kutta "
+                "start is; set `skip_prk_steps` true in scheduler_config.json or choose another --scheduler"
+            )
 
     def _transfer(self, x: Floats, t: int, t_prev: int, model_output: Floats) -> Floats:
         """Equation 11: move ``x`` from ``t`` to ``t_prev`` along the predicted noise."""
