@@ -24,6 +24,7 @@ from qdeploy.spec import graph_batch, target_named
 
 MODEL = "builtin:emoji"
 TARGET = "ort-cpu"
+PLAIN_TARGET = "openvino"  # its float graphs have standard operators only, which every peer reads
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def make_inputs(
         save_reference(record_reference(model, fresh_prompts(prompts, protocol), protocol, on_progress), work.reference)
     if not work.float_unet.exists():
         with staged_folder(work.float_unet.parent) as folder:
-            export_unet(model.unet, model, folder / work.float_unet.name)  # what every peer quantizes
+            export_unet(model.unet, model, folder / work.float_unet.name, PLAIN_TARGET)  # what every peer quantizes
     reference = load_reference(work.reference)
     if (reference.protocol, reference.model_sha256) != (protocol, model.sha256):
         raise UsageError(
@@ -79,11 +80,11 @@ def make_inputs(
     return reference
 
 
-def export_unet(unet: Component, model: LatentDiffusion, path: Path) -> None:
+def export_unet(unet: Component, model: LatentDiffusion, path: Path, target: str = TARGET) -> None:
     """The graph of ``model``'s UNet, float or a quantized twin, at the static batch of both guidance halves."""
     example = model.example("unet", graph_batch("unet", reads_text=True))
-    graph = graph_from_component(unet, example, target_named(TARGET).opset)
-    lower(graph, TARGET)
+    graph = graph_from_component(unet, example, target_named(target).opset)
+    lower(graph, target)
     save_graph(graph, path)
 
 

@@ -13,7 +13,7 @@ from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.noise_correction import NoiseCorrection
 from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import EFFORTS, QuantSpec, Reconstruction
+from qdeploy.spec import EFFORTS, QuantSpec, Reconstruction, target_named
 from qdeploy.table import QuantTable, load_table, save_table
 
 TABLE = "table.safetensors"
@@ -91,8 +91,8 @@ def quantize_ours(row: Row, work: WorkFolder) -> Path:
 
 def save_for(engine: str, model: LatentDiffusion, table: QuantTable, folder: Path) -> None:
     """``ENGINE.onnx``: with Q behind spatial convolutions for ONNX Runtime, without for OpenVINO."""
-    twin = quantized_twin(model.unet, table.components["unet"], engine == "ort-cpu")
-    export_unet(twin, model, folder / f"{engine}.onnx")
+    twin = quantized_twin(model.unet, table.components["unet"], target_named(engine).conv_output_quantized)
+    export_unet(twin, model, folder / f"{engine}.onnx", engine)
 
 
 def correction_of(row: Row, work: WorkFolder) -> NoiseCorrection | None:

@@ -17,6 +17,7 @@ from benchmarks.inputs import WorkFolder, peer_feeds
 from benchmarks.ours import OURS, Row, quantize_ours
 from benchmarks.peer_nncf import NncfSettings, quantize_with_nncf
 from benchmarks.peer_ort import OrtSettings, quantize_with_ort
+from qdeploy.bench.memory import peak_bytes
 from qdeploy.errors import QdeployError, UsageError
 
 FULL_BIAS_CORRECTION_FEEDS = 320  # it runs parts of the model once per layer and feed: minutes, not hours
@@ -80,11 +81,11 @@ def make_here(name: str, work: WorkFolder) -> PeerModel:
     make, engine, note = recipe(name, work)
     folder = work.model_of(name)
     folder.mkdir(parents=True, exist_ok=True)
-    idle = peak_rss_bytes()
+    idle = peak_bytes()
     start = time.process_time()
     path = make()
     seconds = time.process_time() - start
-    made = PeerModel(name, str(path.relative_to(work.root)), engine, seconds, peak_rss_bytes(), idle, note)
+    made = PeerModel(name, str(path.relative_to(work.root)), engine, seconds, peak_bytes(), idle, note)
     (folder / "made.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
     return made
 
@@ -102,21 +103,6 @@ def recipe(name: str, work: WorkFolder) -> tuple[Callable[[], Path], str, str]:
     if isinstance(settings, OrtSettings):
         return lambda: quantize_with_ort(work.float_unet, feeds, settings, folder), "ort-cpu", settings.note
     return lambda: quantize_with_nncf(work.float_unet, feeds, settings, folder), "openvino", settings.note
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far.
-
-    From /proc where there is one: getrusage's figure starts at what the parent held when it forked.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

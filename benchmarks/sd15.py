@@ -20,8 +20,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.peers import peak_rss_bytes
 from benchmarks.ptq_quality import environment_of
+from qdeploy.bench.memory import peak_bytes
 from qdeploy.calibrate.dataset import load_calibration, save_calibration
 from qdeploy.calibrate.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.quantize import quantize_model
@@ -172,7 +172,7 @@ def run_here(step: str, work: Path) -> None:
     start, start_cpu = time.perf_counter(), time.process_time()
     facts = STEPS[step](work)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    receipt = Receipt(step, seconds, cpu_seconds, peak_rss_bytes(), facts)
+    receipt = Receipt(step, seconds, cpu_seconds, peak_bytes(), facts)
     with staged_file(work / f"{step}.json") as scratch:
         scratch.write_text(json.dumps(asdict(receipt), indent=1) + "\n", encoding="utf-8")
 

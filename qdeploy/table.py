@@ -100,7 +100,7 @@ class FloatLayer:
 class AttentionQuant:
     """Quantization of the two products of one attention, softmax(Q K^T) V; all three of equal bits, 8 or 16.
 
-    Probabilities need no range: zero point 0 and scale ``1 / (2**bits - 1)``.
+    The weights of V, exp(s - max s), need no range: zero point 0 and scale ``1 / (2**bits - 1)``.
     """
 
     q: Affine

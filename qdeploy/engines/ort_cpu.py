@@ -25,7 +25,7 @@ CARRIES_CONSTANTS = {"DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape
 TIMED = "_kernel_time"
 
 
-class OrtCpuSession:
+class OrtSession:
     """One graph in one ``onnxruntime.InferenceSession``."""
 
     def __init__(self, session: onnxruntime.InferenceSession, path: Path) -> None:
@@ -52,9 +52,9 @@ def versions() -> dict[str, str]:
     return {"onnxruntime": _onnxruntime().__version__}
 
 
-def open_session(path: Path, options: EngineOptions) -> OrtCpuSession:
+def open_session(path: Path, options: EngineOptions) -> OrtSession:
     """Load ``path`` on the CPU provider alone."""
-    return OrtCpuSession(_load(path, _settings(options)), path)
+    return OrtSession(_load(path, _settings(options)), path)
 
 
 def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:

@@ -13,10 +13,12 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qdeploy.engines.base import EngineOptions, Kernel, engine_named
 from qdeploy.errors import AuditError, ExportError, some_of
-from qdeploy.export.passes.name_by_layer import PRODUCTS
+from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
+from qdeploy.export.passes.name_by_layer import FUSED_ATTENTION, PRODUCTS
+from qdeploy.export.passes.split_gate import GATE
 from qdeploy.table import ComponentQuant
 
-PRODUCT_OPS = ("Conv", "MatMul", "Gemm")
+PRODUCT_OPS = ("Conv", "MatMul", "Gemm", INTEGER_MATMUL, FUSED_ATTENTION)
 PASSED_THROUGH = ("Transpose", "Reshape", "Cast")  # between what lies in the file and the product that reads it
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Quantize", "Convert")
 REARRANGING = ("Transpose", "Reorder", "ReorderInput", "ReorderOutput")
@@ -24,12 +26,12 @@ REARRANGING = ("Transpose", "Reorder", "ReorderInput", "ReorderOutput")
 
 @dataclass(frozen=True)
 class Product:
-    """One Conv, MatMul or Gemm of an ONNX graph."""
+    """One Conv, MatMul, Gemm or fused attention of an ONNX graph."""
 
     name: str
     output: str  # what engines may call a node that computes a graph's output
     macs: int
-    quantized: bool  # both factors come by DequantizeLinear
+    quantized: bool  # both factors come by DequantizeLinear, or are codes
     constants: tuple[str, ...]  # that it reads through DequantizeLinear and the like
 
 
@@ -90,7 +92,8 @@ class Audit:
         products = [f"{attention}.{product}" for attention in quant.attention for product in PRODUCTS]
         found = {finding.layer: finding for finding in self.findings}
         rest = [f"{name}.rest" for name, layer in quant.layers.items() if layer.passes == 2]
-        failed = {name: found.get(name) for name in (*quant.layers, *rest, *products)}
+        gates = [name for name in found if name.removesuffix(GATE) in quant.layers]
+        failed = {name: found.get(name) for name in (*quant.layers, *gates, *rest, *products)}
         failed = {name: finding for name, finding in failed.items() if finding is None or not finding.integer}
         if failed:
             names = [f"{name} ({'is not in the graph' if f is None else f.reason})" for name, f in failed.items()]
@@ -141,7 +144,7 @@ def kernels_reading(product: Product, by_constant: Mapping[str, list[Kernel]]) -
 
 
 def products_of(model: ir.Model) -> list[Product]:
-    """Every Conv, MatMul and Gemm of the graph with its multiply-accumulates; ExportError where a shape is open."""
+    """Every Conv, matrix product and fused attention with its multiply-accumulates; ExportError on open shapes."""
     nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
     if any(value is None or value.shape is None for node in nodes for value in (*node.inputs[:2], node.outputs[0])):
         model = ShapeInferencePass()(model).model
@@ -151,7 +154,7 @@ def products_of(model: ir.Model) -> list[Product]:
             node.name or str(node.outputs[0].name),
             str(node.outputs[0].name),
             macs_of(node),
-            all(sources_of(value)[0] for value in node.inputs[:2]),
+            node.op_type == INTEGER_MATMUL or all(sources_of(value)[0] for value in node.inputs[:2]),
             tuple(name for value in node.inputs[:2] for name in sources_of(value)[1]),
         )
         for node in nodes
@@ -159,8 +162,13 @@ def products_of(model: ir.Model) -> list[Product]:
 
 
 def macs_of(node: ir.Node) -> int:
-    """Multiply-accumulates of a Conv (weight ``[out, in / groups, ...]``) or of a product over the first's rows."""
+    """Multiply-accumulates of a Conv (weight ``[out, in / groups, ...]``), a product over the first's rows, or both
+
+    products of an attention over queries ``[B, N, C]`` and keys ``[B, T, C]``.
+    """
     first, second = (shape_of(value, node) for value in node.inputs[:2])
+    if node.op_type == FUSED_ATTENTION:
+        return 2 * prod(first) * second[1]
     terms = prod(second[1:]) if node.op_type == "Conv" else first[-1]
     if node.op_type == "Gemm" and node.attributes.get_int("transA"):
         terms = first[0]

@@ -5,18 +5,37 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 import torch
+from onnx.defs import OpSchema
 from onnxscript import opset20 as op
+from onnxscript.values import Op, Opset
 from torch import Tensor
 
 from qdeploy.errors import ExportError
+from qdeploy.export.passes.expand_attention import ATTENTION, DOMAIN
 from qdeploy.export.passes.simplify import simplify
 from qdeploy.models.components import Component
 from qdeploy.simulate import ops  # noqa: F401 - registers the custom ops that are translated below
+
+# softmax(scale q k^T + mask) v as one node, of no engine's: each target's lowering gives it the form that it runs best
+NEUTRAL_ATTENTION = Op(
+    Opset(DOMAIN, 1),
+    ATTENTION,
+    OpSchema(
+        ATTENTION,
+        DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter(name, "T") for name in ("q", "k", "v", "mask")],
+        outputs=[OpSchema.FormalParameter("y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "")],
+    ),
+)
 
 
 def graph_from_component(component: Component, feeds: dict[str, Tensor], opset: int) -> ir.Model:
@@ -25,6 +44,7 @@ def graph_from_component(component: Component, feeds: dict[str, Tensor], opset: 
         torch.ops.qdeploy.quantize_linear.default: _quantize_linear,
         torch.ops.qdeploy.dequantize_linear.default: _dequantize_linear,
         torch.ops.qdeploy.dequantize_weight.default: _dequantize_weight,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
     }
     try:
         with _quiet():
@@ -58,6 +78,24 @@ def _dequantize_weight(codes, scale, axis: int):  # noqa: ANN001, ANN202
     # No zero point: the exporter would share equal ones among layers, and ONNX Runtime 1.31's
     # s8-to-u8 weight conversion (CPUs without VNNI) fails on a shared one.
     return op.DequantizeLinear(codes, scale, axis=axis)
+
+
+def _attention(  # noqa: ANN202
+    q,  # noqa: ANN001
+    k,  # noqa: ANN001
+    v,  # noqa: ANN001
+    mask=None,  # noqa: ANN001
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+):
+    if is_causal or enable_gqa or dropout_p:
+        raise NotImplementedError("attention with is_causal, grouped heads or dropout; pass an explicit mask")
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if mask is not None and mask.dtype == ir.DataType.BOOL:
+        mask = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=float("-inf")))
+    return NEUTRAL_ATTENTION(q, k, v, mask, scale=factor)
 
 
 @contextlib.contextmanager

@@ -29,11 +29,12 @@ class Operand(nn.Module):
 
 
 class QuantAttnProcessor(nn.Module):
-    """``softmax(scale Q K^T) V`` unfused, Q, K, V and the probabilities quantized per tensor.
+    """``softmax(scale Q K^T) V`` unfused, Q, K, V and the weights of V quantized per tensor.
 
-    ``scale`` (the Attention's, 1/sqrt(D)) goes into Q's DequantizeLinear and costs nothing. The
-    probabilities lie in 0..1, so theirs is zero point 0 and one step of the full scale. Everything
-    around the products is diffusers' AttnProcessor2_0.
+    ``scale`` (the Attention's, 1/sqrt(D)) goes into Q's DequantizeLinear and costs nothing. What is
+    quantized is exp(s - max s), whose largest value in each row is 1, and the product divided by its sum
+    (SageAttention, Zhang et al. 2025, arXiv 2410.02367): probabilities over 4,096 keys are mostly smaller than
+    half a step of 1/255. Everything around the products is diffusers' AttnProcessor2_0.
     """
 
     def __init__(self, quant: AttentionQuant, scale: float) -> None:
@@ -41,7 +42,7 @@ class QuantAttnProcessor(nn.Module):
         self.query = Operand(quant.q, scale)
         self.key = Operand(quant.k)
         self.value = Operand(quant.v)
-        self.probabilities = Operand(Affine(1 / (2**quant.bits - 1), 0, quant.bits))
+        self.weights = Operand(Affine(1 / (2**quant.bits - 1), 0, quant.bits))
 
     def __call__(  # Attention.forward reads the keywords that a processor takes off this signature
         self,
@@ -76,8 +77,10 @@ class QuantAttnProcessor(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """``float32[B, N, heads, D]``, k and v of ``[B, T, heads, D]`` -> ``float32[B, heads, N, D]``."""
         scores = torch.matmul(self.query(q, HEADS_FIRST), self.key(k, TRANSPOSED))
-        probabilities = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-        return torch.matmul(self.probabilities(probabilities), self.value(v, HEADS_FIRST))
+        scores = scores if mask is None else scores + mask
+        weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+        total = weights.sum(dim=-1, keepdim=True)
+        return torch.matmul(self.weights(weights), self.value(v, HEADS_FIRST)) / total
 
 
 def _tokens_of(attn: Attention, x: Tensor, temb: Tensor | None) -> Tensor:

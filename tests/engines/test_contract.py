@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qdeploy.engines.base import Engine, EngineOptions, Session, engine_named, engine_names
+from qdeploy.engines.base import Engine, EngineOptions, Kernel, Session, engine_named, engine_names
 from qdeploy.errors import EngineError, EngineUnavailableError
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4), np.float32)
@@ -172,15 +172,23 @@ def test_the_largest_integer_codes_do_not_saturate(engine: Engine, integer_graph
     np.testing.assert_allclose(found, np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=RTOL)
 
 
+def kernels_of(engine: Engine, path: Path, given: Feeds | None = None) -> list[Kernel]:
+    """The engine's kernels; to look inside, an engine may need a package that is not here."""
+    try:
+        return engine.kernels(path, EngineOptions(), given)
+    except EngineUnavailableError as exc:
+        pytest.skip(str(exc))
+
+
 def test_it_names_its_kernels(engine: Engine, integer_graph: Path, graph: Path) -> None:
-    integer = [kernel for kernel in engine.kernels(integer_graph, EngineOptions()) if kernel.integer]
+    integer = [kernel for kernel in kernels_of(engine, integer_graph) if kernel.integer]
     assert len(integer) == 1
     assert integer[0].seconds is None
     known = {"product", "y"} & set(integer[0].names)  # by its own name or its output's
     assert known or any(name.startswith("codes") for name in integer[0].constants)
-    assert not any(kernel.integer for kernel in engine.kernels(graph, EngineOptions()))
+    assert not any(kernel.integer for kernel in kernels_of(engine, graph))
 
 
 def test_it_times_its_kernels(engine: Engine, graph: Path) -> None:
-    kernels = engine.kernels(graph, EngineOptions(), feeds())
+    kernels = kernels_of(engine, graph, feeds())
     assert any(kernel.seconds is not None for kernel in kernels)

@@ -41,7 +41,7 @@ def test_it_computes_what_the_simulator_says(
     table = quantize_model(tiny_model, calibration, QuantSpec(components=("unet",), **settings))
     twin = quantized_twin(tiny_model.unet, table.components["unet"], True)
     graph = graph_from_component(twin, tiny_model.example("unet", 2), 20)
-    lower(graph, "ort-cpu")
+    lower(graph, "openvino")
     save_graph(graph, tmp_path / "model.onnx")
     session = engine_named("openvino").open_session(tmp_path / "model.onnx", EngineOptions())
     measure_parity(tiny_model.unet, twin, session, table.probes["unet"]).check("unet")

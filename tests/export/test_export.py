@@ -17,10 +17,13 @@ from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import AuditError, ParityError, TableError
-from qdeploy.export.audit import audit_graph
+from qdeploy.export.audit import PRODUCT_OPS, audit_graph
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import Parity, measure_parity
+from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
+from qdeploy.export.passes.split_gate import GATE
+from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.twin import quantized_twin
 from qdeploy.spec import QuantSpec, graph_batch, target_named
@@ -51,7 +54,7 @@ def test_four_bit_weights_lie_in_the_file_as_int4_and_run_as_int8(w4a8: Path, in
 
 def test_two_passes_are_two_integer_products(int8_bundle: Path, table: QuantTable) -> None:
     graph = onnx.load(int8_bundle / "unet" / "model.onnx", load_external_data=False).graph
-    names = {node.name for node in graph.node if node.op_type == "MatMul"}
+    names = {node.name for node in graph.node if node.op_type == INTEGER_MATMUL}
     twice = [name for name, layer in table.components["unet"].layers.items() if layer.passes == 2]
     assert twice
     assert all({name, f"{name}.rest"} <= names for name in twice)
@@ -66,12 +69,14 @@ def test_the_runtime_applies_the_tables_noise_correction(w4a8: Path) -> None:
 def test_every_layer_of_the_table_runs_in_integers(int8_bundle: Path, table: QuantTable) -> None:
     for name, quant in table.components.items():
         audit = audit_graph(int8_bundle / name / "model.onnx", "ort-cpu")
-        integer = [finding for finding in audit.findings if finding.layer.removesuffix(".rest") in quant.layers]
-        assert {finding.op_type for finding in integer} <= {"QLinearConv", "MatMulIntegerToFloat"}
+        macs = Counter[str]()
+        for finding in audit.findings:
+            layer = finding.layer.removesuffix(GATE)
+            if layer.removesuffix(".rest") in quant.layers:
+                assert finding.op_type in ("QLinearConv", "MatMulIntegerToFloat")
+                macs[layer] += finding.macs if layer in quant.layers else 0
         batch = graph_batch(name, reads_text=True)
-        assert {finding.layer: finding.macs for finding in integer if finding.layer in quant.layers} == {
-            layer: batch * quant.macs[layer] for layer in quant.layers
-        }
+        assert +macs == {layer: batch * quant.macs[layer] for layer in quant.layers}
         audit.check(name, quant)
 
 
@@ -81,7 +86,7 @@ def test_weights_are_stored_as_int8_under_the_layers_names(int8_bundle: Path, ta
     for layer in table.components["unet"].layers:
         assert types[f"{layer}.weight_quant.codes"] == onnx.TensorProto.INT8
         assert f"{layer}.weight" not in types
-    named = Counter(node.name for node in graph.node if node.op_type in ("Conv", "MatMul"))
+    named = Counter(node.name for node in graph.node if node.op_type in PRODUCT_OPS)
     assert all(named[layer] == 1 for layer in table.components["unet"].layers)
 
 
@@ -103,10 +108,9 @@ def test_qkv_share_one_quantize(int8_bundle: Path) -> None:
     graph = onnx.load(int8_bundle / "unet" / "model.onnx", load_external_data=False).graph
     readers = Counter(node.input[0] for node in graph.node if node.op_type == "QuantizeLinear")
     attention = next(node for node in graph.node if node.name.endswith("attn1.to_q"))
-    dq = next(node for node in graph.node if node.output[0] == attention.input[0])
-    q = next(node for node in graph.node if node.output[0] == dq.input[0])
+    q = next(node for node in graph.node if node.output[0] == attention.input[0])
     assert readers[q.input[0]] == 1
-    users = {node.name.rpartition(".")[2] for node in graph.node if dq.output[0] in node.input}
+    users = {node.name.rpartition(".")[2] for node in graph.node if q.output[0] in node.input}
     assert users == {"to_q", "to_k", "to_v"}
 
 
@@ -149,6 +153,7 @@ def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
         },
     )
     graph = graph_from_component(quantized_twin(tiny_model.unet, wrong, True), tiny_model.example("unet", 2), 20)
+    lower(graph, "ort-cpu")
     ir.save(graph, tmp_path / "wrong.onnx")
     session = engine_named("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
     right = quantized_twin(tiny_model.unet, quant, True)
@@ -211,6 +216,8 @@ def test_saturation_free_on_every_cpu(int8_bundle: Path, tmp_path: Path) -> None
     layer = LayerQuant(codes, np.full(16, 0.01, np.float32), 8, Affine(1 / 255, 0))
     component = One(QuantLinear(nn.Linear(64, 16).requires_grad_(False), layer))
     x = torch.ones(1, 4, 64)
-    ir.save(graph_from_component(component, {"x": x}, 20), tmp_path / "one.onnx")
+    graph = graph_from_component(component, {"x": x}, 20)
+    lower(graph, "ort-cpu")
+    ir.save(graph, tmp_path / "one.onnx")
     session = engine_named("ort-cpu").open_session(tmp_path / "one.onnx", EngineOptions())
     assert np.allclose(session.run({"x": x.numpy()})["y"], component(x).numpy(), rtol=1e-5)

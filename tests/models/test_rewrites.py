@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qdeploy.errors import ModelError, TableError
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
+from qdeploy.export.targets import lower
 from qdeploy.models.components import Component, UNet, called_layers
 from qdeploy.models.rewrites import REWRITES, apply_rewrite
 from qdeploy.models.rewrites.split_skips import SplitConv2d, skip_readers, split_skips
@@ -204,7 +205,9 @@ def test_what_a_table_cannot_hold_is_refused(tiny_model: LatentDiffusion) -> Non
 
 def exported(component: Component, feeds: dict[str, Tensor], folder: Path) -> Path:
     path = folder / "model.onnx"
-    save_graph(graph_from_component(component, feeds, opset=20), path)
+    graph = graph_from_component(component, feeds, opset=20)
+    lower(graph, "ort-cpu")
+    save_graph(graph, path)
     return path
 
 

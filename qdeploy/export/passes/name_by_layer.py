@@ -5,7 +5,7 @@
    from ``LAYER.weight_quant.codes`` (integer) is named ``LAYER``; a second one, reading what the first
    pass over the activation rounded off, ``LAYER.rest``. So is a MatMul with a constant whose name was lost.
 3. The two products of an attention, which multiply activations alone, are named ``ATTENTION.scores`` and
-   ``ATTENTION.values`` after the module that they were traced in.
+   ``ATTENTION.values`` after the module that they were traced in; both in one fused node ``ATTENTION``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ PRODUCTS = ("scores", "values")  # in order of computation
 PROCESSOR = ".processor"
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of the exporter: a list literal, outermost module first
 LAYER_OPS = ("Conv", "MatMul", "Gemm")
+FUSED_ATTENTION = "MultiHeadAttention"
 
 
 def name_by_layer(model: ir.Model) -> int:
@@ -30,12 +31,15 @@ def name_by_layer(model: ir.Model) -> int:
             value.name = name.removeprefix(PREFIX)
     named: set[str] = set()
     for node in model.graph:
-        if node.op_type not in LAYER_OPS:
+        if node.op_type not in (*LAYER_OPS, FUSED_ATTENTION):
             continue
         module = module_of(node)
         if layer := layer_of(node) or (reads_constant(node) and module):
             node.name = f"{layer}.rest" if layer in named else layer
             named.add(layer)
+        elif module and node.op_type == FUSED_ATTENTION:
+            node.name = module
+            named.add(module)
         elif module:
             scores, values = (f"{module}.{product}" for product in PRODUCTS)
             node.name = values if scores in named else scores

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qdeploy.export.passes.expand_attention import expand_attention
+from qdeploy.export.passes.fold_ratio import fold_ratio
 from qdeploy.export.passes.name_by_layer import name_by_layer
 from qdeploy.export.passes.share_quantize import share_quantize
 from qdeploy.export.passes.store_int4 import store_int4
@@ -15,6 +17,8 @@ from qdeploy.export.passes.store_int4 import store_int4
 
 def lower(model: ir.Model) -> None:
     """Lower ``model`` in place."""
+    expand_attention(model)
     name_by_layer(model)
     share_quantize(model)
+    fold_ratio(model)
     store_int4(model)

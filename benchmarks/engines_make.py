@@ -1,0 +1,204 @@
+"""The UNet files that ``benchmarks.engines`` compares: float, the peers', and ours for each engine.
+
+    python -m benchmarks.engines_make ROW SOURCE FOLDER
+
+makes one, in a process of its own, so that time and peak memory are its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.inputs import export_unet
+from benchmarks.peer_nncf import NncfSettings, quantize_with_nncf
+from benchmarks.peer_ort import LAYER_OPS
+from qdeploy.bench.memory import peak_bytes
+from qdeploy.calibrate.weights import mse_scale, nearest_codes
+from qdeploy.models.source import LatentDiffusion, load_model
+from qdeploy.simulate.twin import quantized_twin
+from qdeploy.spec import target_named
+from qdeploy.table import ComponentQuant, LayerQuant, load_table
+
+Feeds = dict[str, NDArray]
+STAND_IN_RANGE = 4.0  # of every activation for quantize_static: its time does not depend on it, its quality does
+CALIBRATED = (900, 500, 100)  # timesteps of NNCF's inputs; its time does not depend on them either
+GRAPH = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and its W8A8 table."""
+
+    model: str
+    table: str
+
+    def load(self) -> LatentDiffusion:
+        return load_model(self.model)
+
+    def unet_table(self) -> ComponentQuant:
+        return load_table(Path(self.table)).components["unet"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file and the engine that runs it.
+
+    speed_only: its activation ranges are stand-ins, so that its SQNR says nothing.
+    """
+
+    name: str
+    engine: str
+    make: Callable[[Source, Path], Path]
+    note: str
+    speed_only: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """What making a row took."""
+
+    path: str
+    seconds: float
+    peak_rss_bytes: int
+    file_bytes: int
+
+
+def float_graph(source: Source, folder: Path, target: str) -> Path:
+    """The float UNet, lowered for ``target``."""
+    model = source.load()
+    export_unet(model.unet, model, folder / GRAPH, target)
+    return folder / GRAPH
+
+
+def our_graph(source: Source, folder: Path, target: str, weight_bits: int = 8) -> Path:
+    """The quantized UNet, lowered for ``target``; at 4 bits with weights rounded to nearest."""
+    model, quant = source.load(), source.unet_table()
+    if weight_bits != 8:
+        quant = at_bits(model, quant, weight_bits)
+    twin = quantized_twin(model.unet, quant, target_named(target).conv_output_quantized)
+    export_unet(twin, model, folder / GRAPH, target)
+    return folder / GRAPH
+
+
+def at_bits(model: LatentDiffusion, quant: ComponentQuant, bits: int) -> ComponentQuant:
+    """``quant`` with its weights at ``bits``, activations as they are."""
+    modules = dict(model.unet.inner.named_modules())
+    return replace(
+        quant,
+        layers={name: rounded(modules[name].weight.detach(), layer, bits) for name, layer in quant.layers.items()},  # type: ignore[operator,union-attr]
+    )
+
+
+def rounded(weight: torch.Tensor, layer: LayerQuant, bits: int) -> LayerQuant:
+    if layer.input_ratio is not None:
+        weight = weight * torch.from_numpy(layer.input_ratio).reshape(1, -1, *[1] * (weight.dim() - 2))
+    scale = mse_scale(weight, bits)
+    return replace(layer, weight=nearest_codes(weight, scale, bits), weight_scale=scale.numpy(), weight_bits=bits)
+
+
+def static_graph(source: Source, folder: Path, layers_only: bool) -> Path:
+    """What ``quantize_static`` writes, from stand-in ranges: its own calibration of SD 1.5 takes 24 GB."""
+    import onnx
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    plain, prepared = float_graph(source, folder / "float", "openvino"), folder / "prepared.onnx"
+    quant_pre_process(plain, prepared, save_as_external_data=True)
+    model = load_model_with_shape_infer(prepared)
+    lowest, highest = np.float32(-STAND_IN_RANGE), np.float32(STAND_IN_RANGE)
+    names = {name for node in model.graph.node for name in (*node.input, *node.output) if name}
+    ranges = TensorsData(CalibrationMethod.MinMax, {name: TensorData(lowest=lowest, highest=highest) for name in names})
+    all_ops = list({*QLinearOpsRegistry, *QDQRegistry})
+    quantizer = QDQQuantizer(
+        model,
+        True,  # per channel
+        False,
+        QuantType.QInt8,
+        QuantType.QUInt8,
+        ranges,
+        [],
+        attention_products(model) if layers_only else [],
+        LAYER_OPS if layers_only else all_ops,
+        {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]} if layers_only else {},
+    )
+    quantizer.quantize_model()
+    onnx.save(
+        quantizer.model.model, folder / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data", size_threshold=0
+    )
+    return folder / GRAPH
+
+
+def attention_products(model: object) -> list[str]:
+    """Names of the MatMuls of two activations."""
+    weights = {tensor.name for tensor in model.graph.initializer}  # type: ignore[attr-defined]
+    nodes = [node for node in model.graph.node if node.op_type == "MatMul"]  # type: ignore[attr-defined]
+    return [node.name for node in nodes if not weights & set(node.input)]
+
+
+def nncf_graph(source: Source, folder: Path) -> Path:
+    """``nncf.quantize`` at its defaults, calibrated on a few inputs."""
+    plain = float_graph(source, folder / "float", "openvino")
+    model = source.load()
+    feeds = [unet_feeds(model, t) for t in CALIBRATED]
+    del model
+    return quantize_with_nncf(plain, feeds, NncfSettings(), folder)
+
+
+def unet_feeds(model: LatentDiffusion, t: int) -> Feeds:
+    """Normal latents and text at timestep ``t``, in the graph's shapes."""
+    noise = np.random.default_rng(t)
+    example = model.example("unet", 2)
+    feeds = {
+        name: noise.standard_normal(x.shape).astype(np.float32) for name, x in example.items() if x.is_floating_point()
+    }
+    return feeds | {"timestep": np.array(t, np.int64)}
+
+
+ROWS = [
+    Row("fp32", "ort-cpu", partial(float_graph, target="openvino"), "as exported"),
+    Row("fp32-lowered", "ort-cpu", partial(float_graph, target="ort-cpu"), "attention as MultiHeadAttention"),
+    Row("fp32-openvino", "openvino", partial(float_graph, target="openvino"), "as exported"),
+    Row(
+        "quantize_static", "ort-cpu", partial(static_graph, layers_only=False),
+        "defaults: QDQ around every op, per channel, stand-in ranges", speed_only=True,
+    ),
+    Row(
+        "quantize_static-layers", "ort-cpu", partial(static_graph, layers_only=True),
+        "Conv, MatMul and Gemm alone, linears without Q behind, float attention, stand-in ranges", speed_only=True,
+    ),
+    Row("nncf", "openvino", nncf_graph, "defaults (MIXED), 3 inputs"),
+    Row("qdeploy-w8a8", "ort-cpu", partial(our_graph, target="ort-cpu"), "--target ort-cpu"),
+    Row("qdeploy-w8a8-openvino", "openvino", partial(our_graph, target="openvino"), "--target openvino"),
+    Row("qdeploy-w8a8-ort-openvino", "ort-openvino", partial(our_graph, target="openvino"), "--target openvino"),
+    Row("qdeploy-w4a8", "ort-cpu", partial(our_graph, target="ort-cpu", weight_bits=4), "INT4 on disk, nearest"),
+    Row("qdeploy-w4a8-openvino", "openvino", partial(our_graph, target="openvino", weight_bits=4), "INT4 on disk"),
+]  # fmt: skip
+
+
+def make_here(row: Row, source: Source, folder: Path) -> None:
+    """Make ``row`` in ``folder``, with a receipt beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    path = row.make(source, folder)
+    seconds, peak = time.perf_counter() - start, peak_bytes()
+    size = sum(file.stat().st_size for file in path.parent.glob(path.stem + ".*"))
+    made = Made(str(path.relative_to(folder)), seconds, peak, size)
+    (folder / "made.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    make_here(next(row for row in ROWS if row.name == sys.argv[1]), Source(sys.argv[2], sys.argv[3]), Path(sys.argv[4]))

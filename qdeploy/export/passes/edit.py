@@ -1,0 +1,74 @@
+"""What passes have in common: constants, new nodes, nodes that take another's place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+def constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
+    """A new initializer; one of that name gives way to it."""
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers[name] = value
+    return value
+
+
+def array_of(value: ir.Value | None) -> NDArray | None:
+    """The content of an initializer, None for anything else."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def made(
+    op_type: str,
+    inputs: list[ir.Value | None],
+    name: str,
+    shape: tuple[int, ...],
+    before: ir.Node,
+    domain: str = "",
+    **attributes: Any,
+) -> ir.Value:
+    """The float32 output of a new node in front of ``before``, of whose module it is."""
+    node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
+    node.metadata_props.update(before.metadata_props)
+    output = node.outputs[0]
+    output.name, output.shape, output.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    graph = before.graph
+    assert graph is not None
+    graph.insert_before(before, node)
+    return output
+
+
+def replace(node: ir.Node, value: ir.Value) -> None:
+    """Let ``value`` take the place of ``node``'s only output; as a graph output it takes over the name."""
+    graph, output = node.graph, node.outputs[0]
+    assert graph is not None
+    name = output.name if output.is_graph_output() else value.name
+    ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
+    output.name, value.name = None, name
+    graph.remove(node, safe=True)
+
+
+def remove_unused(graph: ir.Graph) -> None:
+    """Drop nodes that nothing reads, and what only they read; initializers stay."""
+    for node in reversed(graph):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+
+
+def shape_of(value: ir.Value | None) -> tuple[int, ...]:
+    """Static shape of a value whose shape the exporter set."""
+    assert value is not None
+    assert value.shape is not None
+    return tuple(np.asarray(value.shape.numpy(), dtype=int).tolist())
+
+
+def only_use(value: ir.Value) -> ir.Node | None:
+    """The one node that reads ``value``, None when there are more or it is a graph output."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

@@ -1,0 +1,69 @@
+"""The neutral attention written out, or as ONNX Runtime's own operator."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from qdeploy.errors import ExportError
+from qdeploy.export.graph import graph_from_component
+from qdeploy.export.passes.expand_attention import expand_attention
+from qdeploy.export.passes.fuse_attention import fuse_attention
+from qdeploy.models.components import Component
+from tests.export.rewritten import run
+
+X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+class OneAttention(Component):
+    """Two heads over the tokens ``x``, masked where ``mask`` says."""
+
+    outputs = ("y",)
+
+    def __init__(self, mask: torch.Tensor | None = None, causal: bool = False) -> None:
+        super().__init__(nn.Identity())
+        self.mask, self.causal = mask, causal
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (tokens.unflatten(-1, (2, -1)).transpose(1, 2) for tokens in (x, 2 * x))
+        y = nn.functional.scaled_dot_product_attention(q, k, q, self.mask, is_causal=self.causal)
+        return y.transpose(1, 2).flatten(2)
+
+
+def operators(component: OneAttention, *passes: object) -> Counter[str]:
+    """What the passes leave of the traced component, which must compute what torch does."""
+    model = graph_from_component(component, {"x": X}, 20)
+    for one in passes:
+        one(model)  # type: ignore[operator]
+    with torch.no_grad():
+        np.testing.assert_allclose(run(ir.to_proto(model), X.numpy()), component(X).numpy(), rtol=1e-5, atol=1e-6)
+    return Counter(node.op_type for node in model.graph)
+
+
+def test_written_out() -> None:
+    found = operators(OneAttention(), expand_attention)
+    assert (found["MatMul"], found["Softmax"], found["Add"]) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool])
+def test_a_mask_is_added(kind: torch.dtype) -> None:
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    if kind == torch.float32:
+        mask = torch.zeros(6, 6).masked_fill(~mask, float("-inf"))
+    found = operators(OneAttention(mask), fuse_attention, expand_attention)
+    assert (found["MatMul"], found["Add"], found["MultiHeadAttention"]) == (2, 1, 0)
+
+
+def test_fused_without_the_heads_transposes() -> None:
+    found = operators(OneAttention(), fuse_attention, expand_attention)
+    assert (found["MultiHeadAttention"], found["MatMul"], found["Transpose"]) == (1, 0, 0)
+
+
+def test_what_the_graph_does_not_provide_for_is_refused() -> None:
+    with pytest.raises(ExportError, match="is_causal"):
+        graph_from_component(OneAttention(causal=True), {"x": X}, 20)
