@@ -191,7 +191,7 @@ def tensor(name: str, kind: int, sides: list[int]) -> ValueInfoProto:
 def session_of(form: str, length: int, depth: int, threads: int | None) -> onnxruntime.InferenceSession:
     """The form as a whole graph from ``q, k, v [B, N, heads * D]`` to ``y``."""
     nodes, constants = FORMS[form](length, depth)
-    constants = constants | {"scale": np.float32(depth**-0.5)}
+    constants |= {"scale": np.array(depth**-0.5, np.float32)}
     sides = [BATCH, length, HEADS * depth]
     graph = helper.make_graph(
         [node("Mul", ["q", "scale"], ["q_scaled"]), *nodes],

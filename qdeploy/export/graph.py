@@ -94,7 +94,7 @@ def _attention(  # noqa: ANN202
         raise NotImplementedError("attention with is_causal, grouped heads or dropout; pass an explicit mask")
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if mask is not None and mask.dtype == ir.DataType.BOOL:
-        mask = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=float("-inf")))
+        mask = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=float("-inf")))  # type: ignore[type-var]
     return NEUTRAL_ATTENTION(q, k, v, mask, scale=factor)
 
 
