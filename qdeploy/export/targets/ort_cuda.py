@@ -1,0 +1,17 @@
+"""Lowering for ONNX Runtime's CUDA provider: a float graph in fp16.
+
+The provider fuses norms and attention itself; it has no integer convolution, so no QDQ graph is lowered for it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qdeploy.export.passes.name_by_layer import name_by_layer
+from qdeploy.export.passes.to_fp16 import to_fp16
+
+
+def lower(model: ir.Model) -> None:
+    """Lower ``model`` in place."""
+    name_by_layer(model)
+    to_fp16(model)
