@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RTX := $(VENV)/.tensorrt-rtx
 
 .PHONY: demo test test-slow lint format clean
 
@@ -10,10 +11,10 @@ demo: $(STAMP)
 	$(BIN)/qdeploy demo -o demo
 
 # One thread a worker: tests run on tiny models, whose threads would only wait for one another.
-test: lint
+test: lint $(RTX)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test-slow: $(STAMP)
+test-slow: $(RTX)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
@@ -33,6 +34,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+# NVIDIA's TensorRT-RTX (146 MB), which builds the tensorrt target's graphs on trial, without a GPU.
+# On other systems than Linux x86-64 the extra is empty and those tests are skipped.
+$(RTX): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[tensorrt-rtx]'
 	touch $@
 
 clean:

@@ -50,6 +50,8 @@ class ComponentInfo:
     parity_db: float | None = None  # SQNR of the engine's output against the simulator's
     simulator_sqnr_db: float | None = None  # of the simulator's against the float model's
     engine_sqnr_db: float | None = None  # of the engine's against the float model's
+    parity_engine: str | None = None  # what ran in the engine's place there; None: the engine itself
+    acceptance: str = ""  # what the engine's own rules and library said of the graph
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptio
 @click.argument("source", metavar="MODEL|QUANT")
 @click.option("-o", "--out", type=PATH, required=True, help="Bundle folder to write.")
 @click.option("--target", default="ort-cpu", show_default=True, help="What the graphs are lowered for.")
-@click.option("--precision", help="fp32 for a MODEL, int8 for a QUANT table (the defaults).")
+@click.option("--precision", help="Default: int8 for a QUANT table; for a MODEL fp32, on GPU targets fp16.")
 @click.option("--model", help="Where a table's model lies now, if it moved.")
 @loading_options
 @click.pass_obj
@@ -245,12 +245,18 @@ def export(
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
     A quantized export is gated: every layer of the table must run as an integer kernel, and the
-    engine must agree with the simulator on recorded inputs.
+    engine must agree with the simulator on recorded inputs. Targets are ort-cpu, openvino, tensorrt
+    (int8 or fp16) and ort-cuda (fp16); the last two have no engine here yet, so ONNX Runtime's CPU
+    provider computes their graphs in the gate, and TensorRT-RTX, where it is installed, builds
+    those of tensorrt.
 
-    Example: qdeploy export w8a8.safetensors -o bundle
+    \b
+    Examples:
+      qdeploy export w8a8.safetensors -o bundle
+      qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt
     """
-    from qdeploy.describe import parity_text
-    from qdeploy.export.exporter import check_precision, export_bundle
+    from qdeploy.describe import gate_texts
+    from qdeploy.export.exporter import export_bundle
     from qdeploy.models.source import load_model
     from qdeploy.progress import shown
     from qdeploy.spec import target_named
@@ -258,17 +264,16 @@ def export(
 
     spec = target_named(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
-    natural = "fp32" if table is None else "int8"
-    check_precision(precision or natural)
+    natural = spec.float_type if table is None else "int8"
+    spec.check_precision(precision or natural)
     if (precision or natural) != natural:
         raise UsageError(f"--precision {precision} does not fit {source}: it exports as {natural}")
     loaded = load_model(model or (source if table is None else table.model), loading)
     with shown(show) as on_progress:
         manifest = export_bundle(loaded, table, spec, out, on_progress)
     for name, info in manifest.components.items():
-        if info.parity_db is not None:
-            share = f"{info.integer_mac_share:.1%} of MACs in int8"
-            click.echo(f"{name}: {share}; {parity_text(info)}")
+        if info.engine_sqnr_db is not None:
+            click.echo(f"{name}: {'; '.join(gate_texts(info))}")
     click.echo(f"wrote {out}")
 
 

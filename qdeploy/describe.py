@@ -70,24 +70,36 @@ def describe_bundle(path: Path) -> Facts:
         *(("lora", str(lora)) for lora in manifest.provenance.get("loras", [])),
     ]
     for name, info in manifest.components.items():
-        parity = "" if info.parity_db is None else f", {parity_text(info)}"
         facts.append(
             (
                 name,
-                f"{bundle.component_bytes(name) / 1e6:.1f} MB, {widths_text(info.weight_bits)}A{info.act_bits}, "
-                f"{info.integer_mac_share:.1%} of MACs in int8{parity}",
+                ", ".join(
+                    [
+                        f"{bundle.component_bytes(name) / 1e6:.1f} MB",
+                        f"{widths_text(info.weight_bits)}A{info.act_bits}",
+                        *gate_texts(info),
+                    ]
+                ),
             )
         )
         facts += [(f"  {key}", f"{t.dtype}{list(t.shape)}") for key, t in {**info.inputs, **info.outputs}.items()]
     return facts
 
 
-def parity_text(info: ComponentInfo) -> str:
-    """The export gate's three figures."""
-    return (
-        f"SQNR engine/simulator {info.parity_db:.1f} dB, engine/float {info.engine_sqnr_db:.1f} dB, "
-        f"simulator/float {info.simulator_sqnr_db:.1f} dB"
-    )
+def gate_texts(info: ComponentInfo) -> list[str]:
+    """What the export gate found, and what it did not try."""
+    ran = "engine" if info.parity_engine is None else info.parity_engine
+    figures = {
+        f"{ran}/simulator": info.parity_db,
+        f"{ran}/float": info.engine_sqnr_db,
+        "simulator/float": info.simulator_sqnr_db,
+    }
+    measured = [f"{pair} {db:.1f} dB" for pair, db in figures.items() if db is not None]
+    where = "" if info.parity_engine is None else " in the file"
+    texts = [f"{info.integer_mac_share:.1%} of MACs in int8{where}"]
+    texts += [f"SQNR {', '.join(measured)}"] if measured else []
+    texts += [f"computed by {ran} in the engine's place"] if measured and info.parity_engine is not None else []
+    return texts + ([info.acceptance] if info.acceptance else [])
 
 
 def describe_calibration(path: Path) -> Facts:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qdeploy.bundle import MANIFEST, open_bundle
 from qdeploy.describe_table import Facts
-from qdeploy.engines.base import EngineOptions
+from qdeploy.engines.base import EngineOptions, engine_for
 from qdeploy.errors import ExportError, UsageError
 from qdeploy.export.audit import QUANTIZING, REARRANGING, Audit, audit_graph
 
@@ -25,7 +25,7 @@ def describe_audit(path: Path, engine: str | None = None, threads: int | None = 
     """
     if (path / MANIFEST).is_file():
         bundle = open_bundle(path)
-        chosen = engine or bundle.manifest.engine
+        chosen = engine_for(path, bundle.manifest.engine, engine)
         graphs = {name: bundle.path(info.file) for name, info in bundle.manifest.components.items()}
     elif path.suffix == ".onnx" and path.is_file():
         chosen, graphs = engine or DEFAULT_ENGINE, {path.stem: path}

@@ -50,9 +50,15 @@ def test_the_whole_way(tiny_folder: Path, tmp_path: Path) -> None:
     [
         (("export", "no/such/folder", "-o", "x"), 1, "does not exist"),
         (("export", "builtin:none", "-o", "x"), 1, "no built-in model"),
-        (("export", "builtin:emoji", "-o", "x", "--target", "abacus"), 2, "known targets: openvino, ort-cpu"),
+        (
+            ("export", "builtin:emoji", "-o", "x", "--target", "abacus"),
+            2,
+            "known targets: openvino, ort-cpu, ort-cuda, tensorrt",
+        ),
         (("export", "builtin:emoji", "-o", "x", "--precision", "int3"), 2, "unknown --precision"),
         (("export", "builtin:emoji", "-o", "x", "--precision", "int8"), 2, "exports as fp32"),
+        (("export", "builtin:emoji", "-o", "x", "--precision", "fp16"), 2, "has no fp16 kernels for CPUs"),
+        (("export", "builtin:emoji", "-o", "x", "--target", "ort-cuda", "--precision", "int8"), 2, "--target tensorrt"),
         (("export", "none.safetensors", "-o", "x"), 1, "not a readable qdeploy table"),
         (("generate", "no/such/bundle", "a cat"), 1, "not a qdeploy bundle"),
         (("quantize", "builtin:emoji"), 2, "--calib"),

@@ -166,3 +166,23 @@ def test_a_table_for_another_model_is_refused(tiny_model: LatentDiffusion, table
     wrong = dataclasses.replace(quant, layers={**quant.layers, "no.such.layer": quant.layers[name]})
     with pytest.raises(TableError, match=r"no\.such\.layer"):
         quantized_twin(tiny_model.unet, wrong, conv_output_quantized=True)
+
+
+def test_signed_codes_lie_around_0_by_the_symmetric_scale() -> None:
+    linear = nn.Linear(16, 8).requires_grad_(False)
+    layer = dataclasses.replace(layer_of(linear.weight.numpy()), symmetric_scale=0.03)
+    x = torch.randn(2, 5, 16) * 3  # some lie beyond 127 steps
+    q = numerics.quantize_linear(x.numpy(), np.float32(0.03), np.int8(0)).astype(np.int64)
+    expected = (q @ layer.weight.T.astype(np.int64)) * (0.03 * layer.weight_scale) + linear.bias.numpy()
+    assert q.min() == -128
+    assert np.allclose(QuantLinear(linear, layer, signed=True)(x).numpy(), expected, rtol=ROUND_OFF, atol=ROUND_OFF)
+
+
+def test_signed_codes_need_a_symmetric_scale_and_one_pass() -> None:
+    conv = nn.Conv2d(4, 6, 3).requires_grad_(False)
+    layer = layer_of(conv.weight.numpy())
+    with pytest.raises(TableError, match="symmetric input scale"):
+        QuantConv2d(conv, layer, quantize_output=False, signed=True)
+    twice = dataclasses.replace(layer, symmetric_scale=0.03, passes=2)
+    with pytest.raises(TableError, match="one pass"):
+        QuantConv2d(conv, twice, quantize_output=False, signed=True)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from numpy.typing import NDArray
 
-from qdeploy.errors import UsageError
+from qdeploy.errors import EngineUnavailableError, UsageError
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,13 @@ def engine_named(name: str) -> Engine:
     if name not in engine_names():
         raise UsageError(f"unknown --engine {name!r}; known engines: {', '.join(engine_names())}")
     return importlib.import_module(f"qdeploy.engines.{name.replace('-', '_')}")  # type: ignore[return-value]
+
+
+def engine_for(bundle: Path, exported_for: str, asked: str | None) -> str:
+    """What to run ``bundle`` on: the engine ``asked`` for, else its own; EngineUnavailableError where there is none."""
+    if asked is None and exported_for not in engine_names():
+        raise EngineUnavailableError(
+            f"{bundle} was exported for the engine {exported_for}, which this qdeploy cannot run (it runs "
+            f"{', '.join(engine_names())}); export it for another --target, or give an --engine to compute its graphs"
+        )
+    return exported_for if asked is None else asked

@@ -128,6 +128,12 @@ def audit_graph(
     return Audit(tuple(findings), tuple(kernels))
 
 
+def audit_file(path: Path) -> Audit:
+    """What the file at ``path`` asks for, no engine asked: a product of two DequantizeLinear counts as integer."""
+    products = products_of(ir.load(path))
+    return Audit(tuple(Finding(one.name, "QDQ", one.macs, one.quantized, one.quantized) for one in products), ())
+
+
 def kernels_reading(product: Product, by_constant: Mapping[str, list[Kernel]]) -> list[Kernel]:
     """Kernels that read a constant of ``product``.
 

@@ -17,21 +17,23 @@ from numpy.typing import NDArray
 import qdeploy
 from qdeploy.bundle import SCHEDULER, TOKENIZER, ComponentInfo, Manifest, TensorInfo, write_manifest
 from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import ExportError, TableError, UsageError
-from qdeploy.export.audit import audit_graph
+from qdeploy.errors import ExportError, TableError
+from qdeploy.export.audit import audit_file, audit_graph
+from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import measure_parity
-from qdeploy.export.targets import lower
+from qdeploy.export.parity import ENGINE_LOSS_MAX_DB, FP16_ENGINE_LOSS_MAX_DB, measure_parity
+from qdeploy.export.targets import check_file, lower
 from qdeploy.files import staged_folder
+from qdeploy.models.components import Component
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.progress import OnProgress, silent
-from qdeploy.simulate.twin import quantized_twin
+from qdeploy.simulate.twin import on_target, quantized_twin
 from qdeploy.spec import TargetSpec, graph_batch
 from qdeploy.table import ComponentQuant, QuantTable
 
-PRECISIONS = ("fp32", "int8")
 GRAPH_FILE = "model.onnx"
+FLOAT_BITS = {"fp32": 32, "fp16": 16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -47,10 +49,11 @@ def export_bundle(
     ``out`` appears only when everything, gates included, has passed. Raises ExportError (AuditError,
     ParityError) and TableError.
     """
+    precision = target.float_type if table is None else "int8"
+    target.check_precision(precision)
     if table is not None:
         check_weights(table, model)
         check_exportable(table)
-    precision = "fp32" if table is None else "int8"
     with staged_folder(out) as folder:
         infos = {}
         for done, name in enumerate(model.components):
@@ -90,8 +93,13 @@ def export_component(
     float_component = model.component(name)
     component = float_component
     if quant is not None:
-        component = quantized_twin(float_component, quant, target.conv_output_quantized)
-    graph = graph_from_component(component, model.example(name, graph_batch(name, model.reads_text)), target.opset)
+        quant = on_target(quant, target)
+        component = quantized_twin(float_component, quant, target.conv_output_quantized, target.signed_activations)
+    example = model.example(name, graph_batch(name, model.reads_text))
+    feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes
+    if target.float_type == "fp16":
+        check_fp16_range(float_component, feeds, name)
+    graph = graph_from_component(component, example, target.opset)
     lower(graph, target.name)
     folder.mkdir(parents=True)
     path = folder / GRAPH_FILE
@@ -100,20 +108,43 @@ def export_component(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(named_tensor_info, graph.graph.inputs)),
         outputs=dict(map(named_tensor_info, graph.graph.outputs)),
-        weight_bits=(32,) if quant is None else quant.weight_bits,
-        act_bits=32 if quant is None else 8,
+        weight_bits=(FLOAT_BITS[target.float_type],) if quant is None else quant.weight_bits,
+        act_bits=FLOAT_BITS[target.float_type] if quant is None else 8,
+        parity_engine=target.parity_engine,
+        acceptance=check_file(path, name, target.name),
     )
-    if quant is None:
+    if quant is None and target.float_type == "fp32":
         return info
-    audit = audit_graph(path, target.engine)
-    audit.check(name, quant)
-    session = engine_named(target.engine).open_session(path, EngineOptions())
-    parity = measure_parity(float_component, component, session, probes)
+    return gated(info, path, target, quant, float_component, component, feeds)
+
+
+def gated(
+    info: ComponentInfo,
+    path: Path,
+    target: TargetSpec,
+    quant: ComponentQuant | None,
+    float_component: Component,
+    component: Component,
+    feeds: Sequence[Mapping[str, NDArray]],
+) -> ComponentInfo:
+    """``info`` with what the gate measured of the graph at ``path``; AuditError and ParityError where it fails.
+
+    ``component`` is the simulator, or the float component again where ``quant`` is None.
+    """
+    name = path.parent.name
+    if quant is not None:
+        audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
+        audit.check(name, quant)
+        info = replace(info, integer_mac_share=audit.integer_mac_share)
+    session = engine_named(target.parity_engine or target.engine).open_session(path, EngineOptions())
+    parity = measure_parity(float_component, component, session, feeds)
     session.close()
-    parity.check(name)
+    if quant is None:
+        parity.check_fp16(name)
+        return replace(info, engine_sqnr_db=parity.engine_db)
+    parity.check(name, ENGINE_LOSS_MAX_DB if target.float_type == "fp32" else FP16_ENGINE_LOSS_MAX_DB)
     return replace(
         info,
-        integer_mac_share=audit.integer_mac_share,
         parity_db=parity.between_db,
         simulator_sqnr_db=parity.simulator_db,
         engine_sqnr_db=parity.engine_db,
@@ -180,9 +211,3 @@ def provenance_of(model: LatentDiffusion, table: QuantTable | None) -> dict[str,
         "python": platform.python_version(),
         "packages": versions,
     }
-
-
-def check_precision(precision: str) -> None:
-    """UsageError unless ``precision`` is one that this version exports."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"unknown --precision {precision!r}; known: {', '.join(PRECISIONS)}")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.bundle import SCHEDULER, TOKENIZER, Bundle, ComponentInfo, Manifest, open_bundle
-from qdeploy.engines.base import EngineOptions, Session, engine_named
+from qdeploy.engines.base import EngineOptions, Session, engine_for, engine_named
 from qdeploy.errors import BundleError, EngineError, RequestError, TableError, UsageError
 from qdeploy.files import read_json
 from qdeploy.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
@@ -227,7 +227,7 @@ def load(bundle: str | Path, *, engine: str | None = None, threads: int | None =
     ``verify=False`` skips the hash check. Raises BundleError, EngineError or UsageError.
     """
     opened = open_bundle(bundle, verify=verify)
-    module = engine_named(opened.manifest.engine if engine is None else engine)
+    module = engine_named(engine_for(opened.folder, opened.manifest.engine, engine))
     options = EngineOptions(threads=threads)
     components = {
         name: Component(name, info, module.open_session(opened.path(info.file), options))

@@ -21,14 +21,15 @@ class PerTensor(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, affine: Affine) -> None:
+    def __init__(self, affine: Affine, signed: bool = False) -> None:
         super().__init__()
+        dtype = torch.int8 if signed else CODE_TYPES[affine.bits]
         self.register_buffer("scale", torch.tensor(affine.scale, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.tensor(affine.zero_point, dtype=CODE_TYPES[affine.bits]))
+        self.register_buffer("zero_point", torch.tensor(affine.zero_point, dtype=dtype))
 
 
 class Quantize(PerTensor):
-    """An activation to ``uint8`` (or ``uint16``)."""
+    """An activation to ``uint8`` (or ``uint16``), or to ``int8`` where codes are signed."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.qdeploy.quantize_linear(x, self.scale, self.zero_point)
@@ -65,12 +66,14 @@ class InputQuant(nn.Module):
     """The integer codes of an activation, each with its way back to float.
 
     Two passes make a 16-bit activation for 8-bit kernels: the second holds what the first rounded off.
+    ``signed``: codes are int8 around 0, by the table's symmetric scale.
     """
 
-    def __init__(self, layer: LayerQuant) -> None:
+    def __init__(self, layer: LayerQuant, signed: bool = False) -> None:
         super().__init__()
-        self.equalize, self.quantize = Equalize(layer.input_ratio), Quantize(layer.input)
-        self.dequantize = Dequantize(layer.input)
+        grid = symmetric_grid(layer) if signed else layer.input
+        self.equalize, self.quantize = Equalize(layer.input_ratio), Quantize(grid, signed)
+        self.dequantize = Dequantize(grid, signed)
         self.passes = layer.passes
         if layer.passes == 2:  # the rest lies within half a step on each side
             fine = Affine(layer.input.scale / 255, 128)
@@ -84,6 +87,15 @@ class InputQuant(nn.Module):
             return [(codes, self.dequantize)]
         rest = self.quantize_rest(x - self.dequantize(codes))
         return [(codes, self.dequantize), (rest, self.dequantize_rest)]
+
+
+def symmetric_grid(layer: LayerQuant) -> Affine:
+    """A layer's input for engines that know no zero point: its scale for codes -127..127."""
+    if layer.symmetric_scale is None:
+        raise TableError("the target needs this layer's symmetric input scale, which the table lacks; quantize again")
+    if layer.passes != 1:
+        raise TableError("signed codes take an activation in one pass; keep the layer in float instead")
+    return Affine(layer.symmetric_scale, 0)
 
 
 class WeightQuant(nn.Module):
@@ -131,7 +143,7 @@ def output_offset(layer: LayerQuant) -> Tensor:
 class QuantConv2d(nn.Module):
     """A Conv2d on quantized input and weight; quantizes its output too where the target needs that."""
 
-    def __init__(self, conv: nn.Conv2d, layer: LayerQuant, quantize_output: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, layer: LayerQuant, quantize_output: bool, signed: bool = False) -> None:
         super().__init__()
         if layer.passes != 1 and quantize_output:
             raise TableError(
@@ -139,7 +151,7 @@ class QuantConv2d(nn.Module):
             )
         if quantize_output and layer.output is None:
             raise TableError("the target needs this convolution's output range, which the table lacks; quantize again")
-        self.input_quant = InputQuant(layer)
+        self.input_quant = InputQuant(layer, signed)
         weight_scale, bias = torch.from_numpy(layer.weight_scale), bias_of(conv, layer)
         if quantize_output and layer.output is not None:
             weight_scale, bias = onto_output_grid(weight_scale, bias, layer)
@@ -182,9 +194,9 @@ class QuantMatMul(nn.Module):
     Runtime fall back to a float Gemm.
     """
 
-    def __init__(self, layer: LayerQuant) -> None:
+    def __init__(self, layer: LayerQuant, signed: bool = False) -> None:
         super().__init__()
-        self.input_quant = InputQuant(layer)
+        self.input_quant = InputQuant(layer, signed)
         codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T.contiguous()
         self.weight_quant = WeightQuant(codes, torch.from_numpy(layer.weight_scale), axis=1)
 
@@ -200,8 +212,8 @@ class QuantMatMul(nn.Module):
 class QuantLinear(QuantMatMul):
     """A Linear; its bias has the output's rank, since ONNX Runtime makes a float Gemm of a rank-1 one."""
 
-    def __init__(self, linear: nn.Linear, layer: LayerQuant) -> None:
-        super().__init__(layer)
+    def __init__(self, linear: nn.Linear, layer: LayerQuant, signed: bool = False) -> None:
+        super().__init__(layer, signed)
         bias = bias_of(linear, layer)
         self.bias = frozen(None if bias is None else bias[None, None])
 
@@ -231,8 +243,8 @@ class QuantLinearFirstFloat(QuantLinear):
     model's own, so a bundle holds it besides the codes.
     """
 
-    def __init__(self, linear: nn.Linear, layer: LayerQuant) -> None:
-        super().__init__(linear, layer)
+    def __init__(self, linear: nn.Linear, layer: LayerQuant, signed: bool = False) -> None:
+        super().__init__(linear, layer, signed)
         self.first_token = FloatMatMul(linear)
 
     def forward(self, x: Tensor) -> Tensor:

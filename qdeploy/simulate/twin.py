@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -10,23 +12,42 @@ from qdeploy.models.components import Component
 from qdeploy.models.rewrites import apply_rewrite, copy_of
 from qdeploy.simulate.attention import QuantAttnProcessor
 from qdeploy.simulate.layers import QuantConv2d, QuantLinear, QuantLinearFirstFloat, QuantPointwise, is_pointwise
-from qdeploy.table import ComponentQuant, LayerQuant
+from qdeploy.spec import TargetSpec
+from qdeploy.table import ComponentQuant, FloatLayer, LayerQuant
 
 
-def quantized_layer(original: nn.Conv2d | nn.Linear, layer: LayerQuant, conv_output_quantized: bool) -> nn.Module:
+def quantized_layer(
+    original: nn.Conv2d | nn.Linear, layer: LayerQuant, conv_output_quantized: bool, signed_activations: bool = False
+) -> nn.Module:
     """The integer module that stands for ``original`` on a target."""
     if isinstance(original, nn.Linear):
-        return (QuantLinearFirstFloat if layer.first_token_float else QuantLinear)(original, layer)
+        linear = QuantLinearFirstFloat if layer.first_token_float else QuantLinear
+        return linear(original, layer, signed_activations)
     if original.padding_mode != "zeros":
         raise TableError(
             f"convolution with padding_mode {original.padding_mode!r} cannot be quantized; only 'zeros' can"
         )
     if is_pointwise(original) and conv_output_quantized:
         return QuantPointwise(original, layer)
-    return QuantConv2d(original, layer, conv_output_quantized)
+    return QuantConv2d(original, layer, conv_output_quantized, signed_activations)
 
 
-def quantized_twin(component: Component, quant: ComponentQuant, conv_output_quantized: bool) -> Component:
+def on_target(quant: ComponentQuant, target: TargetSpec) -> ComponentQuant:
+    """What ``target`` computes of ``quant``: layers and attentions that it has no integer form for stay in float."""
+    left = {} if target.two_passes else {name: layer for name, layer in quant.layers.items() if layer.passes == 2}
+    reason = f"read in two passes, which {target.name} does in {target.float_type}"
+    return replace(
+        quant,
+        layers={name: layer for name, layer in quant.layers.items() if name not in left},
+        macs={name: macs for name, macs in quant.macs.items() if name not in left},
+        float_layers={**quant.float_layers, **{name: FloatLayer(reason, quant.macs[name]) for name in left}},
+        attention=quant.attention if target.quantized_attention else {},
+    )
+
+
+def quantized_twin(
+    component: Component, quant: ComponentQuant, conv_output_quantized: bool, signed_activations: bool = False
+) -> Component:
     """A copy of ``component`` whose layers and attentions named in ``quant`` compute in (simulated) integers.
 
     Float weights are shared, not copied; the table's rewrites are made on the copy first. Raises
@@ -41,7 +62,7 @@ def quantized_twin(component: Component, quant: ComponentQuant, conv_output_quan
         if not isinstance(original, nn.Conv2d | nn.Linear) or tuple(original.weight.shape) != layer.weight.shape:
             raise TableError(f"the table's layer {name} {list(layer.weight.shape)} is not in the model; wrong model?")
         parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, quantized_layer(original, layer, conv_output_quantized))
+        setattr(modules[parent], leaf, quantized_layer(original, layer, conv_output_quantized, signed_activations))
     for name, attention in quant.attention.items():
         module = modules.get(name)
         if not isinstance(module, Attention):
