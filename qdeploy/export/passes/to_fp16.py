@@ -20,6 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
+from qdeploy.export.passes.fuse_attention import CONTRIB
+
 FULL, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 EXACT = ("Sin", "Cos", "ArgMin")
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
@@ -99,6 +101,8 @@ def half_of(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def knows_fp16(node: ir.Node, opset: int) -> bool:
     """Whether the operator takes and gives fp16 wherever ``node`` has a float32 that is not fixed."""
+    if node.domain == CONTRIB:  # ONNX Runtime's attention, which does
+        return True
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
     sides = [(node.inputs, schema.inputs, fixed_inputs(node, opset)), (node.outputs, schema.outputs, ())]
@@ -112,6 +116,8 @@ def knows_fp16(node: ir.Node, opset: int) -> bool:
 
 def fixed_inputs(node: ir.Node, opset: int) -> tuple[int, ...]:
     """Numbers of the inputs that ONNX fixes to float32."""
+    if node.domain == CONTRIB:
+        return ()
     formals = onnx.defs.get_schema(node.op_type, opset, node.domain).inputs
     return tuple(i for i in range(len(node.inputs)) if formal_at(formals, i).type_str == "tensor(float)")
 
