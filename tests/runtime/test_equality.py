@@ -1,0 +1,164 @@
+"""The runtime's pictures are those of diffusers' pipelines: every scheduler, every way to start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import qdeploy
+from qdeploy.errors import UsageError
+from qdeploy.export.exporter import export_bundle
+from qdeploy.models.source import load_model
+from qdeploy.runtime.image import fitted
+from qdeploy.runtime.pipeline import Pipeline
+from qdeploy.sampling import NAMES, with_scheduler
+from qdeploy.spec import target_named
+
+ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
+PARTS = ("vae", "text_encoder", "tokenizer", "unet")
+HOME = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_"
+
+
+def reference(way: str, folder: Path, scheduler: str, config: dict[str, Any]) -> Any:
+    """diffusers' pipeline ``way`` of the model in ``folder``."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    classes = (diffusers.AutoencoderKL, CLIPTextModel, CLIPTokenizer, diffusers.UNet2DConditionModel)
+    parts = {name: kind.from_pretrained(folder / name) for name, kind in zip(PARTS, classes, strict=True)}
+    made = with_scheduler(config, scheduler)
+    sampler = getattr(diffusers, made["_class_name"]).from_config(made)
+    pipeline = getattr(diffusers, way)(
+        **parts, scheduler=sampler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def same_noise(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Unit noise that diffusers' pipelines also start from; they take the encoder's mean, as we do."""
+    noise = np.random.default_rng(3).standard_normal((1, *pipe.latents.shape), np.float32)
+    for module in ("img2img", "inpaint"):
+        monkeypatch.setattr(f"{HOME}{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+        monkeypatch.setattr(f"{HOME}{module}.retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    return noise
+
+
+def check_same(found: qdeploy.Result, expected: np.ndarray) -> None:
+    assert np.abs(found.pixels[0].astype(int) - np.rint(expected[0] * 255)).max() <= ONE_GREY_LEVEL
+
+
+@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_text_to_image(
+    pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, scheduler: str, guidance_scale: float
+) -> None:
+    diffusers_pipe = reference("StableDiffusionPipeline", tiny_folder, scheduler, pipe.scheduler_config)
+    settings = dict(negative_prompt="blue", guidance_scale=guidance_scale, guidance_rescale=0.6)
+    expected = diffusers_pipe(
+        "a red house", num_inference_steps=8, latents=torch.from_numpy(same_noise), output_type="np", **settings
+    ).images
+    check_same(pipe("a red house", steps=8, latents=same_noise, scheduler=scheduler, **settings), expected)
+
+
+@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_image_to_image(
+    pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, scheduler: str, strength: float
+) -> None:
+    diffusers_pipe = reference("StableDiffusionImg2ImgPipeline", tiny_folder, scheduler, pipe.scheduler_config)
+    settings = dict(strength=strength, guidance_scale=5.0)
+    expected = diffusers_pipe(
+        "a red house", image=Image.fromarray(picture), num_inference_steps=8, output_type="np", **settings
+    ).images
+    found = pipe("a red house", image=picture, steps=8, latents=same_noise, scheduler=scheduler, **settings)
+    check_same(found, expected)
+
+
+@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_by_blending(
+    pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, mask: np.ndarray, scheduler: str,
+    strength: float,
+) -> None:  # fmt: skip
+    diffusers_pipe = reference("StableDiffusionInpaintPipeline", tiny_folder, scheduler, pipe.scheduler_config)
+    expected = diffusers_pipe(
+        "a red house", image=Image.fromarray(picture), mask_image=Image.fromarray(mask), num_inference_steps=8,
+        height=16, width=16, strength=strength, guidance_scale=5.0, output_type="np",
+    ).images  # fmt: skip
+    found = pipe(
+        "a red house", image=picture, mask=mask, strength=strength, guidance_scale=5.0, steps=8, latents=same_noise,
+        scheduler=scheduler,
+    )  # fmt: skip
+    check_same(found, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_by_the_unet(
+    inpainting_folder: Path, tmp_path_factory: pytest.TempPathFactory, same_noise: np.ndarray, picture: np.ndarray,
+    mask: np.ndarray, guidance_scale: float, strength: float,
+) -> None:  # fmt: skip
+    bundle = tmp_path_factory.getbasetemp() / "inpainting-bundle"
+    if not bundle.exists():
+        model = load_model(str(inpainting_folder))
+        export_bundle(model, None, target_named("ort-cpu"), bundle, with_encoder=True)
+    with qdeploy.load(bundle) as nine:
+        diffusers_pipe = reference("StableDiffusionInpaintPipeline", inpainting_folder, "pndm", nine.scheduler_config)
+        expected = diffusers_pipe(
+            "a red house", image=Image.fromarray(picture), mask_image=Image.fromarray(mask), num_inference_steps=6,
+            height=16, width=16, strength=strength, guidance_scale=guidance_scale, output_type="np",
+        ).images  # fmt: skip
+        found = nine(
+            "a red house", image=picture, mask=mask, strength=strength, guidance_scale=guidance_scale, steps=6,
+            latents=same_noise,
+        )  # fmt: skip
+        check_same(found, expected)
+        with pytest.raises(UsageError, match="give image and mask"):
+            nine("a red house")
+        with pytest.raises(UsageError, match="give a mask"):
+            nine("a red house", image=picture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", NAMES)
+def test_the_built_in_model(tmp_path_factory: pytest.TempPathFactory, scheduler: str) -> None:
+    """Trained weights: every way to start, one bundle for all schedulers."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from qdeploy.models.source import model_folder
+
+    folder, bundle = model_folder("builtin:emoji"), tmp_path_factory.getbasetemp() / "emoji-bundle"
+    if not bundle.exists():
+        export_bundle(load_model("builtin:emoji"), None, target_named("ort-cpu"), bundle, with_encoder=True)
+    parts = dict(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+    )
+    with qdeploy.load(bundle) as emoji:
+        made = with_scheduler(emoji.scheduler_config, scheduler)
+        sampler = getattr(diffusers, made["_class_name"]).from_config(made)
+        text_to_image = diffusers.StableDiffusionPipeline(
+            **parts, scheduler=sampler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        noise = np.random.default_rng(3).standard_normal((1, *emoji.latents.shape), np.float32)
+        expected = text_to_image(
+            "a cat", num_inference_steps=20, guidance_scale=5.0, latents=torch.from_numpy(noise), output_type="np"
+        ).images
+        found = emoji("a cat", steps=20, guidance_scale=5.0, latents=noise, scheduler=scheduler)
+        check_same(found, expected)
+
+
+def test_fitted_keeps_the_middle() -> None:
+    wide = Image.new("RGB", (40, 20))
+    wide.paste((255, 0, 0), (10, 0, 30, 20))
+    assert np.array_equal(np.unique(np.asarray(fitted(wide, 16, 16)).reshape(-1, 3), axis=0)[-1], [255, 0, 0])
+    assert fitted(wide, 16, 16).size == (16, 16)
