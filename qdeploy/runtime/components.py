@@ -58,6 +58,11 @@ class Component:
         self._is_closed = False
         self._pid = os.getpid()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the graph is in memory."""
+        return self._session is not None
+
     @contextmanager
     def held(self, while_waiting: WhileWaiting = lambda: None) -> Iterator[Session]:
         """The session, opened if need be and kept while inside; EngineError when closed or behind a fork."""
