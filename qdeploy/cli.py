@@ -114,7 +114,7 @@ def demo(show: bool, out: Path, samples: int) -> None:
 @click.option("--steps", default=25, show_default=True, help="Sampler steps of each.")
 @click.option("--record", default=25, show_default=True, help="Steps of each to keep, evenly spaced.")
 @click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale.")
-@click.option("--sampler", help="pndm, ddim or dpm++. Default: the model's own.")
+@click.option("--sampler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: the model's own.")
 @click.option("--eta", default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch", default=8, show_default=True, help="Trajectories or pictures run at once.")
@@ -344,7 +344,7 @@ def run(
 )
 @click.option("--weighting", is_flag=True, help="Read weights in PROMPT: (red:1.3), [less], \\( for a bracket itself.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--scheduler", help="pndm, ddim or dpm++. Default: the bundle's own.")
+@click.option("--scheduler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: the bundle's own.")
 @click.option("--eta", default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--count", default=1, show_default=True, help="Pictures to make.")
 @click.pass_obj

@@ -14,7 +14,7 @@ from qdeploy.files import read_json
 from qdeploy.numerics import psnr_db, sqnr_db
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import make_sampler
-from qdeploy.sampling.loop import denoise
+from qdeploy.sampling.loop import PictureStreams, denoise
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ def compare(
     """
     if (reference.latents, reference.reads_text) != (tested.latents, tested.reads_text):
         raise BundleError("the two bundles are not of one model: their latents or their text differ")
-    sampler = make_sampler(read_json(reference.bundle.path(SCHEDULER)), steps)
+    # the streams that ``tested`` draws from below: picture 0 of each prompt, or as many as there are prompts
+    seeds = [(0, 0 if reference.reads_text else number) for number in range(len(prompts))]
+    sampler = make_sampler(read_json(reference.bundle.path(SCHEDULER)), steps, rng=PictureStreams(seeds))
     curve: list[float] = []
 
     def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32] | None) -> NDArray[np.float32]:

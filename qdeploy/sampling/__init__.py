@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,13 +11,38 @@ from numpy.typing import NDArray
 from qdeploy.errors import RequestError, UsageError
 from qdeploy.sampling.ddim import DDIM
 from qdeploy.sampling.dpm_solver import DPMSolverMultistep
+from qdeploy.sampling.euler import EulerDiscrete
+from qdeploy.sampling.euler_ancestral import EulerAncestralDiscrete
+from qdeploy.sampling.lcm import LCM
 from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule, NormalSource
 from qdeploy.sampling.pndm import PNDM
 from qdeploy.sampling.settings import refuse_unknown
+from qdeploy.sampling.unipc import UniPCMultistep
 
-__all__ = ["DDIM", "NAMES", "PNDM", "DPMSolverMultistep", "NoiseSchedule", "Sampler", "make_sampler", "with_scheduler"]
+__all__ = [
+    "DDIM",
+    "LCM",
+    "NAMES",
+    "PNDM",
+    "DPMSolverMultistep",
+    "EulerAncestralDiscrete",
+    "EulerDiscrete",
+    "NoiseSchedule",
+    "Sampler",
+    "UniPCMultistep",
+    "make_sampler",
+    "with_scheduler",
+]
 
-NAMES = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+NAMES = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
 
 
 class Sampler(Protocol):
@@ -50,6 +75,18 @@ class Sampler(Protocol):
         ...
 
 
+Maker = Callable[[Mapping[str, Any], int, float, NormalSource | None], Sampler]
+MAKERS: Mapping[str, Maker] = {
+    "PNDMScheduler": lambda config, steps, eta, rng: PNDM(config, steps),
+    "DDIMScheduler": DDIM,
+    "DPMSolverMultistepScheduler": lambda config, steps, eta, rng: DPMSolverMultistep(config, steps, rng),
+    "EulerDiscreteScheduler": lambda config, steps, eta, rng: EulerDiscrete(config, steps),
+    "EulerAncestralDiscreteScheduler": lambda config, steps, eta, rng: EulerAncestralDiscrete(config, steps, rng),
+    "UniPCMultistepScheduler": lambda config, steps, eta, rng: UniPCMultistep(config, steps),
+    "LCMScheduler": lambda config, steps, eta, rng: LCM(config, steps, rng),
+}
+
+
 def make_sampler(
     config: Mapping[str, Any], steps: int, *, eta: float = 0.0, rng: NormalSource | None = None
 ) -> Sampler:
@@ -62,12 +99,8 @@ def make_sampler(
     class_name = config.get("_class_name")
     if eta != 0 and class_name != NAMES["ddim"]:
         raise RequestError(f"eta: got {eta}, expected 0: only ddim takes noise this way, not {class_name}")
-    if class_name == NAMES["pndm"]:
-        return PNDM(config, steps)
-    if class_name == NAMES["ddim"]:
-        return DDIM(config, steps, eta, rng)
-    if class_name == NAMES["dpm++"]:
-        return DPMSolverMultistep(config, steps, rng)
+    if isinstance(class_name, str) and class_name in MAKERS:
+        return MAKERS[class_name](config, steps, eta, rng)
     raise UsageError(
         f"scheduler `_class_name`: got {class_name!r}, supported: {', '.join(NAMES.values())}; "
         f"choose one with --scheduler {'|'.join(NAMES)}"

@@ -10,17 +10,9 @@ import numpy as np
 
 from qdeploy.errors import RequestError, UsageError
 from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule, NormalSource
-from qdeploy.sampling.settings import (
-    check_steps,
-    check_timesteps,
-    choice,
-    count,
-    flag,
-    number,
-    refuse_flags,
-    unsupported,
-)
+from qdeploy.sampling.settings import check_steps, check_timesteps, choice, count
 from qdeploy.sampling.timesteps import SPACINGS, spaced
+from qdeploy.sampling.x0_range import X0Range
 
 
 class DDIM:
@@ -31,10 +23,9 @@ class DDIM:
     def __init__(
         self, config: Mapping[str, Any], steps: int, eta: float = 0.0, rng: NormalSource | None = None
     ) -> None:
-        refuse_flags(config, ("thresholding",))
         self._schedule = NoiseSchedule.from_config(config)
         self._final = self._schedule.final_alpha_bar(config, default=True)
-        self._clip = _clip_range(config)
+        self._range = X0Range.from_config(config, clips=True)
         self._eta, self._rng = _checked_noise(eta, rng)
         train_steps = self._schedule.train_steps
         check_steps(steps, train_steps)
@@ -42,7 +33,7 @@ class DDIM:
         self._stride = train_steps // steps
         self.timesteps = spaced(spacing, steps, train_steps, count(config, "steps_offset", 0, least=0))[::-1]
         check_timesteps(self.timesteps, train_steps)
-        self._refuse_epsilon_without_signal()
+        self._schedule.refuse_epsilon_without_signal(self.timesteps)
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
         """``x`` itself: DDIM's model input needs no scaling."""
@@ -65,22 +56,11 @@ class DDIM:
         return self._schedule.noised(x0, noise, self.timesteps[index : index + 1])
 
     def _x0_and_epsilon(self, model_output: Floats, x: Floats, a_t: float) -> tuple[Floats, Floats]:
-        """Predicted x0, clipped, and the noise of the unclipped one, as in diffusers."""
+        """Predicted x0 in range, and the noise of the one before that, as in diffusers."""
         alpha, sigma = math.sqrt(a_t), math.sqrt(1 - a_t)
         x0 = self._schedule.x0(model_output, x, alpha, sigma)
         epsilon = self._schedule.epsilon(model_output, x, alpha, sigma)
-        return (x0 if self._clip is None else np.clip(x0, -self._clip, self._clip)), epsilon
-
-    def _refuse_epsilon_without_signal(self) -> None:
-        """At alpha_bar_t = 0, x is pure noise and its prediction says nothing of x0 (arXiv:2305.08891, 3.2)."""
-        if self._schedule.prediction_type == "epsilon" and not self._schedule.alphas_cumprod[self.timesteps].all():
-            supported = "'v_prediction' or 'sample' where `rescale_betas_zero_snr` makes the first timestep pure noise"
-            raise unsupported("prediction_type", "epsilon", supported)
-
-
-def _clip_range(config: Mapping[str, Any]) -> float | None:
-    """Largest magnitude of a predicted x0; None when it is not clipped."""
-    return number(config, "clip_sample_range", 1.0) if flag(config, "clip_sample", True) else None
+        return self._range.limit(x0), epsilon
 
 
 def _checked_noise(eta: float, rng: NormalSource | None) -> tuple[float, NormalSource | None]:

@@ -75,6 +75,12 @@ class NoiseSchedule:
         """``alpha_bar`` behind the last step: 1 with `set_alpha_to_one`, else ``alpha_bar_0``."""
         return 1.0 if flag(config, "set_alpha_to_one", default) else float(self.alphas_cumprod[0])
 
+    def refuse_epsilon_without_signal(self, timesteps: NDArray[np.int64]) -> None:
+        """At alpha_bar_t = 0, x is pure noise and its prediction says nothing of x0 (arXiv:2305.08891, 3.2)."""
+        if self.prediction_type == "epsilon" and not self.alphas_cumprod[timesteps].all():
+            supported = "'v_prediction' or 'sample' where `rescale_betas_zero_snr` makes the first timestep pure noise"
+            raise unsupported("prediction_type", "epsilon", supported)
+
     def x0(self, model_output: Floats, x: Floats, alpha: float, sigma: float) -> Floats:
         """Predicted ``x_0`` from ``x = alpha x_0 + sigma epsilon``; ``float64[B, C, H, W]`` all."""
         if self.prediction_type == "epsilon":

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qdeploy.errors import RequestError, UsageError
 
-# Every setting of a scheduler that diffusers 0.42 can convert to ours (`_compatibles`). A config keeps
+# Every setting of a scheduler that diffusers 0.42 can convert to ours (`_compatibles`), and LCM's. A config keeps
 # another class's settings through `from_config`, so those are known, and read only by their own class.
 KNOWN_SETTINGS = frozenset(
     [
@@ -30,6 +30,7 @@ KNOWN_SETTINGS = frozenset(
         "lambda_min_clipped",
         "lower_order_final",
         "num_train_timesteps",
+        "original_inference_steps",
         "predict_x0",
         "prediction_type",
         "rescale_betas_zero_snr",
@@ -48,6 +49,7 @@ KNOWN_SETTINGS = frozenset(
         "steps_offset",
         "thresholding",
         "time_shift_type",
+        "timestep_scaling",
         "timestep_spacing",
         "timestep_type",
         "trained_betas",

@@ -12,6 +12,7 @@ import torch
 import qdeploy
 from qdeploy.errors import CancelledError, EngineError, RequestError, UsageError
 from qdeploy.runtime.pipeline import Pipeline, Step
+from qdeploy.sampling import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,11 @@ def test_equal_seed_equal_picture_whatever_else_is_in_the_batch(pipe: Pipeline) 
     assert not np.array_equal(alone.pixels, pipe("a cat", steps=4, seed=10).pixels)
 
 
-@pytest.mark.parametrize("options", [{}, {"scheduler": "ddim", "eta": 1.0}, {"scheduler": "dpm++"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scheduler": "ddim", "eta": 1.0}, *({"scheduler": name} for name in ("dpm++", "euler-a", "unipc", "lcm"))],
+    ids=str,
+)
 def test_a_picture_is_the_same_in_any_batch(pipe: Pipeline, options: dict) -> None:
     settings = dict(steps=4, seed=9, **options)
     together = pipe("a cat", count=4, **settings)
@@ -96,7 +101,7 @@ def test_callback_sees_every_step_and_can_cancel(pipe: Pipeline) -> None:
     assert pipe("a cat", steps=2).pixels.shape[0] == 1
 
 
-@pytest.mark.parametrize("scheduler", ["pndm", "ddim", "dpm++"])
+@pytest.mark.parametrize("scheduler", NAMES)
 def test_schedulers_can_be_swapped(pipe: Pipeline, scheduler: str) -> None:
     assert np.isfinite(pipe("a cat", steps=4, scheduler=scheduler).latents).all()
 

@@ -1,7 +1,6 @@
-"""Every sampler against its pinned diffusers twin over whole trajectories, and what samplers refuse.
+"""PNDM, DDIM and DPM-Solver++ against their twins; what all samplers have in common, and what they refuse.
 
-Where the twin's own float32 formulas cancel it runs widened to float64: PNDM with v_prediction is
-6e-3 from its own float64 result on a cosine schedule, DDIM with eta=1 is 2e-4 from it, or NaN.
+The other families are in `test_euler`, `test_unipc` and `test_lcm`.
 """
 
 from __future__ import annotations
@@ -10,138 +9,40 @@ import inspect
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from qdeploy.cli import main
 from qdeploy.errors import RequestError, UsageError
-from qdeploy.sampling import NAMES, NoiseSchedule, Sampler, make_sampler, with_scheduler
+from qdeploy.sampling import NAMES, NoiseSchedule, make_sampler, with_scheduler
 from qdeploy.sampling.loop import PictureStreams, denoise, unit_noise
 from qdeploy.sampling.settings import KNOWN_SETTINGS
-
-torch = pytest.importorskip("torch", reason="the twins are diffusers' schedulers, which need torch")
-diffusers = pytest.importorskip("diffusers", reason="the twins are diffusers' schedulers")
-
-# Float32 rounding of x (6e-8) times 50 steps and the model's feedback reaches 3e-6; a wrong coefficient is over 1e-4.
-TOLERANCE = 1e-5
-# A few float32 roundings (6e-8): torch.linspace rounds by instruction set, its sqrt wrongly in a fifth of all cases.
-SCHEDULE_TOLERANCE = 1e-6
-SEED = 3
-STEPS = (1, 2, 4, 25, 50)
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-BETAS = ({"beta_schedule": "linear"}, SD, {"beta_schedule": "squaredcos_cap_v2"})
-SPACINGS = ("leading", "trailing", "linspace")
-
-Config = Mapping[str, Any]
-Trajectory = list[NDArray[np.floating]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """More threads only slow such small arrays down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def model(x: NDArray[np.floating], t: int) -> NDArray[np.float32]:
-    """A deterministic stand-in for the UNet, whatever its prediction type; ``float32`` in shape of ``x``."""
-    return np.tanh(np.float32(0.7) * x.astype(np.float32) + np.float32(0.001 * t))
-
-
-def first_x() -> NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal((2, 4, 2, 2), dtype=np.float32)
-
-
-def clean_x() -> NDArray[np.float32]:
-    return 0.5 * np.random.default_rng(1).standard_normal((2, 4, 2, 2), dtype=np.float32)
-
-
-def new_sampler(config: Config, steps: int, eta: float = 0.0) -> Sampler:
-    return make_sampler(config, steps, eta=eta, rng=np.random.default_rng(SEED))
-
-
-def our_trajectory(config: Config, steps: int, eta: float = 0.0, begin: int = 0) -> tuple[list[int], Trajectory]:
-    sampler = new_sampler(config, steps, eta)
-    x = sampler.noised(clean_x(), first_x(), begin) if begin else first_x() * np.float32(sampler.init_noise_sigma)
-    trajectory = [x]
-    for index in range(begin, len(sampler.timesteps)):
-        x = sampler.step(model(sampler.scale_model_input(x, index), int(sampler.timesteps[index])), index, x)
-        assert x.dtype == np.float32
-        trajectory.append(x)
-    return sampler.timesteps.tolist(), trajectory
-
-
-def make_twin(config: Config, steps: int, dtype: Any) -> Any:
-    """The diffusers scheduler; its numbers widened to ``dtype`` after it made them.
-
-    With zero terminal SNR it gets our schedule, which `test_schedule` compares: one rounding in torch's
-    sqrt is 1e-3 of 1 - alpha_bar_0 there.
-    """
-    twin = getattr(diffusers, config["_class_name"]).from_config(dict(config))
-    if config.get("rescale_betas_zero_snr"):
-        last = twin.alphas_cumprod[-1].clone()
-        twin.alphas_cumprod = torch.from_numpy(NoiseSchedule.from_config(config).alphas_cumprod.copy())
-        twin.alphas_cumprod[-1] = last
-    twin.set_timesteps(steps)
-    if config["_class_name"] == NAMES["dpm++"]:
-        twin.sigmas = twin.sigmas.to(dtype)
-        twin.set_begin_index(0)  # else it skips a level where the first timestep comes twice, and then crashes
-    else:
-        final = torch.tensor(1.0) if twin.config.set_alpha_to_one else twin.alphas_cumprod[0]
-        twin.alphas_cumprod, twin.final_alpha_cumprod = twin.alphas_cumprod.to(dtype), final.to(dtype)
-    return twin
-
-
-def twin_trajectory(
-    config: Config, steps: int, eta: float = 0.0, dtype: Any = None, begin: int = 0
-) -> tuple[list[int], Trajectory]:
-    """The twin's timesteps and every x from call ``begin`` on, as diffusers' image-to-image pipeline runs it."""
-    dtype = dtype or torch.float32
-    twin, rng = make_twin(config, steps, dtype), np.random.default_rng(SEED)
-    x = torch.from_numpy(first_x()).to(dtype)
-    if begin:
-        if hasattr(twin, "set_begin_index"):
-            twin.set_begin_index(begin)
-        x = twin.add_noise(torch.from_numpy(clean_x()).to(dtype), x, twin.timesteps[begin : begin + 1])
-    trajectory = [x.numpy()]
-    for t in twin.timesteps[begin:]:
-        options = {"eta": eta} if eta else {}
-        if eta or config.get("algorithm_type") == "sde-dpmsolver++":
-            options["variance_noise"] = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
-        output = torch.from_numpy(model(x.numpy(), int(t))).to(dtype)
-        x = twin.step(output, t, x, **options).prev_sample
-        trajectory.append(x.numpy())
-    return twin.timesteps.tolist(), trajectory
-
-
-def relative_error(ours: Trajectory, twins: Trajectory) -> float:
-    """Largest difference of a step over the step's largest magnitude; NaN if a value is."""
-    return float(np.max([np.abs(x - y).max() / np.abs(y).max() for x, y in zip(ours, twins, strict=True)]))
-
-
-def check_against_twin(config: Config, steps: int, eta: float = 0.0, dtype: Any = None, begin: int = 0) -> None:
-    our_timesteps, ours = our_trajectory(config, steps, eta, begin)
-    twin_timesteps, twins = twin_trajectory(config, steps, eta, dtype, begin)
-    assert our_timesteps == twin_timesteps
-    assert relative_error(ours, twins) < TOLERANCE  # false for NaN
-
-
-def config_of(name: str, *parts: Config, **settings: Any) -> dict[str, Any]:
-    merged = {"_class_name": NAMES[name], "_diffusers_version": "0.42.1"}
-    for part in (*parts, settings):
-        merged |= part
-    return merged
-
-
-def label(value: Any) -> str | None:
-    if not isinstance(value, dict):
-        return None
-    return "-".join(f"{k}={v}" for k, v in value.items() if k[1:] != "diffusers_version" and not isinstance(v, list))
+from tests.sampling.twins import (
+    BETAS,
+    SCHEDULE_TOLERANCE,
+    SD,
+    SEED,
+    SPACINGS,
+    STEPS,
+    TRAINED,
+    Config,
+    check_against_twin,
+    clean_x,
+    config_of,
+    diffusers,
+    first_x,
+    label,
+    make_twin,
+    model,
+    new_sampler,
+    our_trajectory,
+    relative_error,
+    torch,
+    whole,
+)
 
 
 def step_counts(config: Config) -> tuple[int, ...]:
@@ -200,8 +101,6 @@ STABLE_DIFFUSION = [
     config_of("dpm++", SD, prediction_type="v_prediction", timestep_spacing="trailing", solver_type="heun"),
 ]
 
-TRAINED = np.linspace(0.001, 0.03, 100).tolist()
-
 # One setting at a time that the grids leave out.
 SINGLE_SETTINGS = [
     config_of("pndm", trained_betas=TRAINED, num_train_timesteps=100, skip_prk_steps=True),
@@ -227,12 +126,30 @@ SINGLE_SETTINGS = [
     config_of("dpm++", SD, use_karras_sigmas=True, sigma_min=0.1, sigma_max=10.0),
     config_of("dpm++", SD, use_exponential_sigmas=True),
     config_of("dpm++", SD, use_lu_lambdas=True),
+    config_of("dpm++", SD, use_beta_sigmas=True),
+    config_of("dpm++", SD, thresholding=True, sample_max_value=1.2),
+    config_of("ddim", SD, thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=1.5),
     config_of("dpm++", SD, solver_type="bh2"),
 ]  # fmt: skip
 
 
 # Samplers that can begin at any call.
-BEGINNING = [config for config in STABLE_DIFFUSION if config.get("skip_prk_steps") is not False]
+BEGINNING = [
+    *(config for config in STABLE_DIFFUSION if config.get("skip_prk_steps") is not False),
+    config_of("dpm++", SD, solver_order=3),
+    config_of("euler", SD),
+    config_of("euler", SD, use_karras_sigmas=True, timestep_spacing="leading"),
+    config_of("euler-a", SD, timestep_spacing="trailing", prediction_type="v_prediction"),
+    config_of("unipc", SD),
+    config_of("unipc", SD, solver_order=3, use_karras_sigmas=True),
+    config_of("lcm", SD),
+]
+
+
+def third_order_grid() -> Iterator[dict[str, Any]]:
+    for betas, spacing, final in itertools.product(BETAS, SPACINGS, ("zero", "sigma_min")):
+        settings = {"timestep_spacing": spacing, "final_sigmas_type": final, "lower_order_final": final == "zero"}
+        yield config_of("dpm++", betas, settings, solver_order=3)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +182,7 @@ def test_stochastic_ddim_equals_the_twin_in_float64(config: Config) -> None:
 @pytest.mark.parametrize("config", BEGINNING, ids=label)
 def test_begun_in_the_middle_equals_the_twin(config: Config, begin: int) -> None:
     """As image to image begins: x0 noised for call ``begin``, then the rest of the calls."""
-    check_against_twin(config, 20, begin=begin)
+    check_against_twin(config, 20, dtype=torch.float64 if config.get("solver_order") == 3 else None, begin=begin)
 
 
 @pytest.mark.parametrize("config", BEGINNING, ids=label)
@@ -287,6 +204,12 @@ def test_a_runge_kutta_start_is_at_the_first_call() -> None:
         sampler.step(first_x(), 3, first_x())
 
 
+@pytest.mark.parametrize("config", third_order_grid(), ids=label)
+def test_third_order_equals_the_twin_in_float64(config: Config) -> None:
+    for steps in STEPS:
+        check_against_twin(config, steps, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("betas", [*BETAS, {"trained_betas": TRAINED, "num_train_timesteps": 100}], ids=label)
 def test_schedule(betas: Config, zero_snr: bool) -> None:
@@ -299,14 +222,14 @@ def test_schedule(betas: Config, zero_snr: bool) -> None:
     assert (ours.alphas_cumprod[-1] == 0) == zero_snr
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lcm"])  # its timesteps are not spaced
 def test_trailing_spacing_never_leaves_the_trained_timesteps(name: str) -> None:
     """diffusers makes 62 timesteps of 61 steps here, the last one -1; ours are the first 61."""
     config = config_of(name, SD, timestep_spacing="trailing", skip_prk_steps=True)
-    timesteps = make_sampler(config, 61).timesteps
+    timesteps = new_sampler(config, 61).timesteps
     twin = make_twin(config, 61, torch.float32)
     assert twin.timesteps[-1] == -1
-    assert timesteps.tolist() == twin.timesteps[:-1].tolist()
+    assert timesteps.tolist() == whole(twin.timesteps[:-1])
     assert timesteps.dtype == np.int64
 
 
@@ -320,15 +243,22 @@ def test_with_scheduler_equals_from_config(source: str, target: str) -> None:
         converted = with_scheduler(config, target)
         twin = getattr(diffusers, NAMES[target]).from_config(config)
         assert converted["_class_name"] == NAMES[target]
-        assert {k: twin.config[k] for k in converted if k[0] != "_"} == {
-            k: v for k, v in converted.items() if k[0] != "_"
-        }
+        # DPM-Solver++ and UniPC rewrite each other's solver types, ours when the config is read
+        settings = {name: value for name, value in converted.items() if name[0] != "_" and name != "solver_type"}
+        assert {name: twin.config[name] for name in settings} == settings
         twin.set_timesteps(25)
-        assert make_sampler(converted, 25).timesteps.tolist() == twin.timesteps.tolist()
+        assert new_sampler(converted, 25).timesteps.tolist() == whole(twin.timesteps)
+
+
+@pytest.mark.parametrize(("command", "option"), [("generate", "--scheduler"), ("calibrate", "--sampler")])
+def test_help_names_every_sampler(command: str, option: str) -> None:
+    parameters = main.commands[command].params  # type: ignore[attr-defined]
+    (help_text,) = [parameter.help for parameter in parameters if option in parameter.opts]
+    assert ", ".join(list(NAMES)[:-1]) + f" or {list(NAMES)[-1]}." in help_text
 
 
 def test_known_settings_are_those_of_the_convertible_schedulers() -> None:
-    classes = [getattr(diffusers, name) for name in diffusers.DDIMScheduler._compatibles]
+    classes = [getattr(diffusers, name) for name in ["LCMScheduler", *diffusers.DDIMScheduler._compatibles]]
     parameters = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
     assert parameters - {"self", "args", "kwargs"} == KNOWN_SETTINGS
 
@@ -350,6 +280,11 @@ def test_requests_do_not_share_state() -> None:
         (config_of("pndm", SD, skip_prk_steps=True), 0.0),
         (config_of("ddim", SD, clip_sample=False), 1.0),
         (config_of("dpm++", SD, algorithm_type="sde-dpmsolver++"), 0.0),
+        (config_of("dpm++", SD, thresholding=True, solver_order=3), 0.0),
+        (config_of("euler", SD), 0.0),
+        (config_of("euler-a", SD), 0.0),
+        (config_of("unipc", SD, solver_order=3), 0.0),
+        (config_of("lcm", SD), 0.0),
     ],
 )
 def test_a_picture_takes_the_same_way_in_any_batch(config: Config, eta: float) -> None:
@@ -372,8 +307,7 @@ def test_importing_loads_no_torch() -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "value", "supported"),
     [
-        ("ddim", "thresholding", True, "False"),
-        ("dpm++", "thresholding", True, "False"),
+        ("ddim", "thresholding", "yes", "True, False"),
         ("ddim", "beta_schedule", "sigmoid", "scaled_linear"),
         ("ddim", "beta_start", 0.0, "between 0 and 1"),
         ("ddim", "beta_end", "0.02", "a number"),
@@ -389,12 +323,11 @@ def test_importing_loads_no_torch() -> None:
         ("pndm", "num_train_timesteps", 1000.0, "an integer"),
         ("dpm++", "algorithm_type", "dpmsolver", "dpmsolver++"),
         ("dpm++", "algorithm_type", "deis", "dpmsolver++"),
-        ("dpm++", "solver_order", 3, "1, 2"),
+        ("dpm++", "solver_order", 4, "1, 2, 3"),
         ("dpm++", "solver_order", True, "1, 2"),
         ("dpm++", "solver_type", "euler", "midpoint"),
         ("dpm++", "final_sigmas_type", "last", "sigma_min"),
         ("dpm++", "variance_type", "learned", "None"),
-        ("dpm++", "use_beta_sigmas", True, "False"),
         ("dpm++", "use_flow_sigmas", True, "False"),
         ("dpm++", "use_dynamic_shifting", True, "False"),
         ("dpm++", "lambda_min_clipped", 100.0, "at most"),
@@ -409,7 +342,19 @@ def test_refuses_a_setting_it_cannot_honour(name: str, setting: str, value: Any,
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("second", ["use_lu_lambdas", "use_exponential_sigmas"])
+def test_refuses_a_threshold_out_of_range() -> None:
+    for setting, value in (("dynamic_thresholding_ratio", 1.5), ("sample_max_value", 0.0)):
+        with pytest.raises(UsageError, match=setting):
+            make_sampler(config_of("ddim", {setting: value}, thresholding=True), 10)
+
+
+def test_refuses_a_stochastic_third_order() -> None:
+    """diffusers' formula for it has a coefficient of -1 where h is 0."""
+    with pytest.raises(UsageError, match="solver_order"):
+        new_sampler(config_of("dpm++", algorithm_type="sde-dpmsolver++", solver_order=3), 10)
+
+
+@pytest.mark.parametrize("second", ["use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"])
 def test_refuses_two_level_spacings(second: str) -> None:
     with pytest.raises(UsageError, match=second):
         make_sampler(config_of("dpm++", {"use_karras_sigmas": True, second: True}), 10)
@@ -425,7 +370,7 @@ def test_refuses_epsilon_where_nothing_is_left_of_the_signal() -> None:
         make_sampler(config_of("ddim", rescale_betas_zero_snr=True, timestep_spacing="trailing"), 10)
 
 
-@pytest.mark.parametrize("class_name", ["EulerDiscreteScheduler", None])
+@pytest.mark.parametrize("class_name", ["HeunDiscreteScheduler", ["PNDMScheduler"], None])
 def test_refuses_another_class(class_name: str | None) -> None:
     with pytest.raises(UsageError, match="PNDMScheduler, DDIMScheduler, DPMSolverMultistepScheduler"):
         make_sampler({"_class_name": class_name}, 10)
@@ -433,7 +378,7 @@ def test_refuses_another_class(class_name: str | None) -> None:
 
 def test_refuses_an_unknown_scheduler_name() -> None:
     with pytest.raises(UsageError, match=r"pndm, ddim, dpm\+\+"):
-        with_scheduler({}, "euler")
+        with_scheduler({}, "heun")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -470,3 +415,6 @@ def test_noise_needs_a_generator() -> None:
         make_sampler(config_of("ddim"), 10, eta=0.5)
     with pytest.raises(UsageError, match="rng"):
         make_sampler(config_of("dpm++", algorithm_type="sde-dpmsolver++"), 10)
+    for name in ("euler-a", "lcm"):
+        with pytest.raises(UsageError, match="rng"):
+            make_sampler(config_of(name), 10)
