@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,21 +36,30 @@ def scheduler_of(scheduler: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, made["_class_name"]).from_config(made)
 
 
-def reference(way: str, folder: Path, scheduler: Any) -> Any:
-    """diffusers' pipeline ``way`` of the model in ``folder``; its UNet is called with whole timesteps, as a bundle's.
-
-    Euler's fall between two where they are spread evenly; CONTRIBUTING says what rounding them costs.
-    """
+@functools.cache
+def parts_of(folder: Path) -> dict[str, Any]:
+    """The model's modules in float32, read once; its UNet rounds the timesteps that it is given."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     forward = unet.forward
     unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
-    pipeline = getattr(diffusers, way)(
+    return dict(
         vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        unet=unet,
+    )
+
+
+def reference(way: str, folder: Path, scheduler: Any) -> Any:
+    """diffusers' pipeline ``way`` of the model in ``folder``; its UNet is called with whole timesteps, as a bundle's.
+
+    Euler's fall between two where they are spread evenly; CONTRIBUTING says what rounding them costs.
+    """
+    pipeline = getattr(diffusers, way)(
+        **parts_of(folder), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
