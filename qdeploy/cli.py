@@ -383,10 +383,10 @@ def generate(
             guidance_scale=guidance, guidance_rescale=guidance_rescale, weighting=weighting, seed=seed, count=count,
             scheduler=scheduler, eta=eta, callback=lambda step: on_progress("steps", step.index + 1, step.count),
         )  # fmt: skip
-    for number, image in enumerate(result.images):
+    for number, made in enumerate(result.images):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")
         with staged_file(path) as scratch:
-            image.save(scratch, format="PNG")
+            made.save(scratch, format="PNG")
         click.echo(f"wrote {path}")
 
 

@@ -493,7 +493,7 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
 
 def test_a_recipe_exports_the_encoder_on_demand(small: Callable[..., Recipe], tmp_path: Path) -> None:
     assert not small(tmp_path).with_encoder
-    recipe = small(tmp_path, quantize="[export]\nwith_encoder = true\n[quantize]")
+    recipe = small(tmp_path, sample_batch="batch = 2\n[export]\nwith_encoder = true")
     assert recipe.with_encoder
     run_full(recipe, tmp_path / "out")
     assert "vae_encoder" in open_bundle(tmp_path / "out" / "bundle").manifest.components

@@ -71,7 +71,7 @@ def test_a_kl_first_stage_under_the_same_name(folder: Path) -> None:
         (
             "model_index.json",
             {"_class_name": "FluxPipeline"},
-            "takes folders of StableDiffusionPipeline, StableDiffusionInpaintPipeline, LDMText",
+            "takes folders of StableDiffusionPipeline, ",
         ),
         ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "no folder text_encoder, tokenizer, vae"),
         ("vqvae/config.json", {"_class_name": "AutoencoderTiny"}, "expected AutoencoderKL or VQModel"),
