@@ -7,18 +7,14 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["Pipeline", "Result", "Step", "__version__", "load"]
 
-try:
-    __version__ = metadata.version("qdeploy")
-except metadata.PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+source"
-
 if TYPE_CHECKING:
     from qdeploy.runtime.pipeline import Pipeline, Result, Step, load
+
+    __version__: str
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +22,15 @@ def __getattr__(name: str) -> Any:
         from qdeploy.runtime import pipeline
 
         return getattr(pipeline, name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module 'qdeploy' has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib import metadata  # it imports email and zipfile, which the runtime does without
+
+    try:
+        return metadata.version("qdeploy")
+    except metadata.PackageNotFoundError:  # a source tree that was not installed
+        return "0+source"

@@ -26,11 +26,12 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     TEXT_TO_IMAGE: COMPONENTS,
     UNCONDITIONAL: tuple(name for name in COMPONENTS if name != "text_encoder"),
 }  # a bundle's or a model's kind -> its components
+VAE_ENCODER = "vae_encoder"  # what a bundle of any kind may hold besides, for image-to-image and inpainting
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One input or output of a component's graph: NumPy dtype name and static shape."""
+    """One input or output of a component's graph: NumPy dtype name and static shape; a batch left open is -1."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -11,10 +11,12 @@
     │   ├── AuditError               a layer that should run in integers does not
     │   └── ParityError              engine and simulator disagree
     ├── BundleError                  a bundle is incomplete, changed or hostile
-    ├── EngineError                  an engine failed while loading or running
-    │   └── EngineUnavailableError   the engine is not installed here
+    ├── EngineError                  an engine failed while loading or running, or was closed
+    │   ├── EngineUnavailableError   the engine is not installed here
+    │   └── NonFiniteError           a component put out NaN or infinity
     ├── RequestError (ValueError)    a prompt, size, step count … that cannot be served
-    └── CancelledError               the caller's callback stopped the request
+    └── CancelledError               a request was stopped by its callback or its `cancel` event
+        └── DeadlineError            its deadline passed
 """
 
 from __future__ import annotations
@@ -70,12 +72,20 @@ class EngineUnavailableError(EngineError):
     """The engine is not installed here."""
 
 
+class NonFiniteError(EngineError):
+    """A component put out NaN or infinity."""
+
+
 class RequestError(QdeployError, ValueError):
     """A prompt, size or step count that cannot be served."""
 
 
 class CancelledError(QdeployError):
-    """The caller's callback stopped the request."""
+    """A request was stopped by its callback or its ``cancel`` event."""
+
+
+class DeadlineError(CancelledError):
+    """A request was not done when its deadline passed."""
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from qdeploy.export.exporter import export_bundle
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.spec import QuantSpec, target_named
 from qdeploy.table import QuantTable
-from tests.tiny import write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
+from tests.tiny import write_tiny_inpainting, write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
 
 PROMPTS = ["a cat", "a red house", "rocket"]
 
@@ -53,6 +53,18 @@ def float_bundle(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("bundles") / "fp32"
     export_bundle(tiny_model, None, target_named("ort-cpu"), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_bundle(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "with-encoder"
+    export_bundle(tiny_model, None, target_named("ort-cpu"), folder, with_encoder=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_inpainting(tmp_path_factory.mktemp("inpainting") / "model")
 
 
 @pytest.fixture(scope="session")

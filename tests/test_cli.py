@@ -76,6 +76,30 @@ def test_mistakes_are_one_paragraph(arguments: tuple[str, ...], code: int, words
     assert "Traceback" not in result.output
 
 
+def test_pictures_in(tiny_folder: Path, float_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture, mask, broken = (tmp_path / name for name in ("cat.jpg", "mask.png", "broken.png"))
+    Image.new("RGB", (40, 24)).save(picture)
+    Image.new("L", (24, 40)).save(mask)
+    broken.write_bytes(b"\x89PNG no more")
+    for arguments, code, words in (
+        (["--image", picture], 1, "--with-encoder"),
+        (["--image", picture, "--mask", mask], 2, "as large as the picture"),
+        (["--mask", mask], 2, "without image"),
+        (["--image", broken], 2, "not a picture"),
+        (["--image", tmp_path / "none.png"], 1, "none.png"),
+    ):
+        result = run("generate", float_bundle, "a cat", "-o", tmp_path / "out.png", *arguments)
+        assert (result.exit_code, words in result.output) == (code, True), result.output
+    bundle = tmp_path / "bundle"
+    assert run("export", tiny_folder, "-o", bundle, "--with-encoder").exit_code == 0
+    assert "vae_encoder" in run("inspect", bundle).output
+    result = run("generate", bundle, "a red cat", "--image", picture, "-o", tmp_path / "out.png", "--steps", 3)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out.png").size == (16, 16)
+
+
 @pytest.mark.parametrize("part", ["unet", "tokenizer", "scheduler"])
 def test_a_folder_with_a_part_missing(tiny_folder: Path, tmp_path: Path, part: str) -> None:
     model = shutil.copytree(tiny_folder, tmp_path / "model")

@@ -124,6 +124,37 @@ def test_importing_qdeploy_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_every_way_to_a_picture_runs_without_torch(encoder_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture, mask = tmp_path / "picture.png", tmp_path / "mask.png"
+    Image.new("RGB", (30, 20), (200, 30, 30)).save(picture)
+    Image.new("L", (30, 20), 255).save(mask)
+    command = "from qdeploy.cli import main\nmain(sys.argv[1:])"
+    for name, options in {
+        "image": ["--image", picture, "--strength", "0.7", "--low-memory"],
+        "mask": ["--image", picture, "--mask", mask],
+        "text": ["--negative", "blue", "--guidance-rescale", "0.5", "--weighting"],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        asked = ["--quiet", "generate", encoder_bundle, "a (red:1.2) cat", "-o", out, "--steps", "3", *options]
+        run_blocked(command, *map(str, asked))
+        assert Image.open(out).size == (16, 16)
+
+
+def test_the_tokenizer_needs_no_network_and_no_transformers(encoder_bundle: Path) -> None:
+    code = """
+import socket
+def refuse(*_): raise OSError("no network here")
+socket.socket.connect = socket.getaddrinfo = refuse
+import qdeploy
+with qdeploy.load(sys.argv[1]) as pipe:
+    pipe("a cat", steps=1)
+assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
+"""
+    run_blocked(code, str(encoder_bundle))
+
+
 def test_generate_and_bench_run_without_torch(int8_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "cat.png"
     command = "from qdeploy.cli import main\nmain(sys.argv[1:])"

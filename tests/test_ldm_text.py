@@ -60,7 +60,7 @@ def test_tokens_equal_transformers(bundle: Path, ldm_text_folder: Path) -> None:
     reference = BertTokenizer.from_pretrained(ldm_text_folder / "tokenizer")
     expected = reference(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="np").input_ids
     with qdeploy.load(bundle) as pipe:
-        assert np.array_equal(pipe._tokenizer(PROMPTS), expected)
+        assert np.array_equal(pipe.tokenizer(PROMPTS), expected)
 
 
 def test_w8a8_the_whole_way_and_generate_without_torch(model: LatentDiffusion, tmp_path: Path) -> None:

@@ -489,3 +489,11 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
         typed = main.commands[name].make_context(name, ["m", "-o", "o", *more]).params
         assert set(typed) - loading - {"calib"} == set(SECTIONS[name])
         assert meant(**{key: typed[key] for key in SECTIONS[name]}) == getattr(recipe, name)
+
+
+def test_a_recipe_exports_the_encoder_on_demand(small: Callable[..., Recipe], tmp_path: Path) -> None:
+    assert not small(tmp_path).with_encoder
+    recipe = small(tmp_path, sample_batch="batch = 2\n[export]\nwith_encoder = true")
+    assert recipe.with_encoder
+    run_full(recipe, tmp_path / "out")
+    assert "vae_encoder" in open_bundle(tmp_path / "out" / "bundle").manifest.components

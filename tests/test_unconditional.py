@@ -108,7 +108,7 @@ def test_inspect_the_model(unconditional_folder: Path) -> None:
     [
         (("a cat",), "got a prompt, expected none"),
         (("--guidance", "7.5"), "got --guidance, expected none"),
-        (("a cat", "--negative-prompt", "dog"), "got a prompt, --negative-prompt, expected none"),
+        (("a cat", "--negative-prompt", "dog"), "got a prompt, --negative, expected none"),
     ],
 )
 def test_text_for_an_unconditional_bundle(made: Path, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:

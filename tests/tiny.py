@@ -50,6 +50,7 @@ SCHEDULER = dict(
     skip_prk_steps=True,
     set_alpha_to_one=False,
     steps_offset=1,
+    clip_sample=False,
 )
 LDM_SCHEDULER = dict(
     _class_name="DDIMScheduler",
@@ -69,7 +70,12 @@ BERT = dict(
 )
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_inpainting(folder: Path) -> Path:
+    """Write a folder like :func:`write_tiny_model`'s whose UNet also reads a mask and the masked picture."""
+    return write_tiny_model(folder, "StableDiffusionInpaintPipeline", unet_channels=9)
+
+
+def write_tiny_model(folder: Path, pipeline: str = "StableDiffusionPipeline", unet_channels: int = 4) -> Path:
     """Write the pipeline folder (seeded, about 300 k parameters) and return it."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -83,11 +89,11 @@ def write_tiny_model(folder: Path) -> Path:
     tokenizer.save_pretrained(folder / "tokenizer")
     special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
     CLIPTextModel(CLIPTextConfig(vocab_size=len(vocab), **TEXT, **special)).save_pretrained(folder / "text_encoder")
-    UNet2DConditionModel(**UNET).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**UNET | {"in_channels": unet_channels}).save_pretrained(folder / "unet")
     AutoencoderKL(**VAE).save_pretrained(folder / "vae")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     return folder
 
 

@@ -13,7 +13,7 @@ from qdeploy.calibrate.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.qdiffusion import calibration_from_qdiffusion, save_qdiffusion
 from qdeploy.calibrate.raw_data import RawData, calibration_from_pictures
 from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
-from qdeploy.errors import UsageError
+from qdeploy.errors import ModelError, UsageError
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
 
@@ -99,7 +99,12 @@ def calibrate_to_file(
 def calibration_of(
     model: LatentDiffusion, request: Request, on_progress: OnProgress = silent, checkpoint: Path | None = None
 ) -> CalibrationSet:
-    """Run the mode that ``request`` names."""
+    """Run the mode that ``request`` names; ModelError for a UNet that reads a mask, which no mode makes."""
+    if model.unet_channels != model.latents.channels:
+        raise ModelError(
+            f"{model.source}: its UNet inpaints, it reads a mask beside the latents, which calibration does not record "
+            "yet; export it in fp32"
+        )
     if request.from_qdiffusion is not None:
         return calibration_from_qdiffusion(request.from_qdiffusion, request.cali_st, request.cali_n)
     settings = settings_of(request)

@@ -23,9 +23,24 @@ from qdeploy.errors import EngineUnavailableError, UsageError
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to open a session."""
+    """How to open a session.
 
-    threads: int | None = None  # None: the engine's own choice, all cores
+    threads: of one call; None leaves them to the engine, which takes all cores.
+    providers: ONNX Runtime's execution providers in order of preference; None takes the engine's own.
+    """
+
+    threads: int | None = None
+    providers: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads: got {self.threads}, expected at least 1; leave it out for all cores")
+
+    def check_providers(self, engine: str, known: tuple[str, ...]) -> None:
+        """UsageError unless ``providers`` are the ``known`` ones, all that ``engine`` runs on."""
+        if self.providers is not None and self.providers != known:
+            runs_on = f"runs on {', '.join(known)} alone" if known else "has no execution providers"
+            raise UsageError(f"providers: got {', '.join(self.providers) or 'none'}; the engine {engine} {runs_on}")
 
 
 @dataclass(frozen=True)

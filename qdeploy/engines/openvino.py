@@ -83,6 +83,7 @@ def versions() -> dict[str, str]:
 
 def open_session(path: Path, options: EngineOptions) -> OpenVinoSession:
     """Compile ``path`` (``.onnx`` or ``.xml``) for the CPU plugin."""
+    options.check_providers("openvino", ())
     return OpenVinoSession(_compile(path, options), path)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
+PROVIDER = "CPUExecutionProvider"
 ERRORS_ONLY = 3  # ONNX Runtime logs thousands of warnings on edited graphs
 INTEGER_OPS = {"QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"}
 CARRIES_CONSTANTS = {"DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Cast"}
@@ -31,6 +34,7 @@ class OrtSession:
     def __init__(self, session: onnxruntime.InferenceSession, path: Path) -> None:
         self._session: onnxruntime.InferenceSession | None = session
         self._path = path
+        self._pid = os.getpid()
         self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -44,7 +48,14 @@ class OrtSession:
             raise EngineError(f"{self._path}: {exc}") from exc
 
     def close(self) -> None:
+        """Free the engine's memory; behind a fork, where that would never end, leave it to the process's end."""
+        if self._session is not None and os.getpid() != self._pid:
+            # ONNX Runtime's destructor joins its threads, which a fork does not copy: one reference stays for good
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
         self._session = None
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def versions() -> dict[str, str]:
@@ -53,7 +64,8 @@ def versions() -> dict[str, str]:
 
 
 def open_session(path: Path, options: EngineOptions) -> OrtSession:
-    """Load ``path`` on the CPU provider alone."""
+    """Load ``path`` on the CPU provider alone; UsageError where ``options`` ask for another."""
+    options.check_providers("ort-cpu", (PROVIDER,))
     return OrtSession(_load(path, _settings(options)), path)
 
 
@@ -108,7 +120,7 @@ def _settings(options: EngineOptions) -> onnxruntime.SessionOptions:
 
 def _load(path: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        return _onnxruntime().InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        return _onnxruntime().InferenceSession(str(path), settings, providers=[PROVIDER])
     except Exception as exc:
         raise EngineError(f"ONNX Runtime cannot load {path}: {exc}") from exc
 

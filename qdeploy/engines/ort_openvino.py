@@ -28,6 +28,7 @@ def versions() -> dict[str, str]:
 
 def open_session(path: Path, options: EngineOptions) -> OrtSession:
     """Load ``path`` for OpenVINO's CPU plugin; EngineError when it does not take the whole graph."""
+    options.check_providers("ort-openvino", (PROVIDER,))
     ort = _onnxruntime()
     settings = ort.SessionOptions()
     settings.log_severity_level = ERRORS_ONLY

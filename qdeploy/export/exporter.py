@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 import qdeploy
-from qdeploy.bundle import SCHEDULER, TOKENIZER, ComponentInfo, Manifest, TensorInfo, write_manifest
+from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, ComponentInfo, Manifest, TensorInfo, write_manifest
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import ExportError, TableError
 from qdeploy.export.audit import audit_file, audit_graph
@@ -43,21 +43,24 @@ def export_bundle(
     target: TargetSpec,
     out: Path,
     on_progress: OnProgress = silent,
+    *,
+    with_encoder: bool = False,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
-    ``out`` appears only when everything, gates included, has passed. Raises ExportError (AuditError,
-    ParityError) and TableError.
+    ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``out`` appears only when
+    everything, gates included, has passed. Raises ExportError (AuditError, ParityError) and TableError.
     """
     precision = target.float_type if table is None else "int8"
     target.check_precision(precision)
     if table is not None:
         check_weights(table, model)
         check_exportable(table)
+    names = (*model.components, *([VAE_ENCODER] if with_encoder else []))
     with staged_folder(out) as folder:
         infos = {}
-        for done, name in enumerate(model.components):
-            on_progress(f"export: {target.name} {precision}", done, len(model.components))
+        for done, name in enumerate(names):
+            on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
             infos[name] = export_component(model, name, quant, probes, target, folder / name)
@@ -77,7 +80,7 @@ def export_bundle(
             provenance=provenance_of(model, table),
         )
         write_manifest(folder, manifest)
-        on_progress(f"export: {target.name} {precision}", len(model.components), len(model.components))
+        on_progress(f"export: {target.name} {precision}", len(names), len(names))
     return manifest
 
 

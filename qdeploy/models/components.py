@@ -58,7 +58,7 @@ class UnconditionalUNet(Component):
 
 
 class VaeEncoder(Component):
-    """``image float32[B, 3, H, W]`` in [-1, 1] -> mean ``latents float32[B, C, h, w]``, unscaled; calibration only."""
+    """``image float32[B, 3, H, W]`` in [-1, 1] -> mean ``latents float32[B, C, h, w]``, unscaled."""
 
     outputs = ("latents",)
 

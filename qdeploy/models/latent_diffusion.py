@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdeploy.bundle import KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
+from qdeploy.bundle import KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, VAE_ENCODER, LatentInfo
 from qdeploy.errors import ModelError
 from qdeploy.models.components import (
     BertTextEncoder,
@@ -65,7 +65,7 @@ class LatentDiffusion:
         return {"model": self.source, "model_sha256": self.sha256, **loras}
 
     def component(self, name: str) -> Component:
-        """``text_encoder``, ``unet`` or ``vae_decoder``; ModelError for one that the model lacks."""
+        """``text_encoder``, ``unet``, ``vae_decoder`` or ``vae_encoder``; ModelError for one that the model lacks."""
         found = getattr(self, name)
         if found is None:
             raise ModelError(f"{self.source} has no {name}: it is an unconditional model")
@@ -73,7 +73,7 @@ class LatentDiffusion:
 
     @property
     def vae_encoder(self) -> VaeEncoder:
-        """The encoder of the same VAE; it is run to calibrate, never exported."""
+        """The encoder of the same VAE, always in float: run to calibrate, exported on demand."""
         return VaeEncoder(self.vae_decoder.inner).eval()
 
     def tokens(self, prompts: list[str]) -> Tensor:
@@ -91,6 +91,11 @@ class LatentDiffusion:
         return int(self.unet.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
 
     @property
+    def unet_channels(self) -> int:
+        """Channels that the UNet reads: C of the latents, or 2 C + 1 (x, mask, masked picture)."""
+        return int(self.unet.inner.config.in_channels)  # type: ignore[union-attr, arg-type]
+
+    @property
     def context_shape(self) -> tuple[int, int] | None:
         """(T, D) of one prompt's text embeddings; None for an unconditional model."""
         return None if self.text_encoder is None else (self.latents.tokens, self.text_width)
@@ -102,7 +107,9 @@ class LatentDiffusion:
             return {"input_ids": self.tokens([""] * batch)}
         if component == "vae_decoder":
             return {"latents": torch.randn(latent_shape)}
-        feeds = {"sample": torch.randn(latent_shape), "timestep": torch.tensor(500)}
+        if component == VAE_ENCODER:
+            return {"image": torch.randn(batch, 3, self.latents.image_height, self.latents.image_width)}
+        feeds = {"sample": torch.randn(batch, self.unet_channels, *latent_shape[2:]), "timestep": torch.tensor(500)}
         if self.context_shape is not None:
             feeds["encoder_hidden_states"] = torch.randn(batch, *self.context_shape)
         return feeds
@@ -136,7 +143,7 @@ def assemble(parts: Parts, *, source: str, folder: Path, sha256: str) -> LatentD
     height, width = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = LatentInfo(
-        channels=unet.config.in_channels,
+        channels=latent_channels(vae),
         height=height,
         width=width,
         image_height=height * factor,
@@ -158,16 +165,17 @@ def assemble(parts: Parts, *, source: str, folder: Path, sha256: str) -> LatentD
 
 
 def check_parts(parts: Parts, source: str) -> None:
-    """ModelError unless the UNet takes and gives the VAE's latents, and nothing besides t and a text."""
+    """ModelError unless the UNet takes and gives the VAE's latents, besides t a text or a mask at most."""
     unet: Any = parts.unet
     config, vae = unet.config, parts.vae
     if parts.text_encoder is not None and parts.tokenizer is None:
         raise ModelError(f"{source} has a text encoder and no tokenizer; put its tokenizer.json beside it")
     channels = latent_channels(vae)
-    if (config.in_channels, config.out_channels) != (channels, channels):
+    inpaints = config.in_channels == 2 * channels + 1  # beside x a mask and the masked picture's latents
+    if config.out_channels != channels or not (inpaints or config.in_channels == channels):
         raise ModelError(
             f"{source}: the UNet takes {config.in_channels} channels and gives {config.out_channels}, the VAE has "
-            f"{channels}; models that read a mask or another picture, or learn a variance, are not supported"
+            f"{channels}; models that read another picture without a mask, or learn a variance, are not supported"
         )
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         raise ModelError(f"{source}: the UNet reads class labels, which is not supported; use a model without")

@@ -55,6 +55,7 @@ CLIP = TextKind(
 BERT = TextKind("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
 KINDS: Mapping[str, Kind] = {
     "StableDiffusionPipeline": Kind("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
+    "StableDiffusionInpaintPipeline": Kind("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
     "LDMTextToImagePipeline": Kind("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", BERT),
     "LDMPipeline": Kind("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DModel"),
 }

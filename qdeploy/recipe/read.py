@@ -86,6 +86,7 @@ class Recipe:
     quantize: QuantSpec
     target: TargetSpec
     sample: Sample
+    with_encoder: bool = False
 
     def __post_init__(self) -> None:
         if self.model.architecture is not None:
@@ -120,7 +121,7 @@ SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "model": get_type_hints(Model, include_extras=True),
     "calibrate": {field.name: get_type_hints(Request)[field.name] for field in fields(Request)},
     "quantize": {name: hint for name, hint in get_type_hints(spec_from_options).items() if name != "return"},
-    "export": {"target": str},
+    "export": {"target": str, "with_encoder": bool},
     "sample": get_type_hints(Sample),
 }  # section -> its keys and their types, which are the options of the command of that name
 
@@ -149,6 +150,7 @@ def recipe_from_document(name: str, document: Mapping[str, Any]) -> Recipe:
         quantize=spec_from_options(**options["quantize"]),
         target=target_named(options["export"].get("target", "ort-cpu")),
         sample=Sample(**options["sample"]),
+        with_encoder=options["export"].get("with_encoder", False),
     )
 
 

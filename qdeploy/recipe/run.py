@@ -73,7 +73,8 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
             save_table(quantize_model(model.loaded(), load_calibration(calibration), spec, on_progress, work), table)
 
     def export() -> None:
-        export_bundle(model.loaded(), load_table(table), target, bundle, on_progress)
+        rounded = load_table(table)
+        export_bundle(model.loaded(), rounded, target, bundle, on_progress, with_encoder=recipe.with_encoder)
 
     def done(name: str, made: Path, settings: dict, made_from: dict[str, str], make: Callable[[], None]) -> str:
         return finish(Step(name, made, settings, {"model": model.sha256, **made_from}), receipts, make, on_progress)
@@ -83,7 +84,8 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
     settings = {name: value for name, value in asdict(request).items() if name not in FILES}  # wherever they lie
     calibrated = done("calibrate", calibration, settings, read, calibrate)
     quantized = done("quantize", table, asdict(spec), {"calibration": calibrated}, quantize)
-    exported = done("export", bundle, asdict(target), {"table": quantized}, export)
+    wanted = asdict(target) | ({"with_encoder": True} if recipe.with_encoder else {})  # older receipts still hold
+    exported = done("export", bundle, wanted, {"table": quantized}, export)
     model.forget()
     sample_to_folder(bundle, exported, sample, folder / PICTURES, receipts, on_progress)
     return folder / PICTURES

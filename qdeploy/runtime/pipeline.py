@@ -1,209 +1,184 @@
-"""From prompts (or none) to pictures over a bundle's sessions: text encoder, denoising loop, VAE decoder. No torch."""
+"""From prompts, pictures or nothing to pictures over a bundle's components. No torch.
+
+What may be asked is checked in ``request``, one request runs in ``run``, and ``components`` opens, shares and frees.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.bundle import SCHEDULER, TOKENIZER, Bundle, ComponentInfo, Manifest, open_bundle
-from qdeploy.engines.base import EngineOptions, Session, engine_for, engine_named
-from qdeploy.errors import BundleError, EngineError, RequestError, TableError, UsageError
+from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, Bundle, open_bundle
+from qdeploy.engines.base import EngineOptions, engine_for, engine_named
+from qdeploy.errors import BundleError, EngineError, TableError, UsageError
 from qdeploy.files import read_json
 from qdeploy.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
 from qdeploy.noise_correction import NoiseCorrection, load_noise_correction
-from qdeploy.runtime.image import image_from_pixels, pixels_from_decoded
+from qdeploy.runtime import request as asked
+from qdeploy.runtime.components import Component, LoadedBundle
+from qdeploy.runtime.image import Picture, pixels_from_decoded, unit_from_pixels
+from qdeploy.runtime.results import Clock, Result, Step
+from qdeploy.runtime.run import Run
 from qdeploy.runtime.tokenizer import Tokenizer
-from qdeploy.sampling import make_sampler, with_scheduler
-from qdeploy.sampling.loop import PictureStreams, denoise, unit_noise
+from qdeploy.runtime.watch import Event, Watch
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
-MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a callback is shown after each step."""
-
-    index: int
-    count: int
-    timestep: int
-    latents: Array
-
-
-@dataclass(frozen=True)
-class Result:
-    """Pictures of one request.
-
-    pixels: ``uint8[B, H, W, 3]``, prompt by prompt, ``count`` pictures each.
-    latents: ``float32[B, C, H/f, W/f]``.
-    timings_ms: per component, the UNet's summed over all steps.
-    """
-
-    pixels: NDArray[np.uint8]
-    latents: Array
-    seeds: tuple[tuple[int, int], ...]
-    timings_ms: Mapping[str, float]
-
-    @property
-    def images(self) -> list[Image]:
-        """The pictures as PIL images."""
-        return [image_from_pixels(pixels) for pixels in self.pixels]
-
-
-@dataclass
-class Clock:
-    """Milliseconds spent per component within one request."""
-
-    spent_ms: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to ``name``."""
-        start = time.perf_counter()
-        yield
-        self.spent_ms[name] = self.spent_ms.get(name, 0.0) + (time.perf_counter() - start) * 1e3
-
-
-class Component:
-    """One session with the static batch that its graph was made for."""
-
-    def __init__(self, name: str, info: ComponentInfo, session: Session) -> None:
-        self.name = name
-        self.info = info
-        self.session = session
-        self.batch = next(iter(info.outputs.values())).shape[0]
-
-    def run(self, feeds: Mapping[str, NDArray], clock: Clock | None = None) -> NDArray:
-        """First output for feeds of any batch size: cut to the graph's batch, the last piece padded.
-
-        Scalar inputs (the timestep) go along unchanged.
-        """
-        clock = Clock() if clock is None else clock
-        count = max(len(feeds[name]) for name in self._batched())
-        pieces = []
-        for start in range(0, count, self.batch):
-            piece = self._piece(feeds, start)
-            with clock.timing(self.name):
-                pieces.append(self.session.run(piece))
-        (output,) = self.info.outputs
-        joined = np.concatenate([piece[output] for piece in pieces])[:count]
-        if not np.isfinite(joined).all():
-            raise EngineError(f"{self.name} put out NaN or infinity; the bundle or its inputs are broken")
-        return joined
-
-    def _batched(self) -> list[str]:
-        return [name for name, info in self.info.inputs.items() if len(info.shape) > 0]
-
-    def _piece(self, feeds: Mapping[str, NDArray], start: int) -> dict[str, NDArray]:
-        piece = dict(feeds)
-        for name in self._batched():
-            part = feeds[name][start : start + self.batch]
-            missing = self.batch - len(part)
-            piece[name] = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        return piece
 
 
 class Pipeline:
-    """Text-to-image or unconditional generation over one bundle; many threads may call it at once."""
+    """Generation over one loaded bundle; many threads may call it at once, all state of a request is its own."""
 
-    def __init__(self, bundle: Bundle, components: Mapping[str, Component]) -> None:
+    def __init__(self, loaded: LoadedBundle) -> None:
+        bundle = loaded.bundle
         self.bundle = bundle
-        self.components = components
+        self.components = loaded.components
         self.latents = bundle.manifest.latents
         self.reads_text = bundle.manifest.reads_text
-        self._tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens) if self.reads_text else None
-        self._scheduler = read_json(bundle.path(SCHEDULER))
+        self.reads_mask = bundle.manifest.components["unet"].inputs["sample"].shape[1] != self.latents.channels
+        self.tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens) if self.reads_text else None
+        self.scheduler_config = read_json(bundle.path(SCHEDULER))
         self._noise_correction = noise_correction_of(bundle)
+        self._loaded = loaded
+        self._lock = threading.Lock()
+        self._is_closed = False
+        loaded.join()
 
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
+        image: Picture | Sequence[Picture] | None = None,
+        mask: Picture | Sequence[Picture] | None = None,
+        strength: float | None = None,
         steps: int = 25,
         guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        weighting: bool = False,
         seed: int = 0,
         count: int = 1,
         first: int = 0,
+        width: int | None = None,
+        height: int | None = None,
         scheduler: str | None = None,
         eta: float = 0.0,
         latents: Array | None = None,
         callback: Callable[[Step], bool | None] | None = None,
+        cancel: Event | None = None,
+        deadline_s: float | None = None,
     ) -> Result:
         """Generate ``count`` pictures for each prompt, or ``count`` pictures with an unconditional bundle.
 
-        An unconditional bundle takes neither ``prompt`` nor ``negative_prompt``, and ``guidance_scale`` plays no
-        part: its UNet runs once a step.
+        What to make: ``negative_prompt`` is one for all or one a prompt; an unconditional bundle takes neither it
+        nor ``prompt``, and ``guidance_scale`` plays no part. With ``guidance_scale`` 1 the UNet runs for the prompt
+        alone. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4). ``weighting`` reads
+        ``(word:1.3)`` in prompts (``runtime.weighting``).
+
+        From pictures: ``image`` (PIL or ``uint8[H, W, 3]`` of the bundle's size, one or one a prompt) is where to
+        start from; ``strength`` 0..1 says how far from it to go, 0.8 by default, and makes that share of the steps.
+        With ``mask`` (PIL, ``uint8[H, W]`` or bool) white is repainted and black kept, ``strength`` 1 by default.
+        The encoder's mean is taken, so equal pictures give equal results.
+
         Picture ``i`` of a prompt, from ``first`` on, takes all its noise from streams of (seed, i), so it is the
-        same whatever else is in the batch; ``latents`` (``float32[B, C, H, W]``, unit noise) replaces the noise
-        that it starts from. ``scheduler`` swaps the bundle's own (pndm, ddim, ...); ``eta`` 0..1 is ddim's share
-        of noise, which no other takes. ``callback`` is called after every step and may
-        return False to cancel, which raises CancelledError. Raises UsageError for a prompt too many or
-        too few and RequestError for values that cannot be served.
+        same whatever else is in the batch or runs beside; ``latents`` (``float32[B, C, h, w]``, unit noise) replaces
+        the noise that it starts from. ``scheduler`` swaps the bundle's own (pndm, ddim, ...); ``eta`` 0..1 is
+        ddim's share of noise, which no other takes. ``width`` and ``height`` only confirm the bundle's size.
+
+        ``callback`` is called after every step and may return False to cancel; ``cancel`` (a ``threading.Event``)
+        cancels from another thread; ``deadline_s`` is seconds from now. All three are looked at between steps.
+
+        Raises UsageError for arguments that do not go with this bundle, RequestError for values that cannot be
+        served, CancelledError or DeadlineError when stopped, NonFiniteError naming component and step, EngineError
+        when closed or behind a fork. The pipeline stays usable.
         """
-        check_text(self.bundle.manifest, prompt, ["negative_prompt"] if negative_prompt else [])
-        prompts = None if prompt is None else _checked_prompts(prompt, negative_prompt)
-        if count < 1:
-            raise RequestError(f"count: got {count}, expected at least 1")
-        for name, value in (("first", first), ("seed", seed)):
-            if value < 0:
-                raise RequestError(f"{name}: got {value}, expected 0 or more")
-        seeds = tuple((seed, i) for _ in prompts or [""] for i in range(first, first + count))
-        noise = unit_noise(self.latents.shape, seeds) if latents is None else self._checked_latents(latents, len(seeds))
-        config = self._scheduler if scheduler is None else with_scheduler(self._scheduler, scheduler)
-        sampler = make_sampler(config, steps, eta=eta, rng=PictureStreams(seeds))
-        clock = Clock()
-        cond = uncond = None
-        if prompts is not None:
-            cond = np.repeat(self.encode(prompts, clock), count, axis=0)
-        if prompts is not None and guidance_scale != 1:
-            uncond = np.repeat(self.encode([negative_prompt], clock), len(seeds), axis=0)
-
-        def on_step(index: int, t: int, x: Array) -> bool | None:
-            return None if callback is None else callback(Step(index, len(sampler.timesteps), t, x))
-
-        final = denoise(
-            lambda x, t, context: self.predict(x, t, context, clock),
-            sampler, noise, cond, uncond, guidance_scale, on_step,
-        )  # fmt: skip
-        return Result(self.decode(final, clock), final, seeds, clock.spent_ms)
+        self.check_open()
+        watch = Watch(self.check_open, cancel, deadline_s)
+        asked.check_text(self.bundle.manifest, prompt, ["negative_prompt"] if negative_prompt else [])
+        prompts = negatives = None
+        if prompt is not None:
+            prompts, negatives = asked.checked_prompts(prompt, negative_prompt)
+        asked.check_size(width, height, self.latents)
+        source = asked.checked_source(image, mask, strength, len(prompts or [""]), self.latents, self.reads_mask)
+        seeds = asked.checked_seeds(seed, first, count, len(prompts or [""]))
+        request = asked.Request(
+            prompts=prompts,
+            negative_prompts=negatives,
+            steps=asked.whole("steps", steps, 1),
+            guidance_scale=asked.real("guidance_scale", guidance_scale),
+            guidance_rescale=asked.real("guidance_rescale", guidance_rescale, 0, 1),
+            weighting=weighting,
+            seeds=seeds,
+            scheduler=scheduler,
+            eta=asked.real("eta", eta, 0, 1),
+            latents=asked.checked_latents(latents, len(seeds), self.latents.shape),
+            source=source,
+        )
+        return Run(self, request, watch, callback).result()
 
     def encode(self, prompts: Sequence[str], clock: Clock | None = None) -> Array:
         """Text embeddings ``float32[B, T, D]``; UsageError when the bundle reads no text."""
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             raise UsageError(f"{self.bundle.folder} is an unconditional bundle: it has no text encoder")
-        return self.components["text_encoder"].run({"input_ids": self._tokenizer(prompts)}, clock)
+        return self.embed(self.tokenizer(prompts), clock)
 
-    def predict(self, x: Array, t: int, context: Array | None, clock: Clock | None = None) -> Array:
+    def embed(self, input_ids: NDArray[np.int64], clock: Clock | None = None) -> Array:
+        """Text embeddings ``float32[B, T, D]`` of token ids ``int64[B, T]``."""
+        return self.component("text_encoder").run({"input_ids": input_ids}, clock)
+
+    def encode_image(self, pixels: NDArray[np.uint8], clock: Clock | None = None) -> Array:
+        """Scaled latents ``float32[B, C, h, w]``, the encoder's mean, of pictures ``uint8[B, H, W, 3]``."""
+        return self.encode_unit(unit_from_pixels(pixels), clock)
+
+    def encode_unit(self, image: Array, clock: Clock | None = None) -> Array:
+        """The same of pictures ``float32[B, 3, H, W]`` in [-1, 1]; BundleError when the bundle has no encoder."""
+        latents = self.component(VAE_ENCODER).run({"image": image}, clock)
+        return latents * np.float32(self.latents.scaling_factor)
+
+    def predict(self, x: Array, t: int, context: Array | None, clock: Clock | None = None, at_once: int = 1) -> Array:
         """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included.
 
-        ``context`` is ``float32[B, T, D]``, None for an unconditional bundle.
+        ``context`` is ``float32[B, T, D]``, None for an unconditional bundle. An inpainting UNet reads 2 C + 1
+        channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open.
         """
         feeds: dict[str, NDArray] = {"sample": x, "timestep": np.array(t, np.int64)}
         if context is not None:
             feeds["encoder_hidden_states"] = context
-        noise_pred = self.components["unet"].run(feeds, clock)
+        noise_pred = self.component("unet").run(feeds, clock, at_once)
         return noise_pred if self._noise_correction is None else self._noise_correction.corrected(noise_pred, t)
 
     def decode(self, latents: Array, clock: Clock | None = None) -> NDArray[np.uint8]:
-        """Pictures ``uint8[B, H, W, 3]`` of final latents."""
+        """Pictures ``uint8[B, H, W, 3]`` of final latents, or a look at those of a :class:`Step`."""
         scaled = latents / np.float32(self.latents.scaling_factor)
-        return pixels_from_decoded(self.components["vae_decoder"].run({"latents": scaled}, clock))
+        return pixels_from_decoded(self.component("vae_decoder").run({"latents": scaled}, clock))
+
+    def component(self, name: str) -> Component:
+        """One component; BundleError with the remedy for a VAE encoder that the bundle was made without."""
+        return self._loaded.component(name)
+
+    def share(self) -> Pipeline:
+        """Another pipeline over the same sessions, closed on its own; the last one closed frees them."""
+        self.check_open()
+        return Pipeline(self._loaded)
+
+    def check_open(self) -> None:
+        """EngineError when the pipeline was closed or this process is a fork of the one that loaded it."""
+        self._loaded.check_process()
+        if self._is_closed:
+            raise EngineError("the pipeline was closed; load the bundle again")
 
     def close(self) -> None:
-        """Free every session; a second call does nothing."""
-        for component in self.components.values():
-            component.session.close()
+        """Stop what still runs at its next step and free the sessions; a second call does nothing."""
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            self._loaded.leave()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -211,38 +186,35 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked_latents(self, latents: Array, count: int) -> Array:
-        expected = (count, *self.latents.shape)
-        if latents.dtype != np.float32 or latents.shape != expected:
-            raise RequestError(f"latents: got {latents.dtype}{list(latents.shape)}, expected float32{list(expected)}")
-        if not np.isfinite(latents).all():
-            raise RequestError("latents hold NaN or infinity")
-        return latents
 
-
-def load(bundle: str | Path, *, engine: str | None = None, threads: int | None = None, verify: bool = True) -> Pipeline:
+def load(
+    bundle: str | Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+    low_memory: bool = False,
+    verify: bool = True,
+) -> Pipeline:
     """Open a bundle and load its graphs.
 
-    ``engine`` defaults to the one the bundle was exported for; ``threads`` to all cores;
-    ``verify=False`` skips the hash check. Raises BundleError, EngineError or UsageError.
+    ``engine`` defaults to the one the bundle was exported for; ``threads`` of one call to all cores; ``providers``
+    (ONNX Runtime's) to the engine's own. ``low_memory`` keeps one component in memory at a time: each is loaded for
+    its stage and freed behind it, and requests of several threads take turns. ``verify=False`` skips the hash
+    check. Raises BundleError, EngineError or UsageError.
     """
+    start = time.perf_counter()
     opened = open_bundle(bundle, verify=verify)
-    module = engine_named(engine_for(opened.folder, opened.manifest.engine, engine))
-    options = EngineOptions(threads=threads)
-    components = {
-        name: Component(name, info, module.open_session(opened.path(info.file), options))
-        for name, info in opened.manifest.components.items()
-    }
-    return Pipeline(opened, components)
-
-
-def check_text(manifest: Manifest, prompt: str | Sequence[str] | None, options: Collection[str]) -> None:
-    """UsageError unless there is a prompt just where the bundle reads text; ``options`` names others given for text."""
-    if manifest.reads_text and prompt is None:
-        raise UsageError("no prompt: this bundle makes pictures from text; give one")
-    if not manifest.reads_text and (prompt is not None or options):
-        given = ", ".join([*(["a prompt"] if prompt is not None else []), *sorted(options)])
-        raise UsageError(f"got {given}, expected none: this bundle is unconditional, it makes pictures without text")
+    name = engine_for(opened.folder, opened.manifest.engine, engine)
+    options = EngineOptions(threads, None if providers is None else tuple(providers))
+    loaded = LoadedBundle(opened, engine_named(name), options, low_memory)
+    try:
+        pipeline = Pipeline(loaded)
+    except BaseException:
+        loaded.free()
+        raise
+    log.info("loaded %s on %s in %.0f ms", opened.folder, name, (time.perf_counter() - start) * 1e3)
+    return pipeline
 
 
 def noise_correction_of(bundle: Bundle) -> NoiseCorrection | None:
@@ -260,13 +232,3 @@ def noise_correction_of(bundle: Bundle) -> NoiseCorrection | None:
             f"{output.shape[1]}; export the bundle again"
         )
     return correction
-
-
-def _checked_prompts(prompt: str | Sequence[str], negative_prompt: str) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise RequestError("no prompt given; pass a string or a non-empty list of strings")
-    for text in (*prompts, negative_prompt):
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise RequestError(f"a prompt of {len(text)} characters is too long; at most {MAX_PROMPT_CHARACTERS}")
-    return prompts

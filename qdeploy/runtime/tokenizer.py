@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.errors import BundleError
+from qdeploy.runtime.weighting import WeightedText
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the text encoder reads of some prompts.
+
+    ids: ``int64[B, T]``.
+    weights: ``float32[B, T]``, 1 at special tokens and padding.
+    truncated: the end of each text that was too long, which is not among the tokens; empty for the others.
+    """
+
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    truncated: tuple[str, ...]
 
 
 class Tokenizer:
@@ -30,9 +50,31 @@ class Tokenizer:
         self._length = length
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """``int64[B, length]``; a prompt that had to be cut is logged as a warning."""
-        encodings = self._backend.encode_batch(list(prompts))
-        for prompt, encoding in zip(prompts, encodings, strict=True):
-            if encoding.overflowing:
-                log.warning("prompt cut to %d tokens: %.80s", self._length, prompt)
-        return np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        """``int64[B, length]`` of plain prompts; one that had to be cut is logged as a warning."""
+        return self.tokens([WeightedText.plain(prompt) for prompt in prompts]).ids
+
+    def tokens(self, prompts: Sequence[WeightedText]) -> Tokens:
+        """Ids and weights; a token has the weight of its first character. A cut prompt is logged as a warning."""
+        encodings = self._backend.encode_batch([prompt.text for prompt in prompts])
+        truncated = tuple(_lost(prompt.text, encoding) for prompt, encoding in zip(prompts, encodings, strict=True))
+        for prompt, lost in zip(prompts, truncated, strict=True):
+            if lost:
+                log.warning("prompt cut to %d tokens: %.80s", self._length, prompt.text)
+        ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        weights = [_weights(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)]
+        return Tokens(ids, np.array(weights, np.float32), truncated)
+
+
+def _lost(text: str, encoding: Encoding) -> str:
+    """The end of ``text`` from the first token that found no room, or nothing."""
+    if not encoding.overflowing:
+        return ""
+    overflow = encoding.overflowing[0]
+    return text[max(start for start, _ in overflow.offsets[:2]) :]  # behind the token that opens every text
+
+
+def _weights(prompt: WeightedText, encoding: Encoding) -> list[float]:
+    return [
+        1.0 if special or start == end else prompt.weights[start]
+        for (start, end), special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ PredictNoise = Callable[[Array, int, Context], Array]
 # (index of the step, t, x after the step) -> False to stop
 OnStep = Callable[[int, int, Array], bool | None]
 
+TINY = float(np.finfo(np.float32).tiny)  # keeps a constant prediction's division by its deviation finite
 SAMPLER_STREAM = 1  # keeps a stochastic sampler's noise apart from the starting noise, drawn for (seed, index)
 
 
@@ -38,6 +40,33 @@ class PictureStreams:
         return np.stack([stream.standard_normal(size[1:], dtype=dtype) for stream in self._streams])
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a trajectory takes over from a given picture.
+
+    latents: ``float32[B, C, h, w]``, the picture's own, clean and scaled.
+    begin: the model call to begin with, from ``latents`` noised to its level; None begins with pure noise.
+    repaint: ``float32[1 or B, 1, h, w]``, 1 where the picture is made anew; 0 keeps the given latents, by blending
+        after every step as diffusers' ``StableDiffusionInpaintPipeline`` does for UNets without a mask input.
+    """
+
+    latents: Array
+    begin: int | None
+    repaint: Array | None = None
+
+    def first(self, sampler: Sampler, noise: Array) -> Array | None:
+        """The first ``x``, or None where it is pure noise."""
+        return None if self.begin is None else sampler.noised(self.latents, noise, self.begin)
+
+    def blended(self, sampler: Sampler, noise: Array, index: int, x: Array) -> Array:
+        """``x`` behind call ``index`` with the given latents, as noisy as it, where nothing is repainted."""
+        if self.repaint is None:
+            return x
+        is_last = index + 1 == len(sampler.timesteps)
+        known = self.latents if is_last else sampler.noised(self.latents, noise, index + 1)
+        return (1 - self.repaint) * known + self.repaint * x
+
+
 def denoise(
     predict: PredictNoise[Context],
     sampler: Sampler,
@@ -46,25 +75,39 @@ def denoise(
     uncond: Context | None,
     guidance_scale: float,
     on_step: OnStep | None = None,
+    *,
+    guidance_rescale: float = 0.0,
+    given: Given | None = None,
 ) -> Array:
-    """Latents ``float32[B, C, H, W]`` from unit noise of that shape.
+    """Latents ``float32[B, C, H, W]`` from unit noise of that shape, and from what is ``given`` of a picture.
 
     ``cond`` and ``uncond`` are ``float32[B, T, D]``; without ``uncond`` the model runs once a
-    step and ``guidance_scale`` plays no part; an unconditional model has neither. Raises CancelledError
-    when ``on_step`` returns False.
+    step and neither ``guidance_scale`` nor ``guidance_rescale`` plays a part; an unconditional model has neither.
+    Steps are counted from the first one that is made. Raises CancelledError when ``on_step`` returns False.
     """
-    x = noise * np.float32(sampler.init_noise_sigma)
-    for index, t in enumerate(sampler.timesteps):
+    begin = 0 if given is None or given.begin is None else given.begin
+    start = None if given is None else given.first(sampler, noise)
+    x = noise * np.float32(sampler.init_noise_sigma) if start is None else start
+    count = len(sampler.timesteps) - begin
+    for index, t in enumerate(sampler.timesteps[begin:], begin):
         model_input = sampler.scale_model_input(x, index)
-        noise_pred = guided(predict, model_input, int(t), cond, uncond, guidance_scale)
+        noise_pred = guided(predict, model_input, int(t), cond, uncond, guidance_scale, guidance_rescale)
         x = sampler.step(noise_pred, index, x)
-        if on_step is not None and on_step(index, int(t), x) is False:
-            raise CancelledError(f"stopped by the callback after step {index + 1} of {len(sampler.timesteps)}")
+        if given is not None:
+            x = given.blended(sampler, noise, index, x)
+        if on_step is not None and on_step(index - begin, int(t), x) is False:
+            raise CancelledError(f"stopped by the callback after step {index - begin + 1} of {count}")
     return x
 
 
 def guided(
-    predict: PredictNoise[Context], x: Array, t: int, cond: Context, uncond: Context | None, guidance_scale: float
+    predict: PredictNoise[Context],
+    x: Array,
+    t: int,
+    cond: Context,
+    uncond: Context | None,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
 ) -> Array:
     """Classifier-free guidance (Ho & Salimans 2021): ``uncond + s (cond - uncond)`` from one double batch."""
     if cond is None or uncond is None:
@@ -72,4 +115,17 @@ def guided(
     text = np.concatenate([uncond, cond])
     both = predict(np.concatenate([x, x]), t, text)  # type: ignore[arg-type]  # an array, as cond is here
     without, with_text = np.split(both, 2)
-    return without + np.float32(guidance_scale) * (with_text - without)
+    noise_pred = without + np.float32(guidance_scale) * (with_text - without)
+    return rescaled(noise_pred, with_text, guidance_rescale) if guidance_rescale else noise_pred
+
+
+def rescaled(noise_pred: Array, with_text: Array, share: float) -> Array:
+    """Guidance rescale (Lin et al. 2023, arXiv 2305.08891, section 3.4), ``float32[B, C, H, W]`` all.
+
+    ``share`` is the paper's phi: 1 gives each picture's prediction the standard deviation of the one with text
+    (equation 15), less mixes it with the prediction as it was (equation 16).
+    """
+    # a picture at a time: the sum's last bit must not depend on the batch
+    ratio = [text.std() / max(guided.std(), TINY) for guided, text in zip(noise_pred, with_text, strict=True)]
+    factor = share * np.array(ratio, np.float32) + (1 - share)
+    return noise_pred * factor.astype(np.float32)[:, None, None, None]

@@ -68,7 +68,11 @@ def test_a_kl_first_stage_under_the_same_name(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "change", "words"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "takes folders of StableDiffusionPipeline, LDMText"),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "takes folders of StableDiffusionPipeline, ",
+        ),
         ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "no folder text_encoder, tokenizer, vae"),
         ("vqvae/config.json", {"_class_name": "AutoencoderTiny"}, "expected AutoencoderKL or VQModel"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "expected UNet2DModel"),
@@ -100,3 +104,13 @@ def test_weights_that_lack_a_tensor(folder: Path) -> None:
     save_file(tensors, folder / "vqvae" / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"quantize\.embedding\.weight"):
         load_model(str(folder))
+
+
+def test_an_inpainting_folder(inpainting_folder: Path, tmp_path: Path) -> None:
+    from qdeploy.calibrate.modes import Request, calibrate_to_file
+
+    model = load_model(str(inpainting_folder))
+    assert (model.unet_channels, model.latents.channels) == (9, 4)
+    assert model.example("unet", 2)["sample"].shape == (2, 9, 8, 8)
+    with pytest.raises(ModelError, match="reads a mask beside the latents"):
+        calibrate_to_file(model, Request(samples=1, steps=1), tmp_path / "c.safetensors")

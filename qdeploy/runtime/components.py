@@ -1,0 +1,208 @@
+"""A bundle's components as sessions: opened when needed, cut to their graphs' batch, shared and freed in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.bundle import VAE_ENCODER, Bundle, ComponentInfo
+from qdeploy.engines.base import Engine, EngineOptions, Session
+from qdeploy.errors import BundleError, EngineError, NonFiniteError
+from qdeploy.runtime.results import Clock
+
+WAIT_S = 0.05  # how often one who waits for another's turn looks whether to go on waiting
+WhileWaiting = Callable[[], None]  # raises to stop waiting
+
+
+class Turn:
+    """Lets one component of a bundle be in memory at a time (``low_memory``); lets all when ``exclusive`` is false.
+
+    The holder may take it again: a callback that decodes a preview has two components in memory.
+    """
+
+    def __init__(self, exclusive: bool) -> None:
+        self.exclusive = exclusive
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def taken(self, while_waiting: WhileWaiting) -> Iterator[None]:
+        """Hold the turn inside; ``while_waiting`` is called now and then until it comes."""
+        if not self.exclusive:
+            yield
+            return
+        while not self._lock.acquire(timeout=WAIT_S):
+            while_waiting()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+class Component:
+    """One graph with the batch that it was made for, and its session while there is one; for many threads."""
+
+    def __init__(self, name: str, info: ComponentInfo, open_session: Callable[[], Session], turn: Turn) -> None:
+        self.name = name
+        self.info = info
+        self.batch = next(iter(info.outputs.values())).shape[0]
+        self._open_session = open_session
+        self._turn = turn
+        self._lock = threading.Lock()  # guards what follows; never held while a graph runs
+        self._session: Session | None = None
+        self._holders = 0
+        self._is_closed = False
+        self._pid = os.getpid()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the graph is in memory."""
+        return self._session is not None
+
+    @contextmanager
+    def held(self, while_waiting: WhileWaiting = lambda: None) -> Iterator[Session]:
+        """The session, opened if need be and kept while inside; EngineError when closed or behind a fork."""
+        check_process(self._pid)
+        with self._turn.taken(while_waiting):
+            session = self._acquire()
+            try:
+                yield session
+            finally:
+                self._let_go()
+
+    def run(self, feeds: Mapping[str, NDArray], clock: Clock | None = None, at_once: int = 1) -> NDArray:
+        """First output for feeds of any batch size: cut to the graph's batch, the last piece padded.
+
+        Scalar inputs (the timestep) go along unchanged. A graph whose batch was left open takes ``at_once`` rows a
+        call. Raises NonFiniteError for NaN or infinity in the output, EngineError when the engine fails.
+        """
+        clock = Clock() if clock is None else clock
+        is_open = self.batch < 0
+        batch = at_once if is_open else self.batch
+        count = max(len(feeds[name]) for name in self._batched())
+        pieces = []
+        with self.held() as session:
+            for start in range(0, count, batch):
+                piece = self._piece(feeds, start, batch, pad=not is_open)
+                with clock.timing(self.name):
+                    pieces.append(session.run(piece))
+        (output,) = self.info.outputs
+        joined = np.concatenate([piece[output] for piece in pieces])[:count]
+        if not np.isfinite(joined).all():
+            raise NonFiniteError(f"{self.name} put out NaN or infinity; the bundle or its inputs are broken")
+        return joined
+
+    def close(self) -> None:
+        """Free the session, at once or when the last run that holds it is done."""
+        with self._lock:
+            self._is_closed = True
+            self._free_if_idle()
+
+    def _acquire(self) -> Session:
+        with self._lock:
+            if self._is_closed:
+                raise EngineError(f"{self.name}: the bundle was closed; load it again")
+            if self._session is None:
+                self._session = self._open_session()
+            self._holders += 1
+            return self._session
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._is_closed or self._turn.exclusive:
+                self._free_if_idle()
+
+    def _free_if_idle(self) -> None:
+        if self._holders == 0 and self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _batched(self) -> list[str]:
+        return [name for name, info in self.info.inputs.items() if len(info.shape) > 0]
+
+    def _piece(self, feeds: Mapping[str, NDArray], start: int, batch: int, pad: bool) -> dict[str, NDArray]:
+        piece = dict(feeds)
+        for name in self._batched():
+            part = feeds[name][start : start + batch]
+            missing = batch - len(part) if pad else 0
+            piece[name] = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+        return piece
+
+
+class LoadedBundle:
+    """A bundle and its components, shared by the pipelines made of it and freed with the last of them.
+
+    Without ``low_memory`` all components but a VAE encoder, which most requests do without, are opened at once.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, options: EngineOptions, low_memory: bool = False) -> None:
+        def opener(info: ComponentInfo) -> Callable[[], Session]:
+            return lambda: engine.open_session(bundle.path(info.file), options)
+
+        self.bundle = bundle
+        turn = Turn(exclusive=low_memory)
+        self.components: Mapping[str, Component] = {
+            name: Component(name, info, opener(info), turn) for name, info in bundle.manifest.components.items()
+        }
+        self._lock = threading.Lock()
+        self._pipelines = 0
+        self._pid = os.getpid()
+        if not low_memory:
+            self._open_all()
+
+    def check_process(self) -> None:
+        """EngineError behind a fork."""
+        check_process(self._pid)
+
+    def component(self, name: str) -> Component:
+        """The component ``name``; BundleError with the remedy for an encoder that the bundle was made without."""
+        if name == VAE_ENCODER and name not in self.components:
+            raise BundleError(
+                f"{self.bundle.folder} has no VAE encoder, which image-to-image and inpainting need; export it again "
+                "with --with-encoder"
+            )
+        return self.components[name]
+
+    def join(self) -> None:
+        """One more pipeline uses this."""
+        with self._lock:
+            self._pipelines += 1
+
+    def leave(self) -> None:
+        """One pipeline less; the last one frees all sessions. Behind a fork nothing is freed: it is the parent's."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._pipelines -= 1
+            is_last = self._pipelines == 0
+        if is_last:
+            self.free()
+
+    def free(self) -> None:
+        """Close every component, whoever uses it."""
+        for component in self.components.values():
+            component.close()
+
+    def _open_all(self) -> None:
+        try:
+            for name, component in self.components.items():
+                if name != VAE_ENCODER:
+                    with component.held():
+                        pass
+        except BaseException:
+            self.free()
+            raise
+
+
+def check_process(pid: int) -> None:
+    """EngineError unless this is the process ``pid``: an engine's threads do not live on behind a fork."""
+    if os.getpid() != pid:
+        raise EngineError(
+            f"the bundle was loaded by process {pid} and this is process {os.getpid()}, forked from it without the "
+            "engine's threads; load the bundle in each process, or start processes with the method 'spawn'"
+        )

@@ -1,0 +1,219 @@
+"""One call of a pipeline as a checked request: what can be refused before any component runs is refused here."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.bundle import LatentInfo, Manifest
+from qdeploy.errors import RequestError, UsageError
+from qdeploy.runtime.image import Picture, mask_from_picture, pixels_from_picture
+
+Array = NDArray[np.float32]
+MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
+STRENGTH = 0.8  # of image-to-image where none is given, as in diffusers; inpainting has 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``Pipeline.__call__`` that say which pictures to make, as it documents them.
+
+    prompts, negative_prompts: None for an unconditional bundle; as many of the second as of the first.
+    """
+
+    prompts: tuple[str, ...] | None
+    negative_prompts: tuple[str, ...] | None
+    steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    weighting: bool
+    seeds: tuple[tuple[int, int], ...]
+    scheduler: str | None
+    eta: float
+    latents: Array | None
+    source: Source | None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the UNet runs twice a picture and step."""
+        return self.prompts is not None and self.guidance_scale != 1
+
+    @property
+    def per_prompt(self) -> int:
+        """Pictures of each prompt."""
+        return len(self.seeds) // len(self.prompts or [""])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A given picture, or one for each prompt.
+
+    pixels: ``uint8[1 or prompts, H, W, 3]``.
+    mask: ``bool[1 or prompts, H, W]``, True where it is to be made anew; None makes all anew, from it.
+    """
+
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.bool_] | None
+    strength: float
+
+
+def check_text(manifest: Manifest, prompt: str | Sequence[str] | None, options: Collection[str]) -> None:
+    """UsageError unless there is a prompt just where the bundle reads text; ``options`` names others given for text."""
+    if manifest.reads_text and prompt is None:
+        raise UsageError("no prompt: this bundle makes pictures from text; give one")
+    if not manifest.reads_text and (prompt is not None or options):
+        given = ", ".join([*(["a prompt"] if prompt is not None else []), *sorted(options)])
+        raise UsageError(f"got {given}, expected none: this bundle is unconditional, it makes pictures without text")
+
+
+def checked_prompts(
+    prompt: str | Sequence[str], negative: str | Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Prompts and as many negative prompts."""
+    prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative)
+    if not prompts:
+        raise RequestError("no prompt given; pass a string or a non-empty list of strings")
+    if isinstance(negative, str):
+        negatives *= len(prompts)
+    if len(negatives) != len(prompts):
+        raise RequestError(f"negative_prompt: got {len(negatives)}, expected one or {len(prompts)}, one a prompt")
+    return prompts, negatives
+
+
+def checked_seeds(seed: int, first: int, count: int, prompts: int) -> tuple[tuple[int, int], ...]:
+    """(seed, number) of each picture, prompt by prompt."""
+    seed, first = whole("seed", seed, 0), whole("first", first, 0)
+    numbers = range(first, first + whole("count", count, 1))
+    return tuple((seed, number) for _ in range(prompts) for number in numbers)
+
+
+def checked_latents(latents: Array | None, count: int, shape: tuple[int, int, int]) -> Array | None:
+    """``latents`` if they are finite ``float32[count, *shape]``."""
+    if latents is None:
+        return None
+    array = np.asarray(latents)
+    expected = (count, *shape)
+    if array.dtype != np.float32 or array.shape != expected:
+        raise RequestError(f"latents: got {array.dtype}{list(array.shape)}, expected float32{list(expected)}")
+    if not np.isfinite(array).all():
+        raise RequestError("latents hold NaN or infinity")
+    return array
+
+
+def checked_source(
+    image: Picture | Sequence[Picture] | None,
+    mask: Picture | Sequence[Picture] | None,
+    strength: float | None,
+    prompts: int,
+    latents: LatentInfo,
+    reads_mask: bool,
+) -> Source | None:
+    """The given picture and mask, both of the bundle's size; None where there is none to be had.
+
+    ``reads_mask`` is whether the bundle's UNet does, which can then do nothing but inpaint.
+    """
+    if image is None:
+        if mask is not None or strength is not None:
+            raise UsageError(f"{'strength' if mask is None else 'mask'} without image: give the picture to start from")
+        if reads_mask:
+            raise UsageError("this bundle's UNet inpaints: give image and mask")
+        return None
+    if mask is None and reads_mask:
+        raise UsageError("this bundle's UNet inpaints: give a mask with the image, white where it is to be repainted")
+    if strength is None:
+        strength = STRENGTH if mask is None else 1.0
+    number = real("strength", strength, 0, 1)
+    if number == 0:
+        raise RequestError("strength: got 0, expected more: 0 would give the picture back as it is")
+    pixels = _stacked([pixels_from_picture(one, "image") for one in _each(image, 3)], "image", prompts, latents)
+    masks = None
+    if mask is not None:
+        masks = _stacked([mask_from_picture(one) for one in _each(mask, 2)], "mask", prompts, latents)
+    return Source(pixels, masks, number)
+
+
+def check_size(width: int | None, height: int | None, latents: LatentInfo) -> None:
+    """RequestError for a size other than the one that the bundle's graphs were made for."""
+    factor = latents.image_height // latents.height
+    made = {"width": latents.image_width, "height": latents.image_height}
+    for name, value in (("width", width), ("height", height)):
+        if value is None:
+            continue
+        if whole(name, value, 1) % factor:
+            raise RequestError(f"{name}: got {value}, expected a multiple of {factor}, one latent's pixels")
+        if value != made[name]:
+            raise RequestError(
+                f"{name}: got {value}, expected {made[name]}: the bundle's graphs are made for one size; export a "
+                "model of another size, or scale the picture afterwards"
+            )
+
+
+def whole(name: str, value: int, least: int) -> int:
+    """``value`` as an integer of at least ``least``; True and 2.0 are none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise RequestError(f"{name}: got {value!r:.40}, expected a whole number")
+    if number < least:
+        raise RequestError(f"{name}: got {number}, expected {least} or more")
+    return number
+
+
+def real(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> float:
+    """``value`` as a finite number from ``least`` to ``most``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and least <= number <= most):
+        bounds = "a finite number" if math.isinf(least) else f"a number from {least:g} to {most:g}"
+        raise RequestError(f"{name}: got {value!r:.40}, expected {bounds}")
+    return number
+
+
+def _texts(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    texts: tuple[Any, ...]
+    try:
+        texts = (given,) if isinstance(given, str) else tuple(given)
+    except TypeError:
+        texts = (given,)
+    for text in texts:
+        if not isinstance(text, str):
+            raise RequestError(f"{name}: got {type(text).__name__}, expected a string or a list of strings")
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise RequestError(f"a {name} of {len(text)} characters is too long; at most {MAX_PROMPT_CHARACTERS}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as exc:
+            raise RequestError(f"{name}: {exc.reason} at character {exc.start}; pass valid Unicode text") from exc
+    return texts
+
+
+def _each(given: Picture | Sequence[Picture], dimensions: int) -> list[Picture]:
+    """One picture as a list of one; an array of one dimension more, or a list, as its pictures."""
+    if isinstance(given, np.ndarray):
+        return [given] if given.ndim <= dimensions else list(given)
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _stacked(arrays: list[NDArray[Any]], name: str, prompts: int, latents: LatentInfo) -> NDArray[Any]:
+    """One array of pictures, checked to be one or one a prompt, and of the bundle's size."""
+    if len(arrays) not in (1, prompts):
+        expected = "one" if prompts == 1 else f"one, or {prompts}, one a prompt"
+        raise RequestError(f"{name}: got {len(arrays)}, expected {expected}")
+    for array in arrays:
+        height, width = array.shape[:2]
+        if (width, height) != (latents.image_width, latents.image_height):
+            raise RequestError(
+                f"{name}: got {width}x{height} pixels, expected {latents.image_width}x{latents.image_height}, the "
+                "bundle's size; cut and scale it with qdeploy.runtime.image.fitted"
+            )
+    return np.stack(arrays)

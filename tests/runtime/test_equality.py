@@ -1,0 +1,195 @@
+"""The runtime's pictures are those of diffusers' pipelines: every scheduler, every way to start."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import qdeploy
+from qdeploy.errors import UsageError
+from qdeploy.export.exporter import export_bundle
+from qdeploy.models.source import load_model, model_folder
+from qdeploy.runtime.image import fitted
+from qdeploy.runtime.pipeline import Pipeline
+from qdeploy.sampling import NAMES, with_scheduler
+from qdeploy.sampling.loop import PictureStreams
+from qdeploy.spec import target_named
+
+ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
+HOME = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_"
+
+
+def scheduler_of(scheduler: str, config: dict[str, Any]) -> Any:
+    """diffusers' scheduler called ``scheduler``."""
+    made = with_scheduler(config, scheduler)
+    return getattr(diffusers, made["_class_name"]).from_config(made)
+
+
+@functools.cache
+def parts_of(folder: Path) -> dict[str, Any]:
+    """The model's modules in float32, read once; its UNet rounds the timesteps that it is given."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    forward = unet.forward
+    unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
+    return dict(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+    )
+
+
+def reference(way: str, folder: Path, scheduler: Any) -> Any:
+    """diffusers' pipeline ``way`` of the model in ``folder``; its UNet is called with whole timesteps, as a bundle's.
+
+    Euler's fall between two where they are spread evenly; CONTRIBUTING says what rounding them costs.
+    """
+    pipeline = getattr(diffusers, way)(
+        **parts_of(folder), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def same_draws(scheduler: Any) -> Iterator[None]:
+    """A stochastic scheduler draws what our sampler does for picture 0 of seed 0."""
+    streams = PictureStreams([(0, 0)])
+
+    def draw(shape: Any, **_: Any) -> torch.Tensor:
+        return torch.from_numpy(streams.standard_normal(tuple(shape)))
+
+    with mock.patch.object(sys.modules[type(scheduler).__module__], "randn_tensor", draw, create=True):
+        yield
+
+
+@pytest.fixture
+def same_noise(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Unit noise that diffusers' pipelines also start from; they take the encoder's mean, as we do."""
+    noise = np.random.default_rng(3).standard_normal((1, *pipe.latents.shape), np.float32)
+    for module in ("img2img", "inpaint"):
+        monkeypatch.setattr(f"{HOME}{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+        monkeypatch.setattr(f"{HOME}{module}.retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    return noise
+
+
+def check_same(found: qdeploy.Result, expected: np.ndarray) -> None:
+    assert np.abs(found.pixels[0].astype(int) - np.rint(expected[0] * 255)).max() <= ONE_GREY_LEVEL
+
+
+@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_text_to_image(
+    pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, scheduler: str, guidance_scale: float
+) -> None:
+    twin = scheduler_of(scheduler, pipe.scheduler_config)
+    diffusers_pipe = reference("StableDiffusionPipeline", tiny_folder, twin)
+    settings = dict(negative_prompt="blue", guidance_scale=guidance_scale, guidance_rescale=0.6)
+    with same_draws(twin):
+        expected = diffusers_pipe(
+            "a red house", num_inference_steps=8, latents=torch.from_numpy(same_noise), output_type="np", **settings
+        ).images
+    check_same(pipe("a red house", steps=8, latents=same_noise, scheduler=scheduler, **settings), expected)
+
+
+@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_image_to_image(
+    pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, scheduler: str, strength: float
+) -> None:
+    twin = scheduler_of(scheduler, pipe.scheduler_config)
+    diffusers_pipe = reference("StableDiffusionImg2ImgPipeline", tiny_folder, twin)
+    settings = dict(strength=strength, guidance_scale=5.0)
+    with same_draws(twin):
+        expected = diffusers_pipe(
+            "a red house", image=Image.fromarray(picture), num_inference_steps=8, output_type="np", **settings
+        ).images
+    found = pipe("a red house", image=picture, steps=8, latents=same_noise, scheduler=scheduler, **settings)
+    check_same(found, expected)
+
+
+@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_by_blending(
+    pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, mask: np.ndarray, scheduler: str,
+    strength: float,
+) -> None:  # fmt: skip
+    twin = scheduler_of(scheduler, pipe.scheduler_config)
+    diffusers_pipe = reference("StableDiffusionInpaintPipeline", tiny_folder, twin)
+    with same_draws(twin):
+        expected = diffusers_pipe(
+            "a red house", image=Image.fromarray(picture), mask_image=Image.fromarray(mask), num_inference_steps=8,
+            height=16, width=16, strength=strength, guidance_scale=5.0, output_type="np",
+        ).images  # fmt: skip
+    found = pipe(
+        "a red house", image=picture, mask=mask, strength=strength, guidance_scale=5.0, steps=8, latents=same_noise,
+        scheduler=scheduler,
+    )  # fmt: skip
+    check_same(found, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_by_the_unet(
+    inpainting_folder: Path, tmp_path_factory: pytest.TempPathFactory, same_noise: np.ndarray, picture: np.ndarray,
+    mask: np.ndarray, guidance_scale: float, strength: float,
+) -> None:  # fmt: skip
+    bundle = tmp_path_factory.getbasetemp() / "inpainting-bundle"
+    if not bundle.exists():
+        model = load_model(str(inpainting_folder))
+        export_bundle(model, None, target_named("ort-cpu"), bundle, with_encoder=True)
+    with qdeploy.load(bundle) as nine:
+        diffusers_pipe = reference(
+            "StableDiffusionInpaintPipeline", inpainting_folder, scheduler_of("pndm", nine.scheduler_config)
+        )
+        expected = diffusers_pipe(
+            "a red house", image=Image.fromarray(picture), mask_image=Image.fromarray(mask), num_inference_steps=6,
+            height=16, width=16, strength=strength, guidance_scale=guidance_scale, output_type="np",
+        ).images  # fmt: skip
+        found = nine(
+            "a red house", image=picture, mask=mask, strength=strength, guidance_scale=guidance_scale, steps=6,
+            latents=same_noise,
+        )  # fmt: skip
+        check_same(found, expected)
+        with pytest.raises(UsageError, match="give image and mask"):
+            nine("a red house")
+        with pytest.raises(UsageError, match="give a mask"):
+            nine("a red house", image=picture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", NAMES)
+def test_the_built_in_model(tmp_path_factory: pytest.TempPathFactory, scheduler: str) -> None:
+    """Trained weights, one bundle for all schedulers."""
+    folder, bundle = model_folder("builtin:emoji"), tmp_path_factory.getbasetemp() / "emoji-bundle"
+    if not bundle.exists():
+        export_bundle(load_model("builtin:emoji"), None, target_named("ort-cpu"), bundle, with_encoder=True)
+    with qdeploy.load(bundle) as emoji:
+        twin = scheduler_of(scheduler, emoji.scheduler_config)
+        noise = np.random.default_rng(3).standard_normal((1, *emoji.latents.shape), np.float32)
+        with same_draws(twin):
+            expected = reference("StableDiffusionPipeline", folder, twin)(
+                "a cat", num_inference_steps=20, guidance_scale=5.0, latents=torch.from_numpy(noise), output_type="np"
+            ).images
+        check_same(emoji("a cat", steps=20, guidance_scale=5.0, latents=noise, scheduler=scheduler), expected)
+
+
+def test_fitted_keeps_the_middle() -> None:
+    wide = Image.new("RGB", (40, 20))
+    wide.paste((255, 0, 0), (10, 0, 30, 20))
+    assert np.array_equal(np.unique(np.asarray(fitted(wide, 16, 16)).reshape(-1, 3), axis=0)[-1], [255, 0, 0])
+    assert fitted(wide, 16, 16).size == (16, 16)

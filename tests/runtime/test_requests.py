@@ -1,0 +1,205 @@
+"""Every bad request is one clear error of ours, and the pipeline goes on; batches and guidance mean what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import qdeploy
+from qdeploy.bundle import MANIFEST, open_bundle, write_manifest
+from qdeploy.errors import BundleError, NonFiniteError, RequestError, UsageError
+from qdeploy.runtime.pipeline import Pipeline
+from qdeploy.sampling.loop import rescaled
+
+GREY = np.full((16, 16, 3), 128, np.uint8)
+WHITE = np.full((16, 16), 255, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "no prompt"),
+        ({"prompt": "x" * 10_001}, "too long"),
+        ({"prompt": "x", "negative_prompt": "x" * 10_001}, "too long"),
+        ({"prompt": ["x", 3]}, "got int, expected a string"),
+        ({"prompt": 3}, "got int, expected a string"),
+        ({"prompt": "\ud800"}, "valid Unicode"),
+        ({"prompt": ["x", "y"], "negative_prompt": ["a"] * 3}, "got 3, expected one or 2"),
+        ({"prompt": "x", "width": 61}, "multiple of 2"),
+        ({"prompt": "x", "height": 15}, "multiple of 2"),
+        ({"prompt": "x", "height": 64}, "expected 16"),
+        ({"prompt": "x", "steps": 0}, "steps"),
+        ({"prompt": "x", "steps": 5000}, "steps"),
+        ({"prompt": "x", "steps": 2.5}, "whole number"),
+        ({"prompt": "x", "steps": True}, "whole number"),
+        ({"prompt": "x", "count": 0}, "count"),
+        ({"prompt": "x", "first": -1}, "first"),
+        ({"prompt": "x", "seed": -1}, "seed"),
+        ({"prompt": "x", "guidance_scale": np.nan}, "guidance_scale.*finite"),
+        ({"prompt": "x", "guidance_scale": "high"}, "guidance_scale.*finite"),
+        ({"prompt": "x", "guidance_rescale": 1.5}, "guidance_rescale.*0 to 1"),
+        ({"prompt": "x", "deadline_s": 0}, "deadline_s"),
+        ({"prompt": "x", "latents": np.zeros((1, 1, 1, 1), np.float32)}, "expected float32"),
+        ({"prompt": "x", "latents": np.zeros((1, 4, 8, 8))}, "expected float32"),
+        ({"prompt": "x", "latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, "NaN"),
+        ({"prompt": "x", "image": np.zeros((8, 8, 3), np.uint8)}, "got 8x8 pixels, expected 16x16"),
+        ({"prompt": "x", "image": GREY.astype(np.float32)}, "expected a PIL image or uint8"),
+        ({"prompt": "x", "image": GREY[..., 0]}, "expected a PIL image or uint8"),
+        ({"prompt": "x", "image": "cat.png"}, "expected a PIL image or uint8"),
+        ({"prompt": "x", "image": [GREY, GREY]}, "got 2, expected one"),
+        ({"prompt": "x", "image": [GREY, GREY[:8]]}, "got 2, expected one"),
+        ({"prompt": ["x", "y"], "image": [GREY, GREY[:8]]}, "got 16x8 pixels"),
+        ({"prompt": "x", "image": GREY, "strength": 0}, "strength"),
+        ({"prompt": "x", "image": GREY, "strength": 1.1}, "strength"),
+        ({"prompt": "x", "image": GREY, "strength": 0.1, "steps": 5}, "leaves none"),
+        ({"prompt": "x", "image": GREY, "mask": WHITE[:8]}, "mask: got 16x8 pixels, expected 16x16"),
+        ({"prompt": "x", "image": GREY, "mask": WHITE.astype(float)}, "mask: got float64"),
+        ({"prompt": "x", "mask": WHITE}, "without image"),
+        ({"prompt": "x", "strength": 0.5}, "without image"),
+        ({"prompt": "(x:999)", "weighting": True}, "weight"),
+        ({"prompt": "(x:1.2.3)", "weighting": True}, "weight"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_refused_and_the_pipeline_goes_on(pipe: Pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises((RequestError, UsageError), match=message):
+        pipe(**{"steps": 2} | arguments)
+    assert pipe("a cat", steps=1).pixels.dtype == np.uint8
+
+
+def test_a_longest_prompt_is_served(pipe: Pipeline) -> None:
+    found = pipe("x" * 10_000, steps=1)
+    assert found.truncated == {"x" * 10_000: "x" * (10_000 - 14)}
+
+
+def test_a_picture_file_cut_short(pipe: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with Image.open(path) as cut, pytest.raises(RequestError, match="cannot be read"):
+        pipe("a cat", image=cut)
+
+
+def test_a_bundle_without_encoder_names_the_remedy(float_bundle: Path) -> None:
+    with qdeploy.load(float_bundle) as plain:
+        with pytest.raises(BundleError, match="--with-encoder"):
+            plain("a cat", image=GREY)
+        assert plain("a cat", steps=1).pixels.shape[0] == 1
+
+
+def test_non_finite_output_names_component_and_step(float_bundle: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper
+
+    bundle = Path(shutil.copytree(float_bundle, tmp_path / "broken"))
+    manifest = open_bundle(bundle).manifest
+    path = bundle / "unet" / "model.onnx"
+    graph = onnx.load(path)
+    (output,) = (value.name for value in graph.graph.output)
+    for node in graph.graph.node:
+        node.output[:] = ["finite" if name == output else name for name in node.output]
+    limit = helper.make_tensor("limit", onnx.TensorProto.INT64, [], [600])  # the output is NaN below this timestep
+    graph.graph.initializer.extend(
+        [limit, *(helper.make_tensor(n, onnx.TensorProto.FLOAT, [], [v]) for n, v in (("nan", np.nan), ("one", 1.0)))]
+    )
+    graph.graph.node.extend(
+        [
+            helper.make_node("Less", ["timestep", "limit"], ["late"]),
+            helper.make_node("Where", ["late", "nan", "one"], ["factor"]),
+            helper.make_node("Mul", ["finite", "factor"], [output]),
+        ]
+    )
+    (bundle / "unet" / "model.onnx.data").unlink()
+    onnx.save(graph, path)
+    write_manifest(bundle, manifest)
+    with qdeploy.load(bundle) as broken:
+        with pytest.raises(NonFiniteError, match=r"unet put out NaN or infinity in step 5 of 10 \(timestep 501\)"):
+            broken("a cat", steps=10, scheduler="ddim", guidance_scale=2)
+        assert np.isfinite(broken.encode(["a cat"])).all()
+
+
+def test_a_batch_of_prompts_with_their_own_negatives_and_pictures(
+    pipe: Pipeline, picture: np.ndarray, mask: np.ndarray
+) -> None:
+    pictures, masks, negatives = np.stack([picture, GREY]), np.stack([mask, ~mask]), ["blue", "green"]
+    settings = dict(steps=4, seed=2, strength=0.75)
+    both = pipe(["a cat", "a dog"], negative_prompt=negatives, image=pictures, mask=masks, count=2, **settings)
+    for row, prompt in enumerate(["a cat", "a dog"]):
+        alone = pipe(
+            prompt, negative_prompt=negatives[row], image=Image.fromarray(pictures[row]),
+            mask=Image.fromarray(masks[row]), count=2, **settings,
+        )  # fmt: skip
+        assert np.array_equal(both.latents[2 * row : 2 * row + 2], alone.latents)
+
+
+def test_black_is_kept(pipe: Pipeline, picture: np.ndarray, mask: np.ndarray) -> None:
+    kept = ~mask[::2, ::2]
+    found = pipe("a cat", image=picture, mask=mask, steps=4).latents[0]
+    assert np.array_equal(found[:, kept], pipe.encode_image(picture[None])[0][:, kept])
+    assert not np.allclose(found[:, ~kept], pipe.encode_image(picture[None])[0][:, ~kept])
+
+
+def test_with_guidance_one_two_pictures_share_a_call(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qdeploy.engines.ort_cpu import OrtSession
+
+    calls: list[set[str]] = []
+    whole_run = OrtSession.run
+    monkeypatch.setattr(OrtSession, "run", lambda self, feeds: calls.append(set(feeds)) or whole_run(self, feeds))
+
+    def unet_calls(guidance_scale: float) -> int:
+        calls.clear()
+        pipe("a cat", count=4, steps=3, scheduler="ddim", guidance_scale=guidance_scale)
+        return sum("sample" in feeds for feeds in calls)
+
+    assert (unet_calls(5.0), unet_calls(1.0)) == (12, 6)
+
+
+def test_a_graph_with_open_batch_runs_at_one_without_guidance(pipe: Pipeline) -> None:
+    """What an exporter that leaves the UNet's batch open gets: one row a call with guidance 1, else two."""
+    from dataclasses import replace
+
+    from qdeploy.bundle import TensorInfo
+    from qdeploy.runtime.components import Component, Turn
+
+    info = pipe.components["unet"].info
+    output = {name: TensorInfo(tensor.dtype, (-1, *tensor.shape[1:])) for name, tensor in info.outputs.items()}
+    rows: list[int] = []
+
+    class Recorder:
+        def run(self, feeds: dict) -> dict:
+            rows.append(len(feeds["sample"]))
+            return {"noise_pred": feeds["sample"]}
+
+        def close(self) -> None:
+            pass
+
+    component = Component("unet", replace(info, outputs=output), Recorder, Turn(exclusive=False))
+    x = np.random.default_rng(0).standard_normal((3, 4, 8, 8), np.float32)
+    feeds = {"sample": x, "timestep": np.array(1), "encoder_hidden_states": np.zeros((3, 16, 32), np.float32)}
+    assert np.array_equal(component.run(feeds), x)
+    assert np.array_equal(component.run(feeds, at_once=2), x)
+    assert rows == [1, 1, 1, 2, 1]
+
+
+def test_rescaling_restores_the_deviation() -> None:
+    rng = np.random.default_rng(0)
+    guided, text = (rng.standard_normal((2, 4, 8, 8), np.float32) * scale for scale in (9, 1))
+    assert np.allclose(rescaled(guided, text, 1.0).std(axis=(1, 2, 3)), text.std(axis=(1, 2, 3)), rtol=1e-5)
+    assert np.array_equal(rescaled(guided, text, 0.5)[1:], rescaled(guided[1:], text[1:], 0.5))
+    assert np.isfinite(rescaled(np.zeros_like(text), text, 1.0)).all()
+
+
+def test_old_bundles_still_load(encoder_bundle: Path, tmp_path: Path) -> None:
+    """A manifest of before the encoder, and one of a newer writer with it, have the same schema."""
+    bundle = Path(shutil.copytree(encoder_bundle, tmp_path / "old"))
+    document = json.loads((bundle / MANIFEST).read_text())
+    assert document["schema_version"] == 1
+    del document["components"]["vae_encoder"]
+    document["files"] = [one for one in document["files"] if not one["path"].startswith("vae_encoder/")]
+    (bundle / MANIFEST).write_text(json.dumps(document))
+    with qdeploy.load(bundle) as old:
+        assert old("a cat", steps=1).pixels.shape[0] == 1
