@@ -417,7 +417,7 @@ MODEL = '[model]\nfile = "builtin:emoji"\n'
         (MODEL + '[calibrate]\ndata = "a\\u0000b"\n', "[calibrate] data: got"),
         (MODEL + "[calibrate]\nseed = -1\n", "--seed: got -1"),
         (MODEL + '[export]\ntarget = "abacus"\n', "known targets: openvino, ort-cpu"),
-        (MODEL + '[sample]\nsampler = "euler"\n', "known schedulers: pndm"),
+        (MODEL + '[sample]\nsampler = "heun"\n', "known schedulers: pndm"),
         (MODEL + '[sample]\nsampler = "pndm"\neta = 1.0\n', "[sample] eta: got 1.0"),
         (MODEL + "[sample]\ncount = 0\n", "[sample] count: got 0, expected at least 1"),
         (MODEL + "[sample]\ncount = 10_000_000\n", "expected at most 1000000"),
