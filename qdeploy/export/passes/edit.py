@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+CONTRIB = "com.microsoft"  # domain of ONNX Runtime's own operators
+
 
 def constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
     """A new initializer; one of that name gives way to it."""
@@ -72,3 +74,24 @@ def only_use(value: ir.Value) -> ir.Node | None:
     """The one node that reads ``value``, None when there are more or it is a graph output."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def per_channel(node: ir.Node) -> tuple[ir.Value, NDArray, int] | None:
+    """Of an operation with one constant number a channel: the activation, the numbers ``[C]``, and their axis."""
+    for value, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
+        array = array_of(other)
+        if value is None or array is None or value.is_initializer():
+            continue
+        axes = [axis for axis, side in enumerate(array.shape) if side > 1]
+        rank = len(shape_of(value))
+        if len(axes) == 1 and array.ndim <= rank and shape_of(value) == shape_of(node.outputs[0]):
+            return value, array.reshape(-1), axes[0] + rank - array.ndim
+    return None
+
+
+def axis_above(reshape: ir.Node, axis: int) -> int | None:
+    """The axis of a Reshape's (or Unsqueeze's) input that is ``axis`` of its output; None where it is cut or joined."""
+    before, after = shape_of(reshape.inputs[0]), shape_of(reshape.outputs[0])
+    behind = int(np.prod(after[axis + 1 :]))
+    found = [i for i, side in enumerate(before) if side == after[axis] and int(np.prod(before[i + 1 :])) == behind]
+    return found[0] if found else None

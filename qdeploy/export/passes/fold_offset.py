@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qdeploy.export.passes.edit import array_of, constant, only_use, replace, shape_of
+from qdeploy.export.passes.edit import array_of, axis_above, constant, only_use, per_channel, replace, shape_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def fold_offset(model: ir.Model) -> int:
     """Fold in place; the number of additions removed."""
     folded = 0
     for node in list(model.graph):
-        if node.op_type != "Add" or (found := _offset_of(node)) is None:
+        if node.op_type != "Add" or (found := per_channel(node)) is None:
             continue
         value, offset, axis = found
         reader = only_use(node.outputs[0])
@@ -49,19 +49,6 @@ def fold_offset(model: ir.Model) -> int:
     return folded
 
 
-def _offset_of(node: ir.Node) -> tuple[ir.Value, NDArray[np.float32], int] | None:
-    """The activation, the constant and its axis, of an Add of one constant a channel."""
-    for value, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
-        array = array_of(other)
-        if value is None or array is None or value.is_initializer():
-            continue
-        axes = [axis for axis, side in enumerate(array.shape) if side > 1]
-        rank = len(shape_of(value))
-        if len(axes) == 1 and array.ndim <= rank and shape_of(value) == shape_of(node.outputs[0]):
-            return value, array.reshape(-1), axes[0] + rank - array.ndim
-    return None
-
-
 def _home(value: ir.Value | None, axis: int, channels: int) -> Home | None:
     """Where ``value`` gets a constant for each channel of ``axis``."""
     while value is not None and (node := value.producer()) is not None and only_use(value) is not None:
@@ -69,23 +56,16 @@ def _home(value: ir.Value | None, axis: int, channels: int) -> Home | None:
         if node.op_type == "Transpose":
             axis = (node.attributes.get_ints("perm") or ())[axis]
         elif node.op_type in ("Unsqueeze", "Reshape"):
-            axis_above = _axis_above(shape_of(source), shape_of(value), axis)
-            if axis_above is None:
+            above = axis_above(node, axis)
+            if above is None:
                 return None
-            axis = axis_above
+            axis = above
         elif node.op_type in ("Add", "Gemm"):
             return _bias(node, axis, channels)
         else:
             return None
         value = source
     return None
-
-
-def _axis_above(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
-    """The axis of ``before`` that lies at the same stride with the same length."""
-    behind = int(np.prod(after[axis + 1 :]))
-    found = [i for i, side in enumerate(before) if side == after[axis] and int(np.prod(before[i + 1 :])) == behind]
-    return found[0] if found else None
 
 
 def _bias(node: ir.Node, axis: int, channels: int) -> Home | None:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qdeploy.export.passes.edit import array_of, constant, only_use, replace, shape_of
+from qdeploy.export.passes.edit import array_of, axis_above, constant, only_use, per_channel, replace, shape_of
 
 Fold = Callable[[], None]
 
@@ -55,15 +55,11 @@ def fold_ratio(model: ir.Model) -> int:
 
 def _ratio_of(node: ir.Node) -> Ratio | None:
     """What a Mul by a constant along one axis asks of its other input, whose only reader it must be."""
-    for value, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
-        factors = array_of(other)
-        if value is None or factors is None or value.is_initializer() or only_use(value) is not node:
-            continue
-        axes = [axis for axis, side in enumerate(factors.shape) if side > 1]
-        rank = len(shape_of(value))
-        if len(axes) == 1 and factors.ndim <= rank and shape_of(value) == shape_of(node.outputs[0]):
-            return Ratio(value, axes[0] + rank - factors.ndim, factors.reshape(-1).astype(np.float32))
-    return None
+    found = per_channel(node)
+    if found is None or only_use(found[0]) is not node:
+        return None
+    value, factors, axis = found
+    return Ratio(value, axis, factors.astype(np.float32))
 
 
 def _upward(ratio: Ratio) -> list[Fold] | None:
@@ -127,14 +123,9 @@ def _transpose(node: ir.Node, ratio: Ratio) -> list[Fold] | None:
 
 def _reshape(node: ir.Node, ratio: Ratio) -> list[Fold] | None:
     """On, where the channels keep an axis of their own; heads are not split from their depths again."""
-    source = node.inputs[0]
-    assert source is not None
-    before, after = shape_of(source), shape_of(ratio.value)
-    behind = int(np.prod(after[ratio.axis + 1 :]))
-    for axis, side in enumerate(before):
-        if side == after[ratio.axis] and int(np.prod(before[axis + 1 :])) == behind:
-            return _upward(Ratio(source, axis, ratio.factors))
-    return None
+    axis = axis_above(node, ratio.axis)
+    assert node.inputs[0] is not None
+    return None if axis is None else _upward(Ratio(node.inputs[0], axis, ratio.factors))
 
 
 def _split(node: ir.Node, ratio: Ratio) -> list[Fold] | None:

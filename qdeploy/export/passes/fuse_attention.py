@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import made, remove_unused, replace
+from qdeploy.export.passes.edit import CONTRIB, made, remove_unused, replace
 from qdeploy.export.passes.expand_attention import is_attention, scale_of
 
 HEADS_FIRST = (0, 2, 1, 3)
-CONTRIB = "com.microsoft"
 
 
 def fuse_attention(model: ir.Model) -> int:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import array_of, constant, made, only_use, remove_unused, replace, shape_of
+from qdeploy.export.passes.edit import CONTRIB, array_of, constant, made, only_use, remove_unused, replace, shape_of
 
 INTEGER_MATMUL = "MatMulIntegerToFloat"
-CONTRIB = "com.microsoft"
 
 
 def fuse_linear(model: ir.Model) -> int:

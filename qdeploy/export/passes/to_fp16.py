@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qdeploy.export.passes.fuse_attention import CONTRIB
+from qdeploy.export.passes.edit import CONTRIB
 
 FULL, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 EXACT = ("Sin", "Cos", "ArgMin")
