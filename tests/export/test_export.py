@@ -90,6 +90,14 @@ def test_weights_are_stored_as_int8_under_the_layers_names(int8_bundle: Path, ta
     assert all(named[layer] == 1 for layer in table.components["unet"].layers)
 
 
+def test_the_graph_names_no_file_of_the_machine_that_made_it(int8_bundle: Path, float_bundle: Path) -> None:
+    for bundle in (int8_bundle, float_bundle):
+        for graph in bundle.glob("*/model.onnx"):
+            content = graph.read_bytes()
+            assert b"stack_trace" not in content
+            assert b".py" not in content
+
+
 def test_weights_lie_in_external_data(int8_bundle: Path) -> None:
     graph = onnx.load(int8_bundle / "unet" / "model.onnx", load_external_data=False).graph
     codes = [tensor for tensor in graph.initializer if tensor.name.endswith(".codes")]

@@ -11,10 +11,13 @@ from types import ModuleType
 
 import onnx_ir as ir
 
+from qdeploy.export.passes.forget_origin import forget_origin
+
 
 def lower(model: ir.Model, target: str) -> None:
     """Run the passes of ``target`` (module ``qdeploy.export.targets.TARGET``) on ``model`` in place."""
     module_of(target).lower(model)
+    forget_origin(model)
 
 
 def check_file(path: Path, component: str, target: str) -> str:

@@ -17,6 +17,7 @@ from qdeploy.export.passes.fuse_linear import fuse_linear
 from qdeploy.export.passes.name_by_layer import name_by_layer
 from qdeploy.export.passes.share_quantize import share_quantize
 from qdeploy.export.passes.split_gate import split_gate
+from qdeploy.export.passes.store_fp16 import store_fp16
 from qdeploy.export.passes.store_int4 import store_int4
 
 
@@ -30,4 +31,5 @@ def lower(model: ir.Model) -> None:
     fold_offset(model)
     split_gate(model)
     fuse_linear(model)
+    store_fp16(model)
     store_int4(model)
