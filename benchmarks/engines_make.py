@@ -75,6 +75,7 @@ class Made:
 
 def float_graph(source: Source, folder: Path, target: str) -> Path:
     """The float UNet, lowered for ``target``."""
+    folder.mkdir(parents=True, exist_ok=True)
     model = source.load()
     export_unet(model.unet, model, folder / GRAPH, target)
     return folder / GRAPH
