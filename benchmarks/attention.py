@@ -68,8 +68,7 @@ def blocks(length: int, depth: int) -> Parts:
 def integer_blocks(length: int, depth: int) -> Parts:
     """The same in integers."""
     codes, scales = quantized(depth)
-    nodes, constants = scanned(length, depth, integer_products, ("q_codes", "k_codes", "v_codes"), scales, codes)
-    return nodes, constants
+    return scanned(length, depth, integer_products, ("q_codes", "k_codes", "v_codes"), scales, codes)
 
 
 FORMS = {
@@ -104,7 +103,7 @@ def joined(length: int, depth: int) -> Parts:
     """``joined [B * heads, N, D]`` to ``y [B, N, heads * D]``."""
     nodes = [
         node("Reshape", ["joined", "apart"], ["joined_apart"]),
-        node("Transpose", ["joined_apart"], ["joined_turned"], perm=[0, 2, 1, 3]),
+        node("Transpose", ["joined_apart"], ["joined_turned"], perm=HEADS_FIRST),
         node("Reshape", ["joined_turned", "whole"], ["y"]),
     ]
     return nodes, {"apart": shape([BATCH, HEADS, length, depth]), "whole": shape([BATCH, length, HEADS * depth])}

@@ -19,6 +19,22 @@ def constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
     return value
 
 
+def store_as(graph: ir.Graph, value: ir.Value, tensor: ir.Tensor) -> None:
+    """Hold the initializer ``value`` as ``tensor``, of another element type; a Cast of its old name brings it back."""
+    name = value.name
+    assert name is not None
+    assert value.const_value is not None
+    small = ir.Value(name=tensor.name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    del graph.initializers[name]
+    graph.register_initializer(small)
+    kind = value.const_value.dtype
+    cast = ir.node("Cast", [small], attributes={"to": kind.value}, name=f"{name}_cast")
+    output = cast.outputs[0]
+    output.name, output.shape, output.type = name, value.shape, ir.TensorType(kind)
+    ir.convenience.replace_all_uses_with(value, output)
+    graph.insert_before(graph[0], cast)
+
+
 def array_of(value: ir.Value | None) -> NDArray | None:
     """The content of an initializer, None for anything else."""
     if value is None or not value.is_initializer() or value.const_value is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import array_of, constant
+from qdeploy.export.passes.edit import array_of, store_as
 
 STORED = "_fp16"
 LARGE = 2**16  # values; below, nothing is won
@@ -27,13 +27,7 @@ def store_fp16(model: ir.Model) -> int:
         array = array_of(value)
         if array is None or not fits_fp16(array):
             continue
-        del graph.initializers[name]
-        small = constant(graph, array.astype(np.float16), name + STORED)
-        cast = ir.node("Cast", [small], attributes={"to": ir.DataType.FLOAT.value}, name=f"{name}_cast")
-        output = cast.outputs[0]
-        output.name, output.shape, output.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
-        ir.convenience.replace_all_uses_with(value, output)
-        graph.insert_before(graph[0], cast)
+        store_as(graph, value, ir.Tensor(array.astype(np.float16), name=name + STORED))
         stored += 1
     return stored
 

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from qdeploy.export.passes.edit import store_as
 from qdeploy.export.passes.name_by_layer import CODES
 
 PACKED = "_int4"
@@ -26,19 +27,8 @@ def store_int4(model: ir.Model) -> int:
         tensor = value.const_value
         if not name.endswith(CODES) or tensor is None or not fits_int4(tensor.numpy()):
             continue
-        small = ir.Value(
-            name=name + PACKED,
-            shape=value.shape,
-            type=ir.TensorType(ir.DataType.INT4),
-            const_value=ir.Tensor(tensor.numpy().astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=name + PACKED),
-        )
-        del graph.initializers[name]
-        graph.initializers[name + PACKED] = small
-        cast = ir.node("Cast", [small], attributes={"to": ir.DataType.INT8.value}, name=name + "_cast")
-        cast.outputs[0].name = name
-        cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.INT8)
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        graph.insert_before(graph[0], cast)
+        codes = tensor.numpy().astype(ml_dtypes.int4)
+        store_as(graph, value, ir.Tensor(codes, dtype=ir.DataType.INT4, name=name + PACKED))
         packed += 1
     if packed:
         graph.opset_imports[""] = max(OPSET, graph.opset_imports[""])
