@@ -35,7 +35,8 @@ FLOORS = {
     "bench": 4,
     **dict.fromkeys(("demo", "describe", "describe_audit", "plot", "recipe"), 5),
     "describe_table": 4,
-    "cli": 6,
+    "commands": 6,
+    "cli": 7,
 }
 BASE = {
     "errors",

@@ -1,0 +1,66 @@
+"""`qdeploy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qdeploy.commands import PATH, loading_options
+from qdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from qdeploy.models.options import ModelOptions
+
+
+@click.command()
+@click.argument("source", metavar="MODEL|QUANT")
+@click.option("-o", "--out", type=PATH, required=True, help="Bundle folder to write.")
+@click.option("--target", default="ort-cpu", show_default=True, help="What the graphs are lowered for.")
+@click.option("--precision", help="Default: int8 for a QUANT table; for a MODEL fp32, on GPU targets fp16.")
+@click.option("--model", help="Where a table's model lies now, if it moved.")
+@click.option(
+    "--with-encoder",
+    is_flag=True,
+    help="Add the VAE encoder, in float, which image-to-image and inpainting need; Stable Diffusion's is 137 MB.",
+)
+@loading_options
+@click.pass_obj
+def export(
+    show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
+    loading: ModelOptions,
+) -> None:  # fmt: skip
+    """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
+
+    A quantized export is gated: every layer of the table must run as an integer kernel, and the
+    engine must agree with the simulator on recorded inputs. Targets are ort-cpu, openvino, tensorrt
+    (int8 or fp16) and ort-cuda (fp16); the last two have no engine here yet, so ONNX Runtime's CPU
+    provider computes their graphs in the gate, and TensorRT-RTX, where it is installed, builds
+    those of tensorrt.
+
+    \b
+    Examples:
+      qdeploy export w8a8.safetensors -o bundle
+      qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt
+    """
+    from qdeploy.describe import gate_texts
+    from qdeploy.export.exporter import export_bundle
+    from qdeploy.models.source import load_model
+    from qdeploy.progress import shown
+    from qdeploy.spec import target_named
+    from qdeploy.table import load_table
+
+    spec = target_named(target)
+    table = load_table(Path(source)) if source.endswith(".safetensors") else None
+    natural = spec.float_type if table is None else "int8"
+    spec.check_precision(precision or natural)
+    if (precision or natural) != natural:
+        raise UsageError(f"--precision {precision} does not fit {source}: it exports as {natural}")
+    loaded = load_model(model or (source if table is None else table.model), loading)
+    with shown(show) as on_progress:
+        manifest = export_bundle(loaded, table, spec, out, on_progress, with_encoder=with_encoder)
+    for name, info in manifest.components.items():
+        if info.engine_sqnr_db is not None:
+            click.echo(f"{name}: {'; '.join(gate_texts(info))}")
+    click.echo(f"wrote {out}")

@@ -1,0 +1,100 @@
+"""`qdeploy quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qdeploy.commands import PATH, loading_options
+
+if TYPE_CHECKING:
+    from qdeploy.models.options import ModelOptions
+
+
+@click.command()
+@click.argument("model")
+@click.option("--calib", type=PATH, required=True, help="Calibration set of `qdeploy calibrate`.")
+@click.option("-o", "--out", type=PATH, required=True, help="Table to write, .safetensors.")
+@click.option("--weight-bits", type=click.IntRange(2, 8), default=8, show_default=True)
+@click.option("--act-bits", default=8, show_default=True, help="8, the engines' integer kernels.")
+@click.option(
+    "--observer", type=click.Choice(["minmax", "percentile", "mse"]), default="mse", show_default=True,
+    help="How ranges are read off the histograms.",
+)  # fmt: skip
+@click.option(
+    "--equalize/--no-equalize", default=True, show_default=True, help="Per-channel ratios between input and weight."
+)
+@click.option("--split/--no-split", default=False, show_default=True, help="Split convolutions behind a concatenation.")
+@click.option(
+    "--timestep-table/--no-timestep-table", default=False, show_default=True,
+    help="Precompute all that depends on t alone.",
+)  # fmt: skip
+@click.option("--keep-float", multiple=True, metavar="NAME", help="UNet layers to keep in float besides; last names.")
+@click.option(
+    "--adaround/--no-adaround",
+    default=None,
+    help="Learn the rounding, block by block. Default: where weights have less than 8 bits.",
+)
+@click.option("--effort", type=click.Choice(["fast", "standard", "paper"]), default="standard", show_default=True)
+@click.option(
+    "--learn-act-scales/--no-learn-act-scales", default=False, show_default=True,
+    help="Learn each layer's input scale with its rounding.",
+)  # fmt: skip
+@click.option("--cache-gb", default=8.0, show_default=True, help="Disk for the blocks' inputs and outputs.")
+@click.option("--device", default="cpu", show_default=True, help="Where blocks are fitted: cpu or cuda.")
+@click.option("--sensitivity", is_flag=True, help="Measure each layer alone; `inspect` shows it.")
+@click.option(
+    "--float-macs", default=0.0, show_default=True, help="Share of MACs to keep in float where it helps most."
+)
+@click.option(
+    "--max-mb", type=float, help="Most MB of integer weights for the UNet: mixes 4 and 8 bits where it hurts least."
+)
+@click.option(
+    "--noise-correction", is_flag=True, help="PTQD: measure the UNet's mean error by step; the runtime takes it off."
+)
+@click.option("--first-token-float", is_flag=True, help="Keep the text's first token in float in cross-attention.")
+@click.option(
+    "--attention-bits",
+    default=0,
+    show_default=True,
+    help="Bits of the attentions' own products: 0 (float), 8, or 16, which cannot be exported.",
+)
+@loading_options
+@click.pass_obj
+def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptions, **options: Any) -> None:
+    """Choose ranges and round MODEL's weights; the result is a QuantTable.
+
+    An interrupted --adaround goes on behind its last finished block when the same command is run again.
+
+    \b
+    Examples:
+      qdeploy quantize builtin:emoji --calib calibration.safetensors -o w8a8.safetensors
+      qdeploy quantize builtin:emoji --calib calibration.safetensors -o w4a8.safetensors --weight-bits 4 --effort fast
+    """
+    from qdeploy.calibrate.checkpoint import checkpoint_beside
+    from qdeploy.calibrate.dataset import load_calibration
+    from qdeploy.calibrate.quantize import quantize_model
+    from qdeploy.describe_table import widths_text
+    from qdeploy.models.source import load_model
+    from qdeploy.progress import shown
+    from qdeploy.spec import spec_from_options
+    from qdeploy.table import save_table
+
+    spec = spec_from_options(**options)
+    calibration = load_calibration(calib)
+    with shown(show) as on_progress, checkpoint_beside(out) as work:
+        loaded = load_model(model, loading)
+        table = quantize_model(loaded, calibration, spec, on_progress, work)
+        save_table(table, out)
+    for name in loaded.components:
+        if name not in table.components:
+            click.echo(f"{name}: stays in float, the calibration set has no inputs for it")
+            continue
+        quant = table.components[name]
+        click.echo(
+            f"{name}: {len(quant.layers)} layers in {widths_text(quant.weight_bits)}A{spec.act_bits} "
+            f"({quant.integer_mac_share():.1%} of MACs), {len(quant.float_layers)} in float"
+        )
+    click.echo(f"wrote {out}")

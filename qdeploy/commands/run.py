@@ -1,0 +1,56 @@
+"""`qdeploy run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qdeploy.commands import PATH, was_typed
+from qdeploy.errors import UsageError
+
+
+@click.command()
+@click.argument("recipe", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="Folder for everything made.")
+@click.option(
+    "--scale", type=click.Choice(["full", "tiny"]), default="full", show_default=True,
+    help="tiny runs the recipe on a small random model of its architecture, in about a minute.",
+)  # fmt: skip
+@click.option("--model", help="Where the recipe's model lies.")
+@click.option("--data", type=PATH, help="Where the pictures that it calibrates on lie.")
+@click.option("--from-qdiffusion", type=PATH, help="Where its Q-Diffusion .pt set lies.")
+@click.option("--pictures", type=click.IntRange(1), help="Pictures to make.")
+@click.pass_obj
+def run(
+    show: bool, recipe: Path, out: Path, scale: str, model: str | None, data: Path | None,
+    from_qdiffusion: Path | None, pictures: int | None,
+) -> None:  # fmt: skip
+    """Run RECIPE, an experiment in a TOML file: calibrate, quantize, export and sample.
+
+    The repository's recipes/ folder holds eight. A recipe has the sections [model], [calibrate],
+    [quantize], [export] and [sample], whose keys are the options of the commands; its paths are
+    taken from the folder that you run it in. OUT gets calibration.safetensors, table.safetensors,
+    bundle/, pictures/ and a receipt for each step.
+
+    The same command again goes on where it was stopped. Steps that are finished stay; a changed
+    setting or file redoes its step and all behind it, pictures included.
+
+    \b
+    Examples:
+      qdeploy run recipes/lsun_bedroom_w4a8.toml -o bedroom-trial --scale tiny
+      qdeploy run recipes/lsun_bedroom_w4a8.toml -o bedroom --model lsun_beds256.ckpt --pictures 16
+    """
+    from qdeploy.progress import shown
+    from qdeploy.recipe.read import read_recipe
+    from qdeploy.recipe.run import run_full
+    from qdeploy.recipe.tiny import run_tiny, shrunk
+
+    asked = read_recipe(recipe)
+    files = [f"--{name.replace('_', '-')}" for name in ("model", "data", "from_qdiffusion") if was_typed(name)]
+    if scale == "tiny" and files:
+        raise UsageError(f"{files[0]} does not go with --scale tiny, which makes what it reads")
+    asked = (shrunk(asked) if scale == "tiny" else asked).with_files(model, data, from_qdiffusion, pictures)
+    with shown(show) as on_progress:
+        folder = (run_tiny if scale == "tiny" else run_full)(asked, out, on_progress)
+    click.echo(f"{asked.sample.count} pictures are in {folder}")
