@@ -31,7 +31,7 @@ VAE_ENCODER = "vae_encoder"  # what a bundle of any kind may hold besides, for i
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One input or output of a component's graph: NumPy dtype name and static shape; a batch left open is -1."""
+    """One input or output of a component's graph: NumPy dtype name and shape; a dimension left open is -1."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,7 +57,10 @@ class ComponentInfo:
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """What the pipeline needs to know of the latents and the picture; ``tokens`` is 0 where nothing reads text."""
+    """What the pipeline needs to know of the latents and the picture; ``tokens`` is 0 where nothing reads text.
+
+    side_multiple: of which other heights and widths than these must be, in latents; 0 where the graphs take no other.
+    """
 
     channels: int
     height: int
@@ -66,6 +69,7 @@ class LatentInfo:
     image_width: int
     scaling_factor: float
     tokens: int
+    side_multiple: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:

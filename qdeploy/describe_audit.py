@@ -13,6 +13,7 @@ from qdeploy.describe_table import Facts
 from qdeploy.engines.base import EngineOptions, engine_for
 from qdeploy.errors import ExportError, UsageError
 from qdeploy.export.audit import QUANTIZING, REARRANGING, Audit, audit_graph
+from qdeploy.export.open_dims import close_dims
 
 SHOWN = 12  # layers and op types listed unless all are wanted
 DEFAULT_ENGINE = "ort-cpu"  # for a file that says nothing of its own
@@ -67,10 +68,12 @@ def time_facts(audit: Audit, most: int | None) -> Facts:
 
 
 def example_feeds(path: Path) -> dict[str, NDArray]:
-    """Something to run the graph on: normal noise for floats, zeros for integers; ExportError on open shapes."""
+    """Something to run the graph on: normal noise for floats, zeros for integers; ExportError on unknown shapes."""
     noise = np.random.default_rng(0)
     feeds = {}
-    for value in ir.load(path).graph.inputs:
+    model = ir.load(path)
+    close_dims(model)
+    for value in model.graph.inputs:
         if value.name is None or value.dtype is None or value.shape is None or not value.shape.is_static():
             raise ExportError(f"{path}: input {value.name} has no static shape; export one to audit it")
         dtype, shape = value.dtype.numpy(), tuple(value.shape.numpy())

@@ -10,6 +10,7 @@ from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
 from qdeploy.export.exporter import export_bundle
+from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.spec import QuantSpec, target_named
 from qdeploy.table import QuantTable
@@ -71,4 +72,14 @@ def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def int8_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "w8a8"
     export_bundle(tiny_model, table, target_named("ort-cpu"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``int8_bundle``, with the encoder and for every batch and size."""
+    folder = tmp_path_factory.mktemp("bundles") / "open"
+    export_bundle(
+        tiny_model, table, target_named("ort-cpu"), folder, with_encoder=True, open_dims=OpenDims(batch=True, size=True)
+    )
     return folder

@@ -25,11 +25,16 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Add the VAE encoder, in float, which image-to-image and inpainting need; Stable Diffusion's is 137 MB.",
 )
+@click.option(
+    "--dynamic",
+    metavar="DIMS",
+    help="Leave open: batch, size (height and width), or batch,size. Default: none, which is fastest.",
+)
 @loading_options
 @click.pass_obj
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
-    loading: ModelOptions,
+    dynamic: str | None, loading: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
@@ -42,15 +47,18 @@ def export(
     \b
     Examples:
       qdeploy export w8a8.safetensors -o bundle
+      qdeploy export w8a8.safetensors -o bundle-any-size --dynamic batch,size
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt
     """
     from qdeploy.describe import gate_texts
     from qdeploy.export.exporter import export_bundle
+    from qdeploy.export.open_dims import OpenDims
     from qdeploy.models.source import load_model
     from qdeploy.progress import shown
     from qdeploy.spec import target_named
     from qdeploy.table import load_table
 
+    open_dims = OpenDims.from_text(dynamic)
     spec = target_named(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
     natural = spec.float_type if table is None else "int8"
@@ -59,7 +67,7 @@ def export(
         raise UsageError(f"--precision {precision} does not fit {source}: it exports as {natural}")
     loaded = load_model(model or (source if table is None else table.model), loading)
     with shown(show) as on_progress:
-        manifest = export_bundle(loaded, table, spec, out, on_progress, with_encoder=with_encoder)
+        manifest = export_bundle(loaded, table, spec, out, on_progress, with_encoder=with_encoder, open_dims=open_dims)
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:
             click.echo(f"{name}: {'; '.join(gate_texts(info))}")

@@ -19,6 +19,8 @@ from qdeploy.commands import PATH, was_typed
 @click.option("--image", type=PATH, help="Picture to start from; cut and scaled to the bundle's size.")
 @click.option("--strength", type=float, help="How far to go from --image, 0 to 1. Default: 0.8, with --mask 1.")
 @click.option("--mask", type=PATH, help="Picture as large as --image: white is repainted, black kept.")
+@click.option("--width", type=int, help="Pixels. Default: the bundle's; others need one exported with --dynamic size.")
+@click.option("--height", type=int, help="The same.")
 @click.option("--engine", help="Default: the one the bundle was exported for.")
 @click.option("--threads", type=int, help="Default: all cores.")
 @click.option("--low-memory", is_flag=True, help="Load each component for its stage only; slower, least memory.")
@@ -35,8 +37,9 @@ from qdeploy.commands import PATH, was_typed
 @click.pass_obj
 def generate(
     show: bool, bundle: Path, prompt: str | None, out: Path, negative: str, image: Path | None,
-    strength: float | None, mask: Path | None, engine: str | None, threads: int | None, low_memory: bool, steps: int,
-    guidance: float, guidance_rescale: float, weighting: bool, seed: int, scheduler: str | None, eta: float, count: int,
+    strength: float | None, mask: Path | None, width: int | None, height: int | None, engine: str | None,
+    threads: int | None, low_memory: bool, steps: int, guidance: float, guidance_rescale: float, weighting: bool,
+    seed: int, scheduler: str | None, eta: float, count: int,
 ) -> None:  # fmt: skip
     """Make pictures of PROMPT, or without one if BUNDLE is unconditional. Needs no torch.
 
@@ -60,12 +63,13 @@ def generate(
     typed = [f"--{name.replace('_', '-')}" for name in text_options if was_typed(name)]
     manifest = open_bundle(bundle, verify=False).manifest
     check_text(manifest, prompt, typed)
-    size = manifest.latents.image_width, manifest.latents.image_height
+    size = width or manifest.latents.image_width, height or manifest.latents.image_height
     picture, mask_picture = read_pictures(image, mask, size)
     with load(bundle, engine=engine, threads=threads, low_memory=low_memory) as pipe, shown(show) as on_progress:
         result = pipe(
             prompt, negative_prompt=negative, image=picture, mask=mask_picture, strength=strength, steps=steps,
             guidance_scale=guidance, guidance_rescale=guidance_rescale, weighting=weighting, seed=seed, count=count,
+            width=width, height=height,
             scheduler=scheduler, eta=eta, callback=lambda step: on_progress("steps", step.index + 1, step.count),
         )  # fmt: skip
     for number, made in enumerate(result.images):

@@ -13,6 +13,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qdeploy.engines.base import EngineOptions, Kernel, engine_named
 from qdeploy.errors import AuditError, ExportError, some_of
+from qdeploy.export.open_dims import close_dims
 from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
 from qdeploy.export.passes.name_by_layer import FUSED_ATTENTION, PRODUCTS
 from qdeploy.export.passes.split_gate import GATE
@@ -150,9 +151,17 @@ def kernels_reading(product: Product, by_constant: Mapping[str, list[Kernel]]) -
 
 
 def products_of(model: ir.Model) -> list[Product]:
-    """Every Conv, matrix product and fused attention with its multiply-accumulates; ExportError on open shapes."""
+    """Every Conv, matrix product and fused attention with its multiply-accumulates; ExportError on unknown shapes.
+
+    ``model`` gets the sizes that it was traced with for good.
+    """
+    close_dims(model)
     nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
-    if any(value is None or value.shape is None for node in nodes for value in (*node.inputs[:2], node.outputs[0])):
+    if any(
+        value is None or value.shape is None or not value.shape.is_static()
+        for node in nodes
+        for value in (*node.inputs[:2], node.outputs[0])
+    ):
         model = ShapeInferencePass()(model).model
         nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
     return [

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 import qdeploy
 from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, ComponentInfo, Manifest, TensorInfo, write_manifest
-from qdeploy.engines.base import EngineOptions, engine_named
+from qdeploy.engines.base import EngineOptions, Session, engine_named
 from qdeploy.errors import ExportError, TableError
 from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
+from qdeploy.export.open_dims import STATIC, OpenDims
 from qdeploy.export.parity import ENGINE_LOSS_MAX_DB, FP16_ENGINE_LOSS_MAX_DB, measure_parity
 from qdeploy.export.targets import check_file, lower
 from qdeploy.files import staged_folder
@@ -45,11 +46,13 @@ def export_bundle(
     on_progress: OnProgress = silent,
     *,
     with_encoder: bool = False,
+    open_dims: OpenDims = STATIC,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
-    ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``out`` appears only when
-    everything, gates included, has passed. Raises ExportError (AuditError, ParityError) and TableError.
+    ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting; ``open_dims`` says which
+    dimensions the graphs leave open. ``out`` appears only when everything, gates included, has passed.
+    Raises ExportError (AuditError, ParityError) and TableError.
     """
     precision = target.float_type if table is None else "int8"
     target.check_precision(precision)
@@ -63,7 +66,7 @@ def export_bundle(
             on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
-            infos[name] = export_component(model, name, quant, probes, target, folder / name)
+            infos[name] = export_component(model, name, quant, probes, target, folder / name, open_dims)
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
         if model.tokenizer is not None:
@@ -76,7 +79,7 @@ def export_bundle(
             engine=target.engine,
             precision=precision,
             components=infos,
-            latents=model.latents,
+            latents=replace(model.latents, side_multiple=model.multiple("unet") if open_dims.size else 0),
             provenance=provenance_of(model, table),
         )
         write_manifest(folder, manifest)
@@ -91,6 +94,7 @@ def export_component(
     probes: Sequence[Mapping[str, NDArray]],
     target: TargetSpec,
     folder: Path,
+    open_dims: OpenDims = STATIC,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
@@ -98,11 +102,13 @@ def export_component(
     if quant is not None:
         quant = on_target(quant, target)
         component = quantized_twin(float_component, quant, target.conv_output_quantized, target.signed_activations)
-    example = model.example(name, graph_batch(name, model.reads_text))
+    # an open batch is traced at 2, for the exporter takes 1 for a constant
+    example = model.example(name, 2 if open_dims.batch else graph_batch(name, model.reads_text))
     feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes
     if target.float_type == "fp16":
         check_fp16_range(float_component, feeds, name)
-    graph = graph_from_component(component, example, target.opset)
+    multiple = model.multiple(name)
+    graph = graph_from_component(component, example, target.opset, open_dims, multiple)
     lower(graph, target.name)
     folder.mkdir(parents=True)
     path = folder / GRAPH_FILE
@@ -116,9 +122,10 @@ def export_component(
         parity_engine=target.parity_engine,
         acceptance=check_file(path, name, target.name),
     )
-    if quant is None and target.float_type == "fp32":
+    if quant is None and target.float_type == "fp32" and not open_dims:
         return info
-    return gated(info, path, target, quant, float_component, component, feeds)
+    tried = [feeds, [open_dims.other_shape(feeds[0], multiple)]] if open_dims else [feeds]
+    return gated(info, path, target, quant, float_component, component, tried)
 
 
 def gated(
@@ -128,29 +135,36 @@ def gated(
     quant: ComponentQuant | None,
     float_component: Component,
     component: Component,
-    feeds: Sequence[Mapping[str, NDArray]],
+    feeds_by_shape: Sequence[Sequence[Mapping[str, NDArray]]],
 ) -> ComponentInfo:
     """``info`` with what the gate measured of the graph at ``path``; AuditError and ParityError where it fails.
 
-    ``component`` is the simulator, or the float component again where ``quant`` is None.
+    ``component`` is the simulator, or the float component again where ``quant`` is None. Every shape must pass; of
+    the first one the manifest tells.
     """
     name = path.parent.name
     if quant is not None:
         audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
         audit.check(name, quant)
         info = replace(info, integer_mac_share=audit.integer_mac_share)
-    session = engine_named(target.parity_engine or target.engine).open_session(path, EngineOptions())
-    parity = measure_parity(float_component, component, session, feeds)
-    session.close()
+    engine = engine_named(target.parity_engine or target.engine)
+
+    def open_session() -> Session:
+        return engine.open_session(path, EngineOptions())
+
+    parities = [measure_parity(float_component, component, open_session, feeds) for feeds in feeds_by_shape]
+    for parity in parities:
+        if quant is None:
+            parity.check_float(name, target.float_type)
+        else:
+            parity.check(name, ENGINE_LOSS_MAX_DB if target.float_type == "fp32" else FP16_ENGINE_LOSS_MAX_DB)
     if quant is None:
-        parity.check_fp16(name)
-        return replace(info, engine_sqnr_db=parity.engine_db)
-    parity.check(name, ENGINE_LOSS_MAX_DB if target.float_type == "fp32" else FP16_ENGINE_LOSS_MAX_DB)
+        return replace(info, engine_sqnr_db=parities[0].engine_db)
     return replace(
         info,
-        parity_db=parity.between_db,
-        simulator_sqnr_db=parity.simulator_db,
-        engine_sqnr_db=parity.engine_db,
+        parity_db=parities[0].between_db,
+        simulator_sqnr_db=parities[0].simulator_db,
+        engine_sqnr_db=parities[0].engine_db,
     )
 
 
@@ -185,11 +199,13 @@ def save_graph(graph: ir.Model, path: Path) -> None:
 
 
 def named_tensor_info(value: ir.Value) -> tuple[str, TensorInfo]:
-    """Name, element type and static shape of a graph input or output."""
+    """Name, element type and shape of a graph input or output, -1 for what is open."""
     assert value.name is not None  # the exporter sets all three
     assert value.dtype is not None
     assert value.shape is not None
-    return value.name, TensorInfo(value.dtype.numpy().name, tuple(value.shape.numpy()))
+    return value.name, TensorInfo(
+        value.dtype.numpy().name, tuple(side if isinstance(side, int) else -1 for side in value.shape)
+    )
 
 
 def write_tokenizer(model: LatentDiffusion, path: Path) -> None:

@@ -17,6 +17,7 @@ from onnxscript.values import Op, Opset
 from torch import Tensor
 
 from qdeploy.errors import ExportError
+from qdeploy.export.open_dims import STATIC, OpenDims, name_dims
 from qdeploy.export.passes.expand_attention import ATTENTION, DOMAIN
 from qdeploy.export.passes.simplify import simplify
 from qdeploy.models.components import Component
@@ -38,8 +39,13 @@ NEUTRAL_ATTENTION = Op(
 )
 
 
-def graph_from_component(component: Component, feeds: dict[str, Tensor], opset: int) -> ir.Model:
-    """Trace ``component`` on ``feeds`` with static shapes; inputs and outputs carry their own names."""
+def graph_from_component(
+    component: Component, feeds: dict[str, Tensor], opset: int, open_dims: OpenDims = STATIC, multiple: int = 1
+) -> ir.Model:
+    """Trace ``component`` on ``feeds``, static but for ``open_dims``; inputs and outputs carry their own names.
+
+    multiple: of which an open height or width is.
+    """
     translations: dict[Callable, Callable] = {
         torch.ops.qdeploy.quantize_linear.default: _quantize_linear,
         torch.ops.qdeploy.dequantize_linear.default: _dequantize_linear,
@@ -58,11 +64,15 @@ def graph_from_component(component: Component, feeds: dict[str, Tensor], opset: 
                 custom_translation_table=translations,
                 optimize=False,
                 verbose=False,
+                dynamic_shapes=open_dims.shapes(feeds, multiple),
             )
     except Exception as exc:  # torch.export raises many kinds
         raise ExportError(f"{type(component).__name__} could not be traced to ONNX: {exc}") from exc
     assert program is not None  # what export() returns unless it was told to write a file
     simplify(program.model)
+    if open_dims:
+        assert program.exported_program is not None
+        name_dims(program.model, program.exported_program, feeds)
     return program.model
 
 

@@ -100,6 +100,12 @@ class LatentDiffusion:
         """(T, D) of one prompt's text embeddings; None for an unconditional model."""
         return None if self.text_encoder is None else (self.latents.tokens, self.text_width)
 
+    def multiple(self, component: str) -> int:
+        """What the height and width of ``component``'s input must be multiples of, in latents or pixels."""
+        if component == VAE_ENCODER:
+            return self.latents.image_height // self.latents.height
+        return 2 ** (len(self.unet.inner.config.down_block_types) - 1) if component == "unet" else 1  # type: ignore
+
     def example(self, component: str, batch: int) -> dict[str, Tensor]:
         """Inputs of the right shapes and types, for tracing and for counting."""
         latent_shape = (batch, *self.latents.shape)

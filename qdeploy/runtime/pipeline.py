@@ -81,7 +81,7 @@ class Pipeline:
         alone. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4). ``weighting`` reads
         ``(word:1.3)`` in prompts (``runtime.weighting``).
 
-        From pictures: ``image`` (PIL or ``uint8[H, W, 3]`` of the bundle's size, one or one a prompt) is where to
+        From pictures: ``image`` (PIL or ``uint8[H, W, 3]`` of the pictures' size, one or one a prompt) is where to
         start from; ``strength`` 0..1 says how far from it to go, 0.8 by default, and makes that share of the steps.
         With ``mask`` (PIL, ``uint8[H, W]`` or bool) white is repainted and black kept, ``strength`` 1 by default.
         The encoder's mean is taken, so equal pictures give equal results.
@@ -89,7 +89,8 @@ class Pipeline:
         Picture ``i`` of a prompt, from ``first`` on, takes all its noise from streams of (seed, i), so it is the
         same whatever else is in the batch or runs beside; ``latents`` (``float32[B, C, h, w]``, unit noise) replaces
         the noise that it starts from. ``scheduler`` swaps the bundle's own (pndm, ddim, ...); ``eta`` 0..1 is
-        ddim's share of noise, which no other takes. ``width`` and ``height`` only confirm the bundle's size.
+        ddim's share of noise, which no other takes. ``width`` and ``height`` in pixels are the bundle's own by default;
+        others take a bundle that was exported with its size open.
 
         ``callback`` is called after every step and may return False to cancel; ``cancel`` (a ``threading.Event``)
         cancels from another thread; ``deadline_s`` is seconds from now. All three are looked at between steps.
@@ -104,8 +105,8 @@ class Pipeline:
         prompts = negatives = None
         if prompt is not None:
             prompts, negatives = asked.checked_prompts(prompt, negative_prompt)
-        asked.check_size(width, height, self.latents)
-        source = asked.checked_source(image, mask, strength, len(prompts or [""]), self.latents, self.reads_mask)
+        size = asked.checked_size(width, height, self.latents)
+        source = asked.checked_source(image, mask, strength, len(prompts or [""]), size, self.reads_mask)
         seeds = asked.checked_seeds(seed, first, count, len(prompts or [""]))
         request = asked.Request(
             prompts=prompts,
@@ -117,7 +118,8 @@ class Pipeline:
             seeds=seeds,
             scheduler=scheduler,
             eta=asked.real("eta", eta, 0, 1),
-            latents=asked.checked_latents(latents, len(seeds), self.latents.shape),
+            latents=asked.checked_latents(latents, len(seeds), size.shape),
+            size=size,
             source=source,
         )
         return Run(self, request, watch, callback).result()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from qdeploy.runtime.image import Picture, mask_from_picture, pixels_from_pictur
 
 Array = NDArray[np.float32]
 MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
+LARGEST_SIDE = 8192  # pixels; more would not fit a machine's memory, and is a mistake or an attack
 STRENGTH = 0.8  # of image-to-image where none is given, as in diffusers; inpainting has 1
 
 
@@ -25,6 +26,7 @@ class Request:
     """The arguments of ``Pipeline.__call__`` that say which pictures to make, as it documents them.
 
     prompts, negative_prompts: None for an unconditional bundle; as many of the second as of the first.
+    size: the bundle's latents at the height and width that the pictures are to have.
     """
 
     prompts: tuple[str, ...] | None
@@ -37,6 +39,7 @@ class Request:
     scheduler: str | None
     eta: float
     latents: Array | None
+    size: LatentInfo
     source: Source | None
 
     @property
@@ -138,20 +141,31 @@ def checked_source(
     return Source(pixels, masks, number)
 
 
-def check_size(width: int | None, height: int | None, latents: LatentInfo) -> None:
-    """RequestError for a size other than the one that the bundle's graphs were made for."""
-    factor = latents.image_height // latents.height
-    made = {"width": latents.image_width, "height": latents.image_height}
-    for name, value in (("width", width), ("height", height)):
-        if value is None:
+def checked_size(width: int | None, height: int | None, made: LatentInfo) -> LatentInfo:
+    """``made``, the bundle's latents, at the asked size; RequestError for one that its graphs do not take."""
+    factor = made.image_height // made.height
+    asked = {}
+    for name, value, usual in (("width", width, made.image_width), ("height", height, made.image_height)):
+        asked[name] = usual if value is None else whole(name, value, 1)
+        step = factor * max(made.side_multiple, 1)
+        if asked[name] == usual:
             continue
-        if whole(name, value, 1) % factor:
-            raise RequestError(f"{name}: got {value}, expected a multiple of {factor}, one latent's pixels")
-        if value != made[name]:
+        if asked[name] % step:
+            raise RequestError(f"{name}: got {value}, expected a multiple of {step}")
+        if not made.side_multiple:
             raise RequestError(
-                f"{name}: got {value}, expected {made[name]}: the bundle's graphs are made for one size; export a "
-                "model of another size, or scale the picture afterwards"
+                f"{name}: got {value}, expected {usual}: the bundle's graphs are made for one size; export it again "
+                "with --dynamic size, or scale the picture afterwards"
             )
+        if asked[name] > LARGEST_SIDE:
+            raise RequestError(f"{name}: got {value}, expected at most {LARGEST_SIDE} pixels")
+    return replace(
+        made,
+        height=asked["height"] // factor,
+        width=asked["width"] // factor,
+        image_height=asked["height"],
+        image_width=asked["width"],
+    )
 
 
 def whole(name: str, value: int, least: int) -> int:

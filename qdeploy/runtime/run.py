@@ -50,7 +50,7 @@ class Run:
         begin = None if request.source is None else begin_of(request.source, request.steps)
         given = None if request.source is None else self._given(request.source, begin)
         cond, uncond = self._contexts()
-        noise = unit_noise(pipeline.latents.shape, request.seeds) if request.latents is None else request.latents
+        noise = unit_noise(request.size.shape, request.seeds) if request.latents is None else request.latents
         final = self._denoised(sampler, noise, cond, uncond, given)
         with self._held("vae_decoder"):
             pixels = pipeline.decode(final, self._clock)
@@ -101,7 +101,7 @@ class Run:
 
     def _small(self, mask: NDArray[np.bool_]) -> Array:
         """``float32[n, 1, h, w]`` of ``bool[n, H, W]``: every latent's first pixel, as ``interpolate`` picks it."""
-        latents = self._pipeline.latents
+        latents = self._request.size
         rows, columns = latents.image_height // latents.height, latents.image_width // latents.width
         return mask[:, None, ::rows, ::columns].astype(np.float32)
 

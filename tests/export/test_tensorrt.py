@@ -205,10 +205,10 @@ def test_an_overflow_in_fp16_is_found(tiny_folder: Path, tmp_path: Path) -> None
 
 
 def test_the_gate_of_a_float_graph() -> None:
-    Parity(60, float("inf"), 60).check_fp16("unet")
+    Parity(60, float("inf"), 60).check_float("unet", "fp16")
     for found in (20, float("nan")):
         with pytest.raises(ParityError, match="unet: in fp16 it is"):
-            Parity(found, float("inf"), found).check_fp16("unet")
+            Parity(found, float("inf"), found).check_float("unet", "fp16")
 
 
 def test_a_table_is_refused_for_cuda(tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path) -> None:

@@ -79,6 +79,10 @@ def same_draws(scheduler: Any) -> Iterator[None]:
 
 @pytest.fixture
 def same_noise(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    return started_alike(pipe, monkeypatch)
+
+
+def started_alike(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Unit noise that diffusers' pipelines also start from; they take the encoder's mean, as we do."""
     noise = np.random.default_rng(3).standard_normal((1, *pipe.latents.shape), np.float32)
     for module in ("img2img", "inpaint"):
@@ -171,21 +175,48 @@ def test_inpainting_by_the_unet(
             nine("a red house", image=picture)
 
 
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """Trained weights, in float."""
+    bundle = tmp_path_factory.mktemp("emoji") / "bundle"
+    export_bundle(load_model("builtin:emoji"), None, target_named("ort-cpu"), bundle, with_encoder=True)
+    with qdeploy.load(bundle) as loaded:
+        yield loaded
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", NAMES)
-def test_the_built_in_model(tmp_path_factory: pytest.TempPathFactory, scheduler: str) -> None:
-    """Trained weights, one bundle for all schedulers."""
-    folder, bundle = model_folder("builtin:emoji"), tmp_path_factory.getbasetemp() / "emoji-bundle"
-    if not bundle.exists():
-        export_bundle(load_model("builtin:emoji"), None, target_named("ort-cpu"), bundle, with_encoder=True)
-    with qdeploy.load(bundle) as emoji:
-        twin = scheduler_of(scheduler, emoji.scheduler_config)
-        noise = np.random.default_rng(3).standard_normal((1, *emoji.latents.shape), np.float32)
-        with same_draws(twin):
-            expected = reference("StableDiffusionPipeline", folder, twin)(
-                "a cat", num_inference_steps=20, guidance_scale=5.0, latents=torch.from_numpy(noise), output_type="np"
-            ).images
-        check_same(emoji("a cat", steps=20, guidance_scale=5.0, latents=noise, scheduler=scheduler), expected)
+@pytest.mark.parametrize("way", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_the_built_in_model(emoji: Pipeline, monkeypatch: pytest.MonkeyPatch, scheduler: str, way: str) -> None:
+    twin, noise = scheduler_of(scheduler, emoji.scheduler_config), started_alike(emoji, monkeypatch)
+    start = Image.fromarray(emoji("a dog", steps=4, seed=1).pixels[0])
+    theirs: dict[str, Any] = dict(latents=torch.from_numpy(noise))
+    ours: dict[str, Any] = dict()
+    if way == "StableDiffusionImg2ImgPipeline":
+        theirs = ours = dict(image=start, strength=0.7)
+    with same_draws(twin):
+        expected = reference(way, model_folder("builtin:emoji"), twin)(
+            "a cat", num_inference_steps=20, guidance_scale=5.0, output_type="np", **theirs
+        ).images
+    check_same(emoji("a cat", steps=20, guidance_scale=5.0, latents=noise, scheduler=scheduler, **ours), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", NAMES)
+def test_inpainting_with_the_built_in_model(emoji: Pipeline, monkeypatch: pytest.MonkeyPatch, scheduler: str) -> None:
+    twin, noise = scheduler_of(scheduler, emoji.scheduler_config), started_alike(emoji, monkeypatch)
+    start = emoji("a dog", steps=4, seed=1).pixels[0]
+    mask = np.zeros(start.shape[:2], np.uint8)
+    mask[16:48, 24:] = 255
+    with same_draws(twin):
+        expected = reference("StableDiffusionInpaintPipeline", model_folder("builtin:emoji"), twin)(
+            "a cat", image=Image.fromarray(start), mask_image=Image.fromarray(mask), num_inference_steps=20,
+            height=64, width=64, strength=0.8, guidance_scale=5.0, output_type="np",
+        ).images  # fmt: skip
+    found = emoji(
+        "a cat", image=start, mask=mask, strength=0.8, guidance_scale=5.0, steps=20, latents=noise, scheduler=scheduler
+    )
+    check_same(found, expected)
 
 
 def test_fitted_keeps_the_middle() -> None:

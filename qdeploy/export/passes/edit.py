@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 CONTRIB = "com.microsoft"  # domain of ONNX Runtime's own operators
+Side = int | str  # a dimension: its size, or an open one's expression
+UNKNOWN = "?"  # what the expression of one that the exporter could not tell begins with
 
 
 def constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
@@ -46,7 +49,7 @@ def made(
     op_type: str,
     inputs: list[ir.Value | None],
     name: str,
-    shape: tuple[int, ...],
+    shape: tuple[Side, ...],
     before: ir.Node,
     domain: str = "",
     **attributes: Any,
@@ -55,7 +58,8 @@ def made(
     node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
     node.metadata_props.update(before.metadata_props)
     output = node.outputs[0]
-    output.name, output.shape, output.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    sides = [None if str(side).startswith(UNKNOWN) else side for side in shape]
+    output.name, output.shape, output.type = name, ir.Shape(sides), ir.TensorType(ir.DataType.FLOAT)
     graph = before.graph
     assert graph is not None
     graph.insert_before(before, node)
@@ -79,11 +83,26 @@ def remove_unused(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-def shape_of(value: ir.Value | None) -> tuple[int, ...]:
-    """Static shape of a value whose shape the exporter set."""
+def shape_of(value: ir.Value | None) -> tuple[Side, ...]:
+    """Shape of a value whose rank the exporter set; a side that it could not tell equals no other value's."""
     assert value is not None
     assert value.shape is not None
-    return tuple(np.asarray(value.shape.numpy(), dtype=int).tolist())
+    return tuple(
+        side if isinstance(side, int) else side.value or f"{UNKNOWN}{value.name}.{axis}"
+        for axis, side in enumerate(value.shape)
+    )
+
+
+def width_of(value: ir.Value | None, axis: int = -1) -> int:
+    """Size of an axis that is never open: a layer's channels, an attention's heads."""
+    side = shape_of(value)[axis]
+    assert isinstance(side, int)
+    return side
+
+
+def volume(sides: Sequence[Side]) -> tuple[int, tuple[str, ...]]:
+    """Product of the sides: its number, and the open ones' expressions in order."""
+    return prod(side for side in sides if isinstance(side, int)), tuple(sorted(s for s in sides if isinstance(s, str)))
 
 
 def only_use(value: ir.Value) -> ir.Node | None:
@@ -108,6 +127,6 @@ def per_channel(node: ir.Node) -> tuple[ir.Value, NDArray, int] | None:
 def axis_above(reshape: ir.Node, axis: int) -> int | None:
     """The axis of a Reshape's (or Unsqueeze's) input that is ``axis`` of its output; None where it is cut or joined."""
     before, after = shape_of(reshape.inputs[0]), shape_of(reshape.outputs[0])
-    behind = int(np.prod(after[axis + 1 :]))
-    found = [i for i, side in enumerate(before) if side == after[axis] and int(np.prod(before[i + 1 :])) == behind]
+    behind = volume(after[axis + 1 :])
+    found = [i for i, side in enumerate(before) if side == after[axis] and volume(before[i + 1 :]) == behind]
     return found[0] if found else None

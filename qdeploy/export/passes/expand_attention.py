@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import constant, made, replace
+from qdeploy.export.passes.edit import constant, made, replace, shape_of
 
 DOMAIN = "qdeploy"
 ATTENTION = "Attention"
@@ -41,17 +41,15 @@ def _expand(graph: ir.Graph, node: ir.Node) -> None:
     q, k, v, *mask = node.inputs
     assert q is not None
     assert k is not None
-    assert q.shape is not None
-    assert k.shape is not None
     name = node.outputs[0].name
     scale = constant(graph, np.array(scale_of(node), np.float32), f"{name}_scale")
-    batch, heads, length, depth = q.shape.numpy()
-    keys = k.shape.numpy()[2]
+    batch, heads, length, depth = shape_of(q)
+    keys = shape_of(k)[2]
     scaled = made("Mul", [q, scale], f"{name}_q", (batch, heads, length, depth), node)
     turned = made("Transpose", [k], f"{name}_k", (batch, heads, depth, keys), node, perm=KEYS_LAST)
     scores = made("MatMul", [scaled, turned], f"{name}_scores", (batch, heads, length, keys), node)
     if mask:
         scores = made("Add", [scores, *mask], f"{name}_masked", (batch, heads, length, keys), node)
     softmax = made("Softmax", [scores], f"{name}_softmax", (batch, heads, length, keys), node, axis=-1)
-    values = made("MatMul", [softmax, v], f"{name}_values", tuple(node.outputs[0].shape.numpy()), node)  # type: ignore[union-attr]
+    values = made("MatMul", [softmax, v], f"{name}_values", shape_of(node.outputs[0]), node)
     replace(node, values)

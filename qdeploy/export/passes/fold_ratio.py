@@ -21,7 +21,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qdeploy.export.passes.edit import array_of, axis_above, constant, only_use, per_channel, replace, shape_of
+from qdeploy.export.passes.edit import (
+    array_of,
+    axis_above,
+    constant,
+    only_use,
+    per_channel,
+    replace,
+    shape_of,
+    width_of,
+)
 
 Fold = Callable[[], None]
 
@@ -136,7 +145,7 @@ def _split(node: ir.Node, ratio: Ratio) -> list[Fold] | None:
     if node.attributes.get_int("axis", 0) % rank != ratio.axis:
         return None
     parts = [
-        ratio.factors if output is ratio.value else np.ones(shape_of(output)[ratio.axis], np.float32)
+        ratio.factors if output is ratio.value else np.ones(width_of(output, ratio.axis), np.float32)
         for output in node.outputs
     ]
     return _upward(Ratio(source, ratio.axis, np.concatenate(parts)))

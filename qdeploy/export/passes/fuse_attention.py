@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import CONTRIB, made, remove_unused, replace
+from qdeploy.export.passes.edit import CONTRIB, made, remove_unused, replace, shape_of, width_of
 from qdeploy.export.passes.expand_attention import is_attention, scale_of
 
 HEADS_FIRST = (0, 2, 1, 3)
@@ -25,15 +25,15 @@ def fuse_attention(model: ir.Model) -> int:
         sources, joined = [_unsplit(value) for value in node.inputs[:3]], _joined(node.outputs[0])
         if joined is None or None in sources:
             continue
-        heads = node.inputs[0].shape.numpy()[1]  # type: ignore[union-attr]
+        heads = width_of(node.inputs[0], axis=1)
         result = made(
             "MultiHeadAttention",
             sources,
             f"{node.outputs[0].name}_fused",
-            tuple(joined.shape.numpy()),  # type: ignore[union-attr]
+            shape_of(joined),
             node,
             domain=CONTRIB,
-            num_heads=int(heads),
+            num_heads=heads,
             scale=scale_of(node),
         )
         last = joined.producer()
@@ -56,8 +56,9 @@ def _unsplit(value: ir.Value | None) -> ir.Value | None:
     split = transpose.inputs[0].shape  # type: ignore[union-attr]
     if source is None or source.shape is None or split is None or len(source.shape) != 3:
         return None
-    batch, length, heads, depth = split.numpy()
-    return source if source.shape.numpy() == (batch, length, heads * depth) else None
+    batch, length, *_ = shape_of(transpose.inputs[0])
+    channels = width_of(transpose.inputs[0], axis=2) * width_of(transpose.inputs[0])
+    return source if shape_of(source) == (batch, length, channels) else None
 
 
 def _joined(value: ir.Value) -> ir.Value | None:

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import CONTRIB, array_of, constant, made, only_use, remove_unused, replace, shape_of
+from qdeploy.export.passes.edit import (
+    CONTRIB,
+    array_of,
+    constant,
+    made,
+    only_use,
+    remove_unused,
+    replace,
+    shape_of,
+    width_of,
+)
 
 INTEGER_MATMUL = "MatMulIntegerToFloat"
 
@@ -44,7 +54,7 @@ def _dequantize(value: ir.Value | None) -> ir.Node | None:
 def _per_column(weight: ir.Node) -> bool:
     """Whether a DequantizeLinear is that of a weight ``int8[in, out]`` with one scale a column and no zero point."""
     scale = weight.inputs[1]
-    columns = shape_of(weight.outputs[0])[-1]
+    columns = width_of(weight.outputs[0])
     return len(weight.inputs) == 2 and weight.attributes.get_int("axis", 1) == 1 and shape_of(scale) == (columns,)
 
 
@@ -54,7 +64,7 @@ def _bias(node: ir.Node) -> tuple[ir.Node, ir.Value | None]:
     if add is None or add.op_type != "Add":
         return node, None
     other = next(value for value in add.inputs if value is not node.outputs[0])
-    found, columns = array_of(other), shape_of(node.outputs[0])[-1]
+    found, columns = array_of(other), width_of(node.outputs[0])
     if found is None or found.size != columns or found.shape[-1:] != (columns,):
         return node, None
     assert add.graph is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import array_of, constant, made, only_use, remove_unused, shape_of
+from qdeploy.export.passes.edit import array_of, constant, made, only_use, remove_unused, shape_of, width_of
 from qdeploy.export.passes.name_by_layer import CODES
 
 GATE = ".gate"
@@ -63,9 +63,9 @@ def _divide(graph: ir.Graph, product: ir.Node, add: ir.Node, split: ir.Node) -> 
     old = str(back.inputs[0].name)  # type: ignore[union-attr]
     layer, start = old.removesuffix(CODES), 0
     for output, name in zip(split.outputs, (layer, layer + GATE), strict=True):
-        shape = shape_of(output)
-        columns = slice(start, start + shape[-1])
-        start += shape[-1]
+        shape, width = shape_of(output), width_of(output)
+        columns = slice(start, start + width)
+        start += width
         weight = made(
             "DequantizeLinear",
             [
@@ -73,7 +73,7 @@ def _divide(graph: ir.Graph, product: ir.Node, add: ir.Node, split: ir.Node) -> 
                 constant(graph, scale[columns], f"{name}.weight_quant.scale"),
             ],
             f"{name}.weight",
-            (len(codes), shape[-1]),
+            (len(codes), width),
             split,
             axis=1,
         )
