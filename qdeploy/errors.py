@@ -15,6 +15,7 @@
     │   ├── EngineUnavailableError   the engine is not installed here
     │   └── NonFiniteError           a component put out NaN or infinity
     ├── PackageMissingError          an option needs a package that is not installed
+    ├── RegressionError              a figure is worse than before, by more than noise
     ├── RequestError (ValueError)    a prompt, size, step count … that cannot be served
     └── CancelledError               a request was stopped by its callback or its `cancel` event
         └── DeadlineError            its deadline passed
@@ -79,6 +80,10 @@ class NonFiniteError(EngineError):
 
 class PackageMissingError(QdeployError):
     """An option needs a package that is not installed."""
+
+
+class RegressionError(QdeployError):
+    """A figure is worse than before, by more than noise."""
 
 
 class RequestError(QdeployError, ValueError):
