@@ -66,7 +66,13 @@ def run_demo(
         with staged_file(folder / "grid.png") as scratch:
             sheet.save(scratch, format="PNG")
     settings = BenchSettings(
-        prompt=PROMPTS[0], steps=STEPS, guidance_scale=GUIDANCE, concurrency=(), fresh_starts=2, compared=PROMPTS[:3]
+        prompt=PROMPTS[0],
+        steps=STEPS,
+        guidance_scale=GUIDANCE,
+        rounds=20,
+        concurrency=(),
+        fresh_starts=2,
+        compared=PROMPTS[:3],
     )
     run = measure(contenders(list(bundles.values())), settings, on_progress)
     if not run.complete:

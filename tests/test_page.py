@@ -137,18 +137,17 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH")
-def test_a_browser_shows_it(tmp_path: Path) -> None:
-    """A phone's width holds the page: only wide tables and charts scroll, each on its own."""
+def test_a_browser_draws_it_light_and_dark(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", page("plain"))
-    shot = tmp_path / "shot.png"
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [
-        "--hide-scrollbars",
-        "--window-size=500,900",
-        f"--screenshot={shot}",
-        f"file://{tmp_path / 'page.html'}",
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    with Image.open(shot) as image:
-        assert image.size == (500, 900)
-        assert len(image.convert("RGB").getcolors(10**6) or []) > 50
+    corners = []
+    for scheme in ([], ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]):
+        shot = tmp_path / "shot.png"
+        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *scheme]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", f"--screenshot={shot}"]
+        subprocess.run([*command, f"file://{tmp_path / 'page.html'}"], check=True, capture_output=True, timeout=60)
+        with Image.open(shot).convert("L") as image:
+            colours = image.getcolors() or []
+            assert len(colours) > 20  # text, lines and the chart: not one empty sheet
+            corners.append(image.getpixel((2, 2)))
+    assert corners[0] > 240
+    assert corners[1] < 40

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from qdeploy.page import SERIES, Chart, chart_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH_INCHES = 8.6
 ROW_INCHES = 2.6
@@ -34,7 +35,7 @@ def distributions(run: Measurement) -> Chart | None:
             steady = np.asarray(found.steady_ms(stage))
             colour = colour_of(run, found)
             shown = thinned(steady)
-            panel.plot(shown, row + rng.uniform(-0.22, 0.22, len(shown)), ".", color=colour, alpha=0.45, ms=5, mew=0)
+            panel.plot(shown, row + rng.uniform(-0.22, 0.22, len(shown)), ".", color=colour, alpha=0.6, ms=6, mew=0)
             low, mid, high = np.percentile(steady, (25, 50, 75))
             panel.barh(row, high - low, 0.62, low, color="none", edgecolor="black", linewidth=0.9)
             panel.plot([mid, mid], [row - 0.31, row + 0.31], color="black", linewidth=1.8)
@@ -61,6 +62,7 @@ def courses(run: Measurement) -> Chart | None:
                 panel.plot(rounds, steady[rounds - 1], mark, color=colour_of(run, found), ms=4, lw=1.2)
         panel.set_ylim(bottom=0)
         panel.set_xlabel("round")
+        panel.locator_params(axis="x", integer=True)
         panel.grid(axis="y")
 
     return stage_chart(
@@ -128,7 +130,7 @@ def fidelity_curve(run: Measurement) -> Chart | None:
             panel.plot(steps[finite], curve[finite], ".-", color=colour_of(run, found))
         panel.set_xlabel("sampler step")
         panel.grid(axis="y")
-        add_legend(figure, run)
+        add_legend(figure, run, compared)
     return Chart(
         figure, "SQNR to the float twin at each sampler step",
         f"Against {run.reference.name} on its own trajectory; more is better.",
@@ -150,6 +152,7 @@ def stage_chart(
         rows = -(-len(stages) // columns)
         height = rows * (0.8 + row_inches * len(run.contenders) if row_inches else ROW_INCHES)
         figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)  # type: ignore[union-attr, call-arg]
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, stage in zip(panels, stages, strict=False):
             panel.set_title(f"{stage}, ms")
@@ -161,7 +164,7 @@ def stage_chart(
     return Chart(figure, alt, caption)
 
 
-def one_panel(title: str) -> tuple:
+def one_panel(title: str) -> tuple[Figure, Axes]:
     """A figure of the page's width with one panel."""
     from matplotlib.figure import Figure
 
@@ -171,14 +174,16 @@ def one_panel(title: str) -> tuple:
     return figure, panel
 
 
-def add_legend(figure: object, run: Measurement) -> None:
-    """Contenders and their colours, above the panels; one alone needs none."""
+def add_legend(figure: Figure, run: Measurement, named: Sequence[Figures] | None = None) -> None:
+    """The contenders (``named``, or all) and their colours, above the panels; one alone needs none."""
     if len(run.contenders) < 2:
         return
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour_of(run, found), lw=3, label=short(found.name)) for found in run.contenders]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))  # type: ignore[attr-defined]
+    handles = [
+        Line2D([], [], color=colour_of(run, found), lw=3, label=short(found.name)) for found in named or run.contenders
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
 
 
 def colour_of(run: Measurement, found: Figures) -> str:

@@ -8,17 +8,20 @@ yardstick then and is not judged. Else absolute figures are compared, and judged
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from qdeploy.bench.figures import STAGES, Figures, Measurement
 from qdeploy.bench.statistics import Interval, median_interval, paired_ratio
+from qdeploy.bench.wording import figure, noise
 from qdeploy.errors import RegressionError
 
 TOLERANCE = 0.05  # by which a time, a rate or memory must be worse at least: code layout alone moves them by that much
 SIZE_TOLERANCE = 0.01
 COVERAGE_TOLERANCE = 0.005  # of the MACs
 DECIBEL_TOLERANCE = 0.5
+Timing = tuple[str, str, int, Callable[[Figures], list[float]]]  # name, unit, -1 where more is better, its samples
 SAME_MACHINE = ("cpu", "gpu", "cores", "threads")  # facts that must agree for absolute times to be judged
 
 
@@ -104,56 +107,52 @@ def notes_on(old: Measurement, new: Measurement, paired: bool) -> Iterator[str]:
 def timed_changes(
     was: Figures, now: Figures, references: tuple[Figures, Figures] | None, judged: bool, tolerance: float
 ) -> Iterator[Change]:
-    """Stages and throughput, to the ``references`` (of the old run, of the new) or absolute."""
+    """Stages, throughput and loads: as ratios to the ``references`` (of the old run, of the new), or absolute.
+
+    None of what a run has no samples of; not judged where they are too few to know their noise.
+    """
+    for what, unit, sign, samples in timings(was, now):
+        before, after = samples(was), samples(now)
+        yardsticks = [samples(found) for found in references] if references else None
+        if not before or not after or (yardsticks and not all(yardsticks)):
+            continue
+        if yardsticks is None:
+            then, today = median_interval(before), median_interval(after)
+        else:
+            then, today = paired_ratio(before, yardsticks[0]), paired_ratio(after, yardsticks[1])
+            unit = "x"
+        worse_by = sign * math.log(today.value / then.value)
+        band = max(math.log1p(tolerance), math.hypot(then.band, today.band))
+        known = then.is_known and today.is_known
+        texts = shown(then, unit), shown(today, unit)
+        yield Change(now.name, what, *texts, math.expm1(worse_by), math.expm1(band), judged and known)
+
+
+def timings(was: Figures, now: Figures) -> Iterator[Timing]:
+    """What is timed in both."""
     for stage in STAGES:
-        samples = [run.steady_ms(stage) for run in (was, now)]
-        yardsticks = [run.steady_ms(stage) for run in references] if references else None
-        yield from _timed(now.name, stage, "ms", samples, yardsticks, 1, judged, tolerance)
+        yield stage, " ms", 1, partial(Figures.steady_ms, stage=stage)
     for level in sorted(was.pictures_per_s.keys() & now.pictures_per_s.keys()):
-        samples = [run.pictures_per_s[level] for run in (was, now)]
-        yardsticks = [run.pictures_per_s.get(level, []) for run in references] if references else None
-        yield from _timed(now.name, f"pictures/s, {level} at once", "/s", samples, yardsticks, -1, judged, tolerance)
-    for cold in (True, False):
-        samples, figure = [run.load_ms(cold) for run in (was, now)], f"load, {'cold' if cold else 'cached'}"
-        yardsticks = [run.load_ms(cold) for run in references] if references else None
-        yield from _timed(now.name, figure, "ms", samples, yardsticks, 1, judged, tolerance)
-
-
-def _timed(
-    name: str, figure: str, unit: str, samples: Sequence[Sequence[float]],
-    yardsticks: Sequence[Sequence[float]] | None, sign: int, judged: bool, tolerance: float,
-) -> Iterator[Change]:  # fmt: skip
-    """One change, none where a run has no such samples; not judged where samples are too few to know their noise."""
-    if not all(samples) or (yardsticks is not None and not all(yardsticks)):
-        return
-    if yardsticks is None:
-        before, after = (median_interval(found) for found in samples)
-    else:
-        before, after = (paired_ratio(*pair) for pair in zip(samples, yardsticks, strict=True))
-        unit = "x"
-    worse_by = sign * math.log(after.value / before.value)
-    band = max(math.log1p(tolerance), math.hypot(before.band, after.band))
-    judged = judged and before.is_known and after.is_known
-    yield Change(
-        name, figure, _shown(before, unit), _shown(after, unit), math.expm1(worse_by), math.expm1(band), judged
-    )
+        yield f"pictures/s, {level} at once", "/s", -1, partial(Figures.rates, level=level)
+    yield "load, cold", " ms", 1, partial(Figures.load_ms, cold=True)
+    yield "load, cached", " ms", 1, partial(Figures.load_ms, cold=False)
 
 
 def still_changes(was: Figures, now: Figures, tolerance: float) -> Iterator[Change]:
     """Size, memory, coverage and fidelity, which no machine's mood moves."""
-    for figure, before, after, least in (
+    for what, before, after, least in (
         ("size on disk", [was.size_bytes], [now.size_bytes], SIZE_TOLERANCE),
         ("peak memory", was.peak_bytes, now.peak_bytes, tolerance),
         ("peak device memory", was.device_peak_bytes, now.device_peak_bytes, tolerance),
     ):
         if before and after and max(before) > 0:
             then, today = (f"{max(found) / 1e6:.1f} MB" for found in (before, after))
-            yield Change(now.name, figure, then, today, max(after) / max(before) - 1, least)
+            yield Change(now.name, what, then, today, max(after) / max(before) - 1, least)
     fell_by = was.integer_mac_share - now.integer_mac_share
     then, today = (f"{found.integer_mac_share:.1%}" for found in (was, now))
     yield Change(now.name, "UNet MACs in integers", then, today, fell_by, COVERAGE_TOLERANCE)
     if was.fidelity is not None and now.fidelity is not None:
-        for figure, name in (
+        for what, name in (
             ("per-step SQNR, mean", "mean_sqnr_db"),
             ("per-step SQNR, worst", "worst_sqnr_db"),
             ("picture PSNR", "image_psnr_db"),
@@ -161,9 +160,10 @@ def still_changes(was: Figures, now: Figures, tolerance: float) -> Iterator[Chan
             before_db, after_db = (getattr(found.fidelity, name) for found in (was, now))
             fell_by = 0.0 if before_db == after_db else before_db - after_db  # both may be infinite
             then, today = (f"{value:.1f} dB" for value in (before_db, after_db))
-            yield Change(now.name, figure, then, today, fell_by, DECIBEL_TOLERANCE)
+            yield Change(now.name, what, then, today, fell_by, DECIBEL_TOLERANCE)
 
 
-def _shown(interval: Interval, unit: str) -> str:
-    value = f"{interval.value:.3g}{'' if unit == 'x' else ' '}{unit}"
-    return f"{value} (±{math.expm1(interval.band):.1%})" if interval.is_known else value
+def shown(interval: Interval, unit: str) -> str:
+    """A median with its unit and noise."""
+    value = f"{figure(interval.value)}{unit}"
+    return f"{value} ({noise(interval)})" if interval.is_known else value

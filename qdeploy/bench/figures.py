@@ -22,7 +22,7 @@ class StageSamples:
 
 @dataclass(frozen=True)
 class FreshStart:
-    """One new process that loaded a bundle and made one picture.
+    """One new process that loaded a bundle and made one short picture.
 
     dropped: whether the system was asked to forget the bundle's files first.
     read_bytes: that the load fetched from storage; None where the system does not tell.
@@ -64,6 +64,10 @@ class Figures:
 
     def steady_ms(self, stage: str) -> list[float]:
         return self.samples[stage].steady_ms if stage in self.samples else []
+
+    def rates(self, level: int) -> list[float]:
+        """Pictures a second with ``level`` at once."""
+        return self.pictures_per_s.get(level, [])
 
     def load_ms(self, cold: bool) -> list[float]:
         """Of fresh processes: from storage, or with the bundle's files still in memory.

@@ -1,6 +1,6 @@
 """A bundle loaded in a process of its own, which makes one picture: load time, what was read, peak memory.
 
-``python -m qdeploy.bench.fresh_start BUNDLE STEPS ENGINE THREADS`` is that process; it prints JSON.
+``python -m qdeploy.bench.fresh_start BUNDLE ENGINE THREADS`` is that process; it prints JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from qdeploy.engines.base import engine_for
 from qdeploy.errors import EngineError
 from qdeploy.runtime.pipeline import load
 
+STEPS = 2  # of the picture: every component runs, which is all that the peak depends on
+
 
 def fresh_start(contender: Contender, settings: BenchSettings, cold: bool) -> FreshStart | None:
     """Start that process; EngineError with its last line when it fails.
@@ -28,7 +30,7 @@ def fresh_start(contender: Contender, settings: BenchSettings, cold: bool) -> Fr
         bundle = open_bundle(contender.path, verify=False)
         if not drop_from_memory(bundle.path(name) for name in bundle.files):
             return None
-    command = [sys.executable, "-m", "qdeploy.bench.fresh_start", str(contender.path), str(settings.steps)]
+    command = [sys.executable, "-m", "qdeploy.bench.fresh_start", str(contender.path)]
     command += [contender.engine or "", "" if settings.threads is None else str(settings.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -36,14 +38,14 @@ def fresh_start(contender: Contender, settings: BenchSettings, cold: bool) -> Fr
     return FreshStart(dropped=cold, **json.loads(done.stdout))
 
 
-def main(path: str, steps: str, engine: str, threads: str) -> None:
+def main(path: str, engine: str, threads: str) -> None:
     """Be the process."""
     read_before = read_bytes()
     start = time.perf_counter()
     pipeline = load(path, engine=engine or None, threads=int(threads) if threads else None)
     load_ms = (time.perf_counter() - start) * 1e3
     read_behind = read_bytes()
-    pipeline("a cat" if pipeline.reads_text else None, steps=int(steps))
+    pipeline("a cat" if pipeline.reads_text else None, steps=STEPS)
     used = engine_for(pipeline.bundle.folder, pipeline.bundle.manifest.engine, engine or None)
     read = None if read_before is None or read_behind is None else read_behind - read_before
     found = {"load_ms": load_ms, "read_bytes": read, "peak_bytes": peak_bytes()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +9,12 @@ from statistics import median
 
 from qdeploy.bench.compare import Change, Comparison
 from qdeploy.bench.figures import PICTURE, STAGES, STEP, Figures, Measurement
-from qdeploy.bench.statistics import Interval, drift, median_interval, paired_ratio, summary
+from qdeploy.bench.statistics import drift, median_interval, paired_ratio, summary
+from qdeploy.bench.wording import NONE, figure, noise, percent, ratio
 
 Row = tuple[str, ...]
 Cell = Callable[[Figures], str]
 Values = Callable[[Figures], Sequence[float]]
-NONE = "-"
 HOW_TO_READ = (
     "A ratio is the median over rounds in which the contenders ran one behind the other, in drawn order, with its "
     "95 % interval. noise: how far a contender's own median may be off, 95 %. drift: its later half of the rounds "
@@ -29,7 +28,7 @@ class Line:
 
     label: str
     cell: Cell
-    ratio: Callable[[Figures, Figures], str]
+    against: Callable[[Figures, Figures], str]
 
 
 def overview(run: Measurement) -> tuple[Row, list[Row]]:
@@ -38,7 +37,7 @@ def overview(run: Measurement) -> tuple[Row, list[Row]]:
     others = [found for found in figures if found is not reference] if len(figures) == 2 else []
     header = ("", *(found.name for found in figures), *(f"{other.name} / {reference.name}" for other in others))
     rows = [
-        (line.label, *map(line.cell, figures), *(line.ratio(other, reference) for other in others))
+        (line.label, *map(line.cell, figures), *(line.against(other, reference) for other in others))
         for line in overview_lines(run)
     ]
     return header, [row for row in rows if set(row[1:]) - {NONE, ""}]
@@ -57,7 +56,7 @@ def overview_lines(run: Measurement) -> Iterator[Line]:
         if stage in (STEP, PICTURE):
             yield text(f"{stage}, ms p90", partial(p90, samples))
     for level in sorted({level for found in run.contenders for level in found.pictures_per_s}):
-        yield timed(f"pictures/s, {level} at once", partial(rates, level))
+        yield timed(f"pictures/s, {level} at once", partial(Figures.rates, level=level))
     yield highest("peak memory, MB", lambda found: [peak / 1e6 for peak in found.peak_bytes])
     yield highest("peak device memory, MB", lambda found: [peak / 1e6 for peak in found.device_peak_bytes])
     yield text("UNet MACs in int8", lambda found: f"{found.integer_mac_share:.1%}")
@@ -77,29 +76,25 @@ def timed(label: str, values: Values) -> Line:
         samples = values(found)
         return figure(median(samples)) if samples else NONE
 
-    def ratio(other: Figures, reference: Figures) -> str:
+    def against(other: Figures, reference: Figures) -> str:
         samples, yardstick = values(other), values(reference)
-        return ratio_text(paired_ratio(samples, yardstick)) if samples and yardstick else NONE
+        return ratio(paired_ratio(samples, yardstick)) if samples and yardstick else NONE
 
-    return Line(label, cell, ratio)
+    return Line(label, cell, against)
 
 
 def highest(label: str, values: Values) -> Line:
     """The most of all values, and the ratio of those."""
 
-    def ratio(other: Figures, reference: Figures) -> str:
+    def against(other: Figures, reference: Figures) -> str:
         most, yardstick = max(values(other), default=0), max(values(reference), default=0)
         return f"{most / yardstick:.2f}x" if most and yardstick else NONE
 
-    return Line(label, lambda found: figure(max(values(found))) if values(found) else NONE, ratio)
+    return Line(label, lambda found: figure(max(values(found))) if values(found) else NONE, against)
 
 
 def p90(values: Values, found: Figures) -> str:
     return figure(summary(values(found)).p90) if values(found) else NONE
-
-
-def rates(level: int, found: Figures) -> list[float]:
-    return found.pictures_per_s.get(level, [])
 
 
 def fidelity(name: str, found: Figures) -> str:
@@ -116,26 +111,25 @@ def latency(run: Measurement) -> tuple[Row, list[Row]]:
             steady, yardstick = found.steady_ms(stage), reference.steady_ms(stage)
             about = summary(steady)
             times = (about.p50, about.p90, about.p95, about.p99, about.mean, about.std)
-            noise = median_interval(steady).band
             first = found.samples[stage].warmup_ms[:1]
             row = (
                 f"{stage}, {found.name}",
                 *map(figure, times),
-                percent(math.expm1(noise), "±"),
+                noise(median_interval(steady)),
                 percent(drift(steady)),
             )
             row += (figure(first[0]) if first else NONE, str(about.count))
             if len(run.contenders) > 1:
                 is_reference = found is reference or not yardstick
-                row += (NONE if is_reference else ratio_text(paired_ratio(steady, yardstick)),)
+                row += (NONE if is_reference else ratio(paired_ratio(steady, yardstick)),)
             rows.append(row)
     return (*header, *((f"/ {reference.name}",) if len(run.contenders) > 1 else ())), rows
 
 
 def changes(comparison: Comparison) -> tuple[Row, list[Row]]:
     """Header and rows of what became of each figure."""
-    rows: list[Row] = [(c.contender, c.figure, c.before, c.after, verdict(c)) for c in comparison.changes]
-    return ("", "figure", "before", "now", "verdict"), rows
+    rows: list[Row] = [(f"{c.contender}, {c.figure}", c.before, c.after, verdict(c)) for c in comparison.changes]
+    return ("", "before", "now", "verdict"), rows
 
 
 def verdict(change: Change) -> str:
@@ -143,26 +137,6 @@ def verdict(change: Change) -> str:
     if not change.judged:
         return "not judged"
     return "WORSE" if change.is_regression else "better" if change.is_gain else "same"
-
-
-def figure(value: float) -> str:
-    """A positive number with three digits, or all those before its point."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if 0 < value < math.inf else f"{value:g}"
-
-
-def ratio_text(interval: Interval) -> str:
-    """``0.62x (0.60–0.65)``; without brackets where the samples are too few to tell."""
-    around = f" ({interval.low:.2f}–{interval.high:.2f})" if interval.is_known else ""
-    return f"{interval.value:.2f}x{around}"
-
-
-def percent(share: float, sign: str = "+") -> str:
-    """``+2.1%``, or with ``±``; a dash for NaN."""
-    if math.isnan(share):
-        return NONE
-    if share > 1:
-        return f"{sign}>100%"
-    return f"±{share:.1%}" if sign == "±" else f"{share:+.1%}"
 
 
 def markdown(header: Row, rows: Sequence[Row]) -> str:
