@@ -69,7 +69,7 @@ def run_demo(
         prompt=PROMPTS[0],
         steps=STEPS,
         guidance_scale=GUIDANCE,
-        rounds=20,
+        rounds=15,
         concurrency=(),
         fresh_starts=2,
         compared=PROMPTS[:3],

@@ -17,6 +17,7 @@ from qdeploy.bench.fidelity import compare
 from qdeploy.bench.figures import PICTURE, STAGES, Figures, Measurement, StageSamples
 from qdeploy.bench.fresh_start import fresh_start
 from qdeploy.bench.plan import BenchSettings, Contender
+from qdeploy.bench.quiet import until_quiet
 from qdeploy.bench.stages import Call, call_of, one_picture
 from qdeploy.bundle import MANIFEST
 from qdeploy.engines.base import engine_for
@@ -86,10 +87,11 @@ def time_in_turn(
     calls: Mapping[int, Call], samples: Mapping[int, StageSamples], warmup: int, count: int, seed: int,
     tick: OnProgress, what: str,
 ) -> None:  # fmt: skip
-    """Call each once a round and time it: ``warmup`` rounds kept apart, then ``count`` steady ones."""
+    """Call each once a round, when all is quiet, and time it: ``warmup`` rounds kept apart, then ``count`` steady ones."""
     keys, done = list(calls), 0
     for number, order in rounds_of(warmup + count, len(keys), seed):
         for key in (keys[index] for index in order):
+            until_quiet()
             start = time.perf_counter()
             calls[key]()
             spent_ms = (time.perf_counter() - start) * 1e3
@@ -135,6 +137,7 @@ def _pictures_at_once(run: Measurement, pipelines: Sequence[Pipeline], on_progre
 def pictures_per_s(pipeline: Pipeline, settings: BenchSettings, level: int) -> float:
     """Pictures a second when ``level`` threads make one each, all at once; an interrupt stops them all."""
     stop = threading.Event()
+    until_quiet()
     with ThreadPoolExecutor(level) as pool:
         start = time.perf_counter()
         try:
