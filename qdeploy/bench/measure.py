@@ -87,7 +87,7 @@ def time_in_turn(
     calls: Mapping[int, Call], samples: Mapping[int, StageSamples], warmup: int, count: int, seed: int,
     tick: OnProgress, what: str,
 ) -> None:  # fmt: skip
-    """Call each once a round, when all is quiet, and time it: ``warmup`` rounds kept apart, then ``count`` steady ones."""
+    """Call each once a round, when all is quiet, and time it: ``warmup`` rounds kept apart, then ``count`` steady."""
     keys, done = list(calls), 0
     for number, order in rounds_of(warmup + count, len(keys), seed):
         for key in (keys[index] for index in order):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from qdeploy.bench.fresh_start import fresh_start
 from qdeploy.bench.measure import measure, name_apart, rounds_of, time_in_turn
 from qdeploy.bench.memory import peak_bytes
 from qdeploy.bench.plan import BenchSettings, Contender, contenders, distinct_names, levels_from_text
+from qdeploy.bench.quiet import until_quiet
 from qdeploy.bench.store import read_measurement
 from qdeploy.cli import main
 from qdeploy.errors import EngineError, UsageError
@@ -65,6 +68,20 @@ def test_warm_up_is_kept_apart() -> None:
     time_in_turn(calls, samples, 2, 5, 0, silent, "x")
     assert Counter(called) == {"a": 7, "b": 7}
     assert all((len(s.warmup_ms), len(s.steady_ms)) == (2, 5) for s in samples.values())
+
+
+def test_a_call_waits_until_the_last_ones_threads_rest() -> None:
+    ended: list[float] = []
+
+    def spin() -> None:
+        stop = time.perf_counter() + 0.1
+        while time.perf_counter() < stop:
+            pass
+        ended.append(time.perf_counter())
+
+    threading.Thread(target=spin).start()
+    until_quiet()
+    assert ended
 
 
 def test_a_measurement_has_every_figure(float_bundle: Path, int8_bundle: Path) -> None:
