@@ -162,5 +162,6 @@ def test_generate_and_bench_run_without_torch(int8_bundle: Path, tmp_path: Path)
     command = "from qdeploy.cli import main\nmain(sys.argv[1:])"
     run_blocked(command, "--quiet", "generate", str(int8_bundle), "a cat", "-o", str(out), "--steps", "3")
     assert out.stat().st_size > 0
-    shown = run_blocked(command, "--quiet", "bench", str(int8_bundle), "--steps", "2", "--fresh-starts", "1")
+    quick = ("--rounds", "2", "--pictures", "1", "--steps", "2", "--fresh-starts", "1", "--concurrency", "2")
+    shown = run_blocked(command, "--quiet", "bench", str(int8_bundle), *quick)
     assert "unet step" in shown

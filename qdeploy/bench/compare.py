@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from qdeploy.bench.figures import STAGES, Figures, Measurement
+from qdeploy.bench.figures import PICTURE, STAGES, Figures, Measurement
 from qdeploy.bench.statistics import Interval, median_interval, paired_ratio
 from qdeploy.bench.wording import figure, noise
 from qdeploy.errors import RegressionError
@@ -71,18 +71,27 @@ def compare_runs(old: Measurement, new: Measurement, tolerance: float = TOLERANC
     before = {found.key: found for found in old.contenders}
     shared = [(before[found.key], found) for found in new.contenders if found.key in before]
     paired = old.reference.key == new.reference.key and len(shared) > 1
+    alike = same_pictures(old, new)
     changes: list[Change] = []
     for was, now in shared:
         is_yardstick = paired and now is new.reference
         judged = not is_yardstick and (paired or same_machine(old, new))
         references = (old.reference, new.reference) if paired and not is_yardstick else None
-        changes += timed_changes(was, now, references, judged, tolerance)
+        for change in timed_changes(was, now, references, judged, tolerance):
+            is_picture = change.figure.startswith(PICTURE)  # its time, or how many a second
+            changes.append(replace(change, judged=change.judged and (alike or not is_picture)))
         changes += still_changes(was, now, tolerance)
+        changes += fidelity_changes(was, now, alike and old.settings.compared == new.settings.compared)
     return Comparison(changes, list(notes_on(old, new, paired)))
 
 
 def same_machine(old: Measurement, new: Measurement) -> bool:
     return all(old.environment.get(name) == new.environment.get(name) for name in SAME_MACHINE)
+
+
+def same_pictures(old: Measurement, new: Measurement) -> bool:
+    """Whether a picture took as many UNet calls in both."""
+    return (old.settings.steps, old.settings.guidance_scale) == (new.settings.steps, new.settings.guidance_scale)
 
 
 def notes_on(old: Measurement, new: Measurement, paired: bool) -> Iterator[str]:
@@ -100,8 +109,10 @@ def notes_on(old: Measurement, new: Measurement, paired: bool) -> Iterator[str]:
         yield f"times are compared as ratios to {new.reference.name}, whose own are shown but not judged"
     elif not same_machine(old, new):
         yield "the runs have no reference in common and are from unlike machines: times are shown but not judged"
-    if (old.settings.steps, old.settings.guidance_scale) != (new.settings.steps, new.settings.guidance_scale):
-        yield "the runs made pictures of unlike settings: steps or guidance differ"
+    if not same_pictures(old, new):
+        yield "steps or guidance differ: pictures and fidelity are shown but not judged"
+    elif old.settings.compared != new.settings.compared:
+        yield "fidelity is of other prompts in the older run: it is shown but not judged"
 
 
 def timed_changes(
@@ -139,7 +150,7 @@ def timings(was: Figures, now: Figures) -> Iterator[Timing]:
 
 
 def still_changes(was: Figures, now: Figures, tolerance: float) -> Iterator[Change]:
-    """Size, memory, coverage and fidelity, which no machine's mood moves."""
+    """Size, memory and coverage, which no machine's mood moves."""
     for what, before, after, least in (
         ("size on disk", [was.size_bytes], [now.size_bytes], SIZE_TOLERANCE),
         ("peak memory", was.peak_bytes, now.peak_bytes, tolerance),
@@ -151,6 +162,10 @@ def still_changes(was: Figures, now: Figures, tolerance: float) -> Iterator[Chan
     fell_by = was.integer_mac_share - now.integer_mac_share
     then, today = (f"{found.integer_mac_share:.1%}" for found in (was, now))
     yield Change(now.name, "UNet MACs in integers", then, today, fell_by, COVERAGE_TOLERANCE)
+
+
+def fidelity_changes(was: Figures, now: Figures, judged: bool) -> Iterator[Change]:
+    """SQNR and PSNR to the float twin."""
     if was.fidelity is not None and now.fidelity is not None:
         for what, name in (
             ("per-step SQNR, mean", "mean_sqnr_db"),
@@ -160,7 +175,7 @@ def still_changes(was: Figures, now: Figures, tolerance: float) -> Iterator[Chan
             before_db, after_db = (getattr(found.fidelity, name) for found in (was, now))
             fell_by = 0.0 if before_db == after_db else before_db - after_db  # both may be infinite
             then, today = (f"{value:.1f} dB" for value in (before_db, after_db))
-            yield Change(now.name, what, then, today, fell_by, DECIBEL_TOLERANCE)
+            yield Change(now.name, what, then, today, fell_by, DECIBEL_TOLERANCE, judged)
 
 
 def shown(interval: Interval, unit: str) -> str:

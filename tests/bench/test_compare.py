@@ -10,6 +10,7 @@ import pytest
 from qdeploy.bench.compare import compare_runs
 from qdeploy.bench.fidelity import Fidelity
 from qdeploy.bench.figures import Measurement
+from qdeploy.bench.plan import BenchSettings
 from qdeploy.errors import RegressionError
 from tests.bench.made import figures, measurement, pair
 
@@ -73,6 +74,16 @@ def test_perfect_fidelity_stays_perfect() -> None:
     for run in (old, new):
         run.contenders[1].fidelity = Fidelity((float("inf"),), (900,), float("inf"))
     assert not regressions(old, new)
+
+
+def test_pictures_of_other_settings_are_not_judged() -> None:
+    old, new = pair(0), pair(0)
+    new.contenders[1].fidelity = Fidelity((10.0, 20.0), (900, 100), 20.0)
+    assert len(regressions(old, new)) == 3
+    for changed in ({"compared": ("a dog",)}, {"steps": 5}):
+        new.settings = replace(BenchSettings(), **changed)  # type: ignore[arg-type]
+        assert not regressions(old, new)
+        assert "shown but not judged" in compare_runs(old, new).notes[-1]
 
 
 def test_every_doubt_is_said() -> None:
