@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdeploy.bench.environment import environment
-from qdeploy.bench.fidelity import compare
-from qdeploy.bench.latency import BenchSettings, measure
-from qdeploy.bench.report import Row, markdown, rows_of, write_json
+from qdeploy.bench.measure import measure
+from qdeploy.bench.plan import BenchSettings, contenders
+from qdeploy.bench.report import Row, markdown, overview
+from qdeploy.bench.store import write_measurement
 from qdeploy.calibrate.dataset import save_calibration
 from qdeploy.calibrate.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.quantize import quantize_model
@@ -44,9 +44,9 @@ def run_demo(
     """Make ``folder`` hold the calibration set, the table, both bundles, the picture grid and the report."""
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(source)
-    settings = TimestepAware(samples=samples, guidance_scale=GUIDANCE, steps=STEPS)
-    prompts = draw_prompts(read_prompts(None, model.folder), settings.samples, settings.seed)
-    calibration = record_trajectories(model, prompts, settings, on_progress)
+    recording = TimestepAware(samples=samples, guidance_scale=GUIDANCE, steps=STEPS)
+    prompts = draw_prompts(read_prompts(None, model.folder), recording.samples, recording.seed)
+    calibration = record_trajectories(model, prompts, recording, on_progress)
     save_calibration(calibration, folder / "calibration.safetensors")
     table = quantize_model(model, calibration, QuantSpec(), on_progress)
     save_table(table, folder / "w8a8.safetensors")
@@ -65,13 +65,21 @@ def run_demo(
         sheet = grid(list(pictures.items()), PROMPTS)
         with staged_file(folder / "grid.png") as scratch:
             sheet.save(scratch, format="PNG")
-        fidelity = {"w8a8": compare(float_pipe, int8_pipe, PROMPTS[:3], STEPS, GUIDANCE)}
-    bench = BenchSettings(prompt=PROMPTS[0], steps=STEPS, guidance_scale=GUIDANCE)
-    figures = measure(list(bundles.values()), bench, on_progress)
-    about = environment([target.engine], bench.threads)
-    header, rows = rows_of(figures, fidelity)
-    write_json(folder / "bench.json", figures, fidelity, about)
-    write_report(folder / "report.md", header, rows, about)
+    settings = BenchSettings(
+        prompt=PROMPTS[0],
+        steps=STEPS,
+        guidance_scale=GUIDANCE,
+        rounds=15,
+        concurrency=(),
+        fresh_starts=2,
+        compared=PROMPTS[:3],
+    )
+    run = measure(contenders(list(bundles.values())), settings, on_progress)
+    if not run.complete:
+        raise KeyboardInterrupt  # half a demo is none
+    header, rows = overview(run)
+    write_measurement(folder / "bench.json", run)
+    write_report(folder / "report.md", header, rows, run.environment)
     return DemoResult(folder, header, rows)
 
 

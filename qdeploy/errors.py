@@ -14,6 +14,8 @@
     ├── EngineError                  an engine failed while loading or running, or was closed
     │   ├── EngineUnavailableError   the engine is not installed here
     │   └── NonFiniteError           a component put out NaN or infinity
+    ├── PackageMissingError          an option needs a package that is not installed
+    ├── RegressionError              a figure is worse than before, by more than noise
     ├── RequestError (ValueError)    a prompt, size, step count … that cannot be served
     └── CancelledError               a request was stopped by its callback or its `cancel` event
         └── DeadlineError            its deadline passed
@@ -74,6 +76,14 @@ class EngineUnavailableError(EngineError):
 
 class NonFiniteError(EngineError):
     """A component put out NaN or infinity."""
+
+
+class PackageMissingError(QdeployError):
+    """An option needs a package that is not installed."""
+
+
+class RegressionError(QdeployError):
+    """A figure is worse than before, by more than noise."""
 
 
 class RequestError(QdeployError, ValueError):

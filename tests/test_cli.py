@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from qdeploy.cli import main
 
+QUICK = ("--rounds", 3, "--pictures", 1, "--steps", 2, "--fresh-starts", 1, "--concurrency", "none")
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["--quiet", *map(str, arguments)])
@@ -25,7 +27,7 @@ def test_the_whole_way(tiny_folder: Path, tmp_path: Path) -> None:
         ("quantize", tiny_folder, "--calib", calib, "-o", quant),
         ("export", quant, "-o", bundle),
         ("generate", bundle, "a cat", "-o", tmp_path / "cat.png", "--steps", 2, "--count", 2),
-        ("bench", bundle, "--pictures", 1, "--steps", 2, "--json", tmp_path / "bench.json"),
+        ("bench", bundle, *QUICK, "--json", tmp_path / "bench.json"),
     ]
     for step in steps:
         result = run(*step)
@@ -33,7 +35,7 @@ def test_the_whole_way(tiny_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "cat-0.png").stat().st_size > 0
     assert (tmp_path / "cat-1.png").stat().st_size > 0
     figures = json.loads((tmp_path / "bench.json").read_text())
-    assert len(figures["bundles"][0]["samples_ms"]["unet step"]) == 30
+    assert len(figures["contenders"][0]["samples"]["unet step"]["steady_ms"]) == 3
     for path, words in (
         (calib, "timesteps"),
         (quant, "conv_in"),

@@ -17,6 +17,7 @@ TORCH_FREE = (
     "numerics",
     "files",
     "progress",
+    "page",
     "table",
     "bundle",
     "noise_correction",
@@ -27,7 +28,7 @@ TORCH_FREE = (
 )
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "cpu", "numerics", "files", "progress", "spec", "table", "bundle", "noise_correction"), 0
+        ("errors", "cpu", "numerics", "files", "progress", "spec", "page", "table", "bundle", "noise_correction"), 0
     ),
     **dict.fromkeys(("sampling", "engines", "models"), 1),
     "simulate": 2,
@@ -82,7 +83,7 @@ def test_imports_go_downward(path: Path) -> None:
     assert room in FLOORS, f"{path} has no floor; add it to FLOORS"
     for other in imports_of(path) - {room, ""}:
         lower = FLOORS[other] < FLOORS[room] or (
-            room in ("table", "bundle", "spec", "noise_correction") and other in BASE
+            room in ("table", "bundle", "spec", "page", "noise_correction") and other in BASE
         )
         assert lower, f"{path} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
 
@@ -161,5 +162,6 @@ def test_generate_and_bench_run_without_torch(int8_bundle: Path, tmp_path: Path)
     command = "from qdeploy.cli import main\nmain(sys.argv[1:])"
     run_blocked(command, "--quiet", "generate", str(int8_bundle), "a cat", "-o", str(out), "--steps", "3")
     assert out.stat().st_size > 0
-    shown = run_blocked(command, "--quiet", "bench", str(int8_bundle), "--pictures", "1", "--steps", "2")
+    quick = ("--rounds", "2", "--pictures", "1", "--steps", "2", "--fresh-starts", "1", "--concurrency", "2")
+    shown = run_blocked(command, "--quiet", "bench", str(int8_bundle), *quick)
     assert "unet step" in shown

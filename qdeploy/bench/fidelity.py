@@ -30,6 +30,14 @@ class Fidelity:
     timesteps: tuple[int, ...]
     image_psnr_db: float
 
+    @property
+    def mean_sqnr_db(self) -> float:
+        return sum(self.step_sqnr_db) / len(self.step_sqnr_db)
+
+    @property
+    def worst_sqnr_db(self) -> float:
+        return min(self.step_sqnr_db)
+
 
 def compare(
     reference: Pipeline, tested: Pipeline, prompts: Sequence[str], steps: int = 25, guidance_scale: float = 5.0

@@ -9,44 +9,87 @@ import click
 
 from qdeploy.commands import PATH
 
+INTERRUPTED = 130  # what a shell makes of Ctrl-C
+
 
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
-@click.option("--engine", help="Default: each bundle's own.")
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    help="Every bundle on this engine; may be repeated. Default: each bundle's own.",
+)
 @click.option("--threads", type=int, help="Default: all cores.")
 @click.option("--steps", default=25, show_default=True, help="Sampler steps of a picture.")
-@click.option("--pictures", default=5, show_default=True, help="Pictures timed per bundle.")
+@click.option("--rounds", default=30, show_default=True, help="In each, every contender runs each component once.")
+@click.option("--pictures", default=5, show_default=True, help="Rounds of whole pictures.")
+@click.option("--concurrency", default="1,2,4", show_default=True, help="Pictures made at once, or none.")
+@click.option("--fresh-starts", default=5, show_default=True, help="Processes that load each bundle cold, then cached.")
 @click.option("--json", "json_path", type=PATH, help="Write all figures and raw samples here.")
-@click.pass_obj
+@click.option("--html", "html_path", type=PATH, help="Write one page with charts here.")
+@click.option("--compare", "old_path", type=PATH, metavar="OLD.json", help="Fail where figures are worse than those.")
+@click.option("--tolerance", default=5.0, show_default=True, help="Percent that --compare lets pass at least.")
+@click.pass_context
 def bench(
-    show: bool, bundles: Sequence[Path], engine: str | None, threads: int | None, steps: int, pictures: int,
-    json_path: Path | None,
+    ctx: click.Context, bundles: Sequence[Path], engines: Sequence[str], threads: int | None, steps: int, rounds: int,
+    pictures: int, concurrency: str, fresh_starts: int, json_path: Path | None, html_path: Path | None,
+    old_path: Path | None, tolerance: float,
 ) -> None:  # fmt: skip
-    """Time several bundles in turn within one run; the first fp32 one is the twin for the SQNR.
+    """Time several bundles in turn within one run.
 
-    Example: qdeploy bench demo/fp32 demo/w8a8 --json bench.json
+    A contender is a bundle on an engine. Round by round all of them run, in drawn order, so that ratios hold on a
+    machine whose speed drifts; they are printed with their 95 % interval. The first fp32 one is the reference, and
+    the twin for the SQNR. All bundles are in memory at once.
+
+    Ctrl-C keeps what is measured: table, --json and --html are still made, exit code 130.
+
+    \b
+    Examples:
+      qdeploy bench demo/fp32 demo/w8a8
+      qdeploy bench demo/fp32 demo/w8a8 --json today.json --html today.html
+      qdeploy bench demo/fp32 demo/w8a8 --compare yesterday.json     # exit code 1 when something got worse
+      qdeploy bench bundle-openvino --engine openvino --engine ort-openvino --concurrency none
+
+    --compare looks at ratios to the reference where both runs have the same one, whose own times are then only
+    shown; else at absolute times, judged on an equal machine alone. Worse is what both exceeds the two runs' noise
+    and --tolerance; 0.5 dB for SQNR and PSNR, 1 % for the size.
     """
-    from qdeploy.bench.environment import environment
-    from qdeploy.bench.fidelity import compare
-    from qdeploy.bench.latency import BenchSettings, measure
-    from qdeploy.bench.report import print_table, rows_of, write_json
+    from qdeploy.bench.compare import compare_runs
+    from qdeploy.bench.measure import measure
+    from qdeploy.bench.page import page_of
+    from qdeploy.bench.plan import BenchSettings, contenders, levels_from_text
+    from qdeploy.bench.report import HOW_TO_READ, changes, latency, overview, print_table
+    from qdeploy.bench.store import read_measurement, write_measurement
+    from qdeploy.page import check_packages, write_page
     from qdeploy.progress import shown
-    from qdeploy.runtime.pipeline import load
 
-    settings = BenchSettings(steps=steps, pictures=pictures, engine=engine, threads=threads)
-    with shown(show) as on_progress:
-        figures = measure(bundles, settings, on_progress)
-    twin = next((figure for figure in figures if figure.precision == "fp32"), None)
-    fidelity = {}
-    for figure in figures:
-        if twin is not None and figure is not twin:
-            with load(twin.path) as reference, load(figure.path) as tested:
-                fidelity[figure.name] = compare(reference, tested, [settings.prompt], steps)
-    about = environment([figure.engine for figure in figures], threads)
-    header, rows = rows_of(figures, fidelity)
-    print_table(
-        header, rows, "; ".join(f"{name}: {about[name]}" for name in ("cpu", "threads", "integer instructions"))
-    )
+    settings = BenchSettings(
+        steps=steps, rounds=rounds, pictures=pictures, concurrency=levels_from_text(concurrency),
+        fresh_starts=fresh_starts, threads=threads,
+    )  # fmt: skip
+    old = None if old_path is None else read_measurement(old_path)
+    if html_path is not None:
+        check_packages()  # before minutes of measuring
+    with shown(ctx.obj) as on_progress:
+        run = measure(contenders(bundles, engines), settings, on_progress)
     if json_path is not None:
-        write_json(json_path, figures, fidelity, about)
+        write_measurement(json_path, run)
         click.echo(f"wrote {json_path}")
+    comparison = None if old is None else compare_runs(old, run, tolerance / 100)
+    if html_path is not None:
+        write_page(html_path, page_of(run, comparison))
+        click.echo(f"wrote {html_path}")
+    facts = ("cpu", "gpu", "threads", "integer instructions", "load average at the start")
+    about = "; ".join(f"{name}: {run.environment[name]}" for name in facts if name in run.environment)
+    click.echo(about)
+    print_table(*overview(run), "overview")
+    header, rows = latency(run)
+    if rows:
+        print_table(header, rows, "latency", HOW_TO_READ)
+    if not run.complete:
+        click.echo("interrupted: these are the figures until then", err=True)
+        ctx.exit(INTERRUPTED)
+    if comparison is not None:
+        print_table(*changes(comparison), f"against {old_path}", "; ".join(comparison.notes))
+        comparison.check()

@@ -1,0 +1,43 @@
+"""The calls that are timed: one component alone, or a whole picture, on inputs that were made before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from qdeploy.bench.figures import DECODE, PICTURE, STEP, TEXT_ENCODER
+from qdeploy.bench.plan import BenchSettings
+from qdeploy.runtime.pipeline import Pipeline
+
+Call = Callable[[], object]
+TIMESTEP = 500
+
+
+def call_of(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call | None:
+    """What to time of ``stage``, on fixed inputs at the graph's own batch; None where the bundle has no such stage."""
+    if stage == PICTURE:
+        return lambda: one_picture(pipeline, settings)
+    if stage == TEXT_ENCODER:
+        return (lambda: pipeline.encode([settings.prompt])) if pipeline.reads_text else None
+    rng = np.random.default_rng(0)
+    if stage == DECODE:
+        latents = rng.standard_normal((1, *pipeline.latents.shape), np.float32)
+        return lambda: pipeline.decode(latents)
+    assert stage == STEP
+    inputs = pipeline.components["unet"].info.inputs
+    batch = 2 if pipeline.reads_text else 1  # of a graph whose batch is open: both halves of guidance
+
+    def drawn(name: str) -> np.ndarray:
+        first, *rest = inputs[name].shape
+        return rng.standard_normal((batch if first < 0 else first, *rest), np.float32)
+
+    x = drawn("sample")
+    context = drawn("encoder_hidden_states") if "encoder_hidden_states" in inputs else None
+    return lambda: pipeline.predict(x, TIMESTEP, context)
+
+
+def one_picture(pipeline: Pipeline, settings: BenchSettings, **watched: object) -> object:
+    """Prompt or nothing to pixels; ``watched`` goes on to the pipeline, such as ``cancel``."""
+    prompt = settings.prompt if pipeline.reads_text else None
+    return pipeline(prompt, steps=settings.steps, guidance_scale=settings.guidance_scale, **watched)  # type: ignore[arg-type]

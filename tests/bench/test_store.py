@@ -1,0 +1,65 @@
+"""A measurement survives its file, and a file that is none is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdeploy.bench.fidelity import Fidelity
+from qdeploy.bench.store import read_measurement, write_measurement
+from qdeploy.errors import UsageError
+from tests.bench.made import pair
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    run = pair(0)
+    run.contenders[0].fidelity = Fidelity((float("inf"), 3.0), (900, 100), float("inf"))
+    write_measurement(tmp_path / "run.json", run)
+    assert read_measurement(tmp_path / "run.json") == run
+    assert "Infinity" not in (tmp_path / "run.json").read_text()
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no 'samples'": lambda d: d["contenders"][0].pop("samples"),
+    "its schema": lambda d: d.update(schema_version=99),
+    "no contenders": lambda d: d.update(contenders=[]),
+    "list of at most": lambda d: d.update(contenders=[{}] * 101),
+    "one bundle on one engine": lambda d: d["contenders"][1].update(bundle="fp32"),
+    "above 0": lambda d: d["contenders"][0]["samples"]["unet step"]["steady_ms"].append(-1),
+    "finite number": lambda d: d["contenders"][0]["samples"]["unet step"]["steady_ms"].append(float("nan")),
+    "too large": lambda d: d["contenders"][0]["samples"]["unet step"]["steady_ms"].append(10**400),
+    "got 'True'": lambda d: d["contenders"][0]["samples"]["unet step"]["steady_ms"].append(True),
+    "whole number": lambda d: d["contenders"][0].update(size_bytes=-4),
+    "printable text": lambda d: d["contenders"][0].update(name="\x1b[2J"),
+    "at most 1000": lambda d: d["environment"].update(cpu="x" * 2000),
+    "unexpected keyword": lambda d: d["settings"].update(evil=1),
+    "--rounds": lambda d: d["settings"].update(rounds=0),
+    "object": lambda d: d.update(environment=[1]),
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_changed_file_is_refused(words: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_measurement(path, pair(0))
+    document = json.loads(path.read_text())
+    CHANGES[words](document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(UsageError, match=r"not a measurement.*measure again") as caught:
+        read_measurement(path)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "null", '{"schema": 3}', "[" * 200_000, "\xff", '{"schema": "qdeploy bench"}']
+)
+def test_any_other_file_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(UsageError, match="not a measurement"):
+        read_measurement(path)

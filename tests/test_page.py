@@ -1,0 +1,153 @@
+"""A page shows what it was given, runs nothing of it and fetches nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qdeploy.errors import PackageMissingError
+from qdeploy.page import Chart, Facts, Page, Picture, Section, Table, Text, chart_style, rendered, write_page
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(1)> $x^{$ -->"
+VOID = {"meta", "img", "br", "hr", "link", "path", "use"}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Read(HTMLParser):
+    """Tags, attributes and text of a page; asserts that tags close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def chart(text: str = "a chart") -> Chart:
+    from matplotlib.figure import Figure
+
+    with chart_style():
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        panel = figure.subplots()
+        panel.plot([1, 2, 3], [3, 1, 2], "o-", label=text)
+        panel.set_title(text)
+        panel.legend()
+        panel.grid()
+    return Chart(figure, text, text)
+
+
+def page(text: str) -> Page:
+    blocks = [
+        Text([text, text]),
+        Facts({text: text}),
+        Table(("", text, "n"), [(text, text, "1.0"), ("b", "fp32", "-")], text),
+        chart(text),
+        Picture(Image.new("RGB", (4, 3), (200, 30, 30)), text, text),
+    ]
+    return Page(text, text, [Section(text, blocks, text)], text)
+
+
+def test_hostile_text_stays_text() -> None:
+    found = Read(rendered(page(HOSTILE)))
+    assert not {"script", "iframe", "link", "object"} & set(found.tags)
+    assert found.tags.count("img") == 1
+    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+    assert sum(HOSTILE in text for text in found.text) >= 12
+
+
+def test_a_page_fetches_nothing() -> None:
+    html = rendered(page("plain"))
+    found = Read(html)
+    targets = [value for _, name, value in found.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert targets
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in targets)
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "@import" not in html
+    assert set(re.findall(r"url\((.)", html)) == {"#"}
+
+
+def test_names_within_charts_meet_their_own_definitions() -> None:
+    html = rendered(Page("two", sections=[Section("charts", [chart("one"), chart("two")])]))
+    found = Read(html)
+    names = [value for _, name, value in found.attributes if name == "id"]
+    used = {value[1:] for _, name, value in found.attributes if name == "xlink:href"}
+    used |= set(re.findall(r"url\(#([^)]*)\)", html))
+    assert len(names) == len(set(names))
+    assert used <= set(names)
+
+
+def test_charts_take_the_colours_of_the_page() -> None:
+    svg = rendered(Page("one", sections=[Section("chart", [chart()])])).partition("<svg")[2]
+    assert "#000000" not in svg
+    assert "currentColor" in svg
+    assert "#4477aa" in svg
+
+
+def test_a_page_is_the_same_every_time() -> None:
+    assert rendered(page("same")) == rendered(page("same"))
+
+
+def test_columns_of_numbers_stand_at_the_right() -> None:
+    rows = [("1", "1.5x (1.4–1.6)", "fp32", "fp32", "-"), ("2", "-", "int8", "+8", "≤ 2"), ("3", "", "", "-9", "")]
+    assert Table(("", "n", "t", "n", "n"), rows).numeric == [False, True, False, True, True]
+
+
+def test_a_page_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    write_page(tmp_path / "sub" / "page.html", page("plain"))
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["page.html"]
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(PackageMissingError, match=r"jinja2.*pip install 'qdeploy\[report\]'"):
+        rendered(Page("none"))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH")
+def test_a_browser_draws_it_light_and_dark(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", page("plain"))
+    corners = []
+    for scheme in ([], ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]):
+        shot = tmp_path / "shot.png"
+        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *scheme]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", f"--screenshot={shot}"]
+        subprocess.run([*command, f"file://{tmp_path / 'page.html'}"], check=True, capture_output=True, timeout=60)
+        with Image.open(shot).convert("L") as image:
+            colours = image.getcolors() or []
+            assert len(colours) > 20  # text, lines and the chart: not one empty sheet
+            corners.append(image.getpixel((2, 2)))
+    assert corners[0] > 240
+    assert corners[1] < 40
