@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -18,11 +19,11 @@ from qdeploy.cli import main
 from qdeploy.errors import ModelError, RequestError, UsageError
 from qdeploy.models.random_model import random_model
 from qdeploy.progress import silent
+from qdeploy.receipt import Step, finish
 from qdeploy.recipe.read import SECTIONS, Recipe, read_recipe
-from qdeploy.recipe.receipt import Step, finish
 from qdeploy.recipe.run import run_full
-from qdeploy.recipe.sample import runs
 from qdeploy.recipe.tiny import shrunk
+from qdeploy.sample.job import runs
 from qdeploy.spec import QuantSpec, spec_from_options
 from qdeploy.table import load_table
 
@@ -486,7 +487,7 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
     assert (recipe.calibrate, recipe.quantize) == (Request(), QuantSpec())
     loading = {"model", "out", "loras", "config", "ema", "allow_download"}
     for name, more, meant in (("calibrate", [], Request), ("quantize", ["--calib", "c"], spec_from_options)):
-        typed = main.commands[name].make_context(name, ["m", "-o", "o", *more]).params
+        typed = main.get_command(click.Context(main), name).make_context(name, ["m", "-o", "o", *more]).params
         assert set(typed) - loading - {"calib"} == set(SECTIONS[name])
         assert meant(**{key: typed[key] for key in SECTIONS[name]}) == getattr(recipe, name)
 
