@@ -24,6 +24,7 @@ from qdeploy.picture_files import PictureSet, decode
 from qdeploy.progress import OnProgress, silent
 
 BATCH = 16
+KEEP = 512  # pictures between two notes of how far it is: what an interruption can lose
 SKIP = "--skip-broken leaves such pictures out and counts them"
 
 
@@ -66,56 +67,83 @@ def features_of(
 ) -> Features:
     """Rows for all of ``source``'s pictures, kept in ``folder``; PictureError names the first broken one."""
     info = extractor.info
-    key = hashlib.sha256(
-        json.dumps([asdict(info), source.identity, source.fit, list(source.positions), skip_broken]).encode()
-    ).hexdigest()
-    stem = f"{source.name}-{info.name.replace(' ', '-')}"
-    rows_file, marker_file = folder / f"{stem}.npy", folder / f"{stem}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = (len(source.positions), info.dim + info.classes)
-    marker = _marker(marker_file, key)
-    if marker["read"] > 0 and not _holds(rows_file, shape):
-        marker = _marker(marker_file, "")
-    rows = open_memmap(rows_file, "r+" if marker["read"] > 0 else "w+", np.float32, shape)
-    left = source.positions[marker["read"] :]
+    about = [asdict(info), source.identity, source.fit, list(source.positions), skip_broken]
+    stem = folder / f"{source.name}-{info.name.replace(' ', '-')}"
+    rows = RowFile(stem, about, (len(source.positions), info.dim + info.classes))
+    left = source.positions[rows.read :]
     batch: list[Image.Image] = []
-    positions: list[int] = []
     for position, (name, encoded) in zip(left, source.pictures.encoded(left) if left else (), strict=True):
         try:
-            batch.append(_read(encoded, name, source.fit, marker))
+            batch.append(_read(encoded, name, source.fit, rows))
         except PictureError as exc:
             if not skip_broken:
                 raise PictureError(f"{exc}; {SKIP}") from exc
-            marker["broken"].append(str(exc))
+            rows.told["broken"].append(str(exc))
         else:
-            positions.append(position)
-            marker["names"].append("/".join(Path(name).parts[-2:]))
-        marker["read"] += 1
-        if len(batch) == BATCH or (marker["read"] == len(source.positions) and batch):
-            start = len(marker["positions"])
-            rows[start : start + len(batch)] = extractor(batch)
-            marker["positions"] += positions
-            rows.flush()
-            _keep(marker_file, marker)
-            batch, positions = [], []
-            on_progress(f"features of {source.name}", marker["read"], len(source.positions))
-    count = len(marker["positions"])
-    if count == 0:
-        raise PictureError(f"{source.name} holds no picture that can be read ({len(marker['broken'])} are broken)")
+            rows.told["positions"].append(position)
+            rows.told["names"].append("/".join(Path(name).parts[-2:]))
+        rows.told["read"] += 1
+        if batch and (len(batch) == BATCH or rows.read == len(source.positions)):
+            rows.add(extractor(batch))
+            batch = []
+            on_progress(f"features of {source.name}", rows.read, len(source.positions))
+    rows.keep()
+    told = rows.told
+    if not told["positions"]:
+        raise PictureError(f"{source.name} holds no picture that can be read ({len(told['broken'])} are broken)")
+    values = rows.values[: len(told["positions"])]
     return Features(
-        rows[:count, : info.dim], rows[:count, info.dim :], np.array(marker["positions"]), tuple(marker["names"]),
-        tuple(marker["size"]), tuple(marker["broken"]),
+        values[:, : info.dim], values[:, info.dim :], np.array(told["positions"]), tuple(told["names"]),
+        tuple(told["size"]), tuple(told["broken"]),
     )  # fmt: skip
 
 
-def _read(encoded: bytes, name: str, fit: tuple[int, int] | None, marker: dict[str, Any]) -> Image.Image:
+class RowFile:
+    """STEM.npy with a row for each picture that could be read, and STEM.json with ``told``: how far it goes.
+
+    Of something else than ``about``, both begin anew.
+    """
+
+    def __init__(self, stem: Path, about: Any, shape: tuple[int, int]) -> None:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        self._file, self._marker = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".npy", ".json"))
+        fresh: dict[str, Any] = {"key": key, "read": 0, "positions": [], "names": [], "size": [], "broken": []}
+        found = _json_or_none(self._marker)
+        is_ours = isinstance(found, dict) and found.keys() == fresh.keys() and found["key"] == key
+        goes_on = is_ours and _holds(self._file, shape)
+        self.told = found if goes_on else fresh
+        self.values = open_memmap(self._file, "r+" if goes_on else "w+", np.float32, shape)
+        self._rows, self._kept = len(self.told["positions"]), self.read
+
+    @property
+    def read(self) -> int:
+        """Pictures read so far, broken ones too."""
+        return self.told["read"]
+
+    def add(self, rows: Array) -> None:
+        """The next ones, of all pictures told of."""
+        self.values[self._rows : self._rows + len(rows)] = rows
+        self._rows += len(rows)
+        if self.read >= self._kept + KEEP:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write down how far it is."""
+        self.values.flush()
+        with staged_file(self._marker) as scratch:
+            scratch.write_text(json.dumps(self.told), encoding="utf-8")
+        self._kept = self.read
+
+
+def _read(encoded: bytes, name: str, fit: tuple[int, int] | None, rows: RowFile) -> Image.Image:
     """The picture at the set's size; PictureError when it cannot be read or has another one."""
     picture = decode(encoded, name)
     if fit is not None:
         picture = ImageOps.fit(picture, fit, Image.Resampling.BICUBIC)
-    marker["size"] = marker["size"] or list(picture.size)
-    if list(picture.size) != marker["size"]:
-        width, height = marker["size"]
+    rows.told["size"] = rows.told["size"] or list(picture.size)
+    if list(picture.size) != rows.told["size"]:
+        width, height = rows.told["size"]
         raise PictureError(
             f"{name} has {picture.width}x{picture.height} pixels, the first of the set {width}x{height}; --fit cuts "
             "and scales all to the bundle's size, as the model saw them in training"
@@ -123,19 +151,11 @@ def _read(encoded: bytes, name: str, fit: tuple[int, int] | None, marker: dict[s
     return picture
 
 
-def _marker(path: Path, key: str) -> dict[str, Any]:
-    """How far the file's rows go, from the beginning where they are of something else."""
-    fresh: dict[str, Any] = {"key": key, "read": 0, "positions": [], "names": [], "size": [], "broken": []}
+def _json_or_none(path: Path) -> Any:
     try:
-        found = read_json(path)
+        return read_json(path)
     except (OSError, ValueError, RecursionError):
-        return fresh
-    return found if isinstance(found, dict) and found.keys() == fresh.keys() and found["key"] == key else fresh
-
-
-def _keep(path: Path, marker: dict[str, Any]) -> None:
-    with staged_file(path) as scratch:
-        scratch.write_text(json.dumps(marker), encoding="utf-8")
+        return None
 
 
 def _holds(path: Path, shape: tuple[int, int]) -> bool:

@@ -126,7 +126,7 @@ def all_features(
 
 
 def told(settings: Settings) -> dict[str, Any]:
-    """The options as JSON values, prompts by their number and beginning."""
+    """The options as JSON values."""
     options = asdict(settings)
     options["extractor"] = settings.extractor_name if settings.asked(*OF_SETS) else None
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -61,7 +62,7 @@ def pipeline_of(job: Job) -> Pipeline:
     """The job's bundle, checked to be the one that the job was made for."""
     if not (job.bundle / MANIFEST).is_file() or sha256_of(job.bundle / MANIFEST) != job.bundle_sha256:
         raise BundleError(
-            f"{job.bundle} on {os.uname().nodename} is not the bundle to sample; put the same one at that path on "
+            f"{job.bundle} on {platform.node()} is not the bundle to sample; put the same one at that path on "
             "every machine of the cluster, for instance on a shared disk"
         )
     return load(job.bundle, engine=job.engine, threads=job.threads or 1)

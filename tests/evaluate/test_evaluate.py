@@ -184,6 +184,7 @@ def test_features_go_on_where_they_were_stopped(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BATCH", 5)
+    monkeypatch.setattr(features, "KEEP", 5)
     whole = features_of(source(reference), RGB8, tmp_path / "whole")
 
     def stop(what: str, done: int, total: int, note: str = "") -> None:
