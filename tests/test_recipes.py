@@ -59,6 +59,17 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("path", sorted((RECIPES[0].parent / "builtin").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_of_the_built_in_models_are_what_they_are_called(path: Path) -> None:
+    recipe = read_recipe(path)
+    model, bits, *more = path.stem.rsplit("_", 2) if path.stem.endswith("_uncalibrated") else path.stem.rsplit("_", 1)
+    assert recipe.model.file == f"builtin:{model.replace('_', '-')}"
+    assert f"w{recipe.quantize.weight_bits}a{recipe.quantize.act_bits}" == bits
+    nearest = recipe.quantize.observer == "minmax" and not recipe.quantize.equalize
+    assert (recipe.calibrate.mode == "noise_data") == nearest == (more == ["uncalibrated"])
+    assert (recipe.quantize.reconstruction is not None) == (bits == "w4a8" and not more)
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["--quiet", "run", *map(str, arguments)])
 
