@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RTX := $(VENV)/.tensorrt-rtx
+TESTED := $(VENV)/.tested
 
 .PHONY: demo test test-slow lint format clean
 
@@ -11,10 +11,10 @@ demo: $(STAMP)
 	$(BIN)/qdeploy demo -o demo
 
 # One thread a worker: tests run on tiny models, whose threads would only wait for one another.
-test: lint $(RTX)
+test: lint $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test-slow: $(RTX)
+test-slow: $(TESTED)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
@@ -36,10 +36,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[all,dev]'
 	touch $@
 
-# NVIDIA's TensorRT-RTX (146 MB), which builds the tensorrt target's graphs on trial, without a GPU.
+# What tests alone need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
+# Ray (79 MB) makes pictures on two processes.
 # On other systems than Linux x86-64 the extra is empty and those tests are skipped.
-$(RTX): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[tensorrt-rtx]'
+$(TESTED): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[tensorrt-rtx,ray]'
 	touch $@
 
 clean:

@@ -48,7 +48,7 @@ class Commands(click.Group):
 def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """Quantize latent-diffusion models after training and deploy them.
 
-    The way: MODEL -> calibrate -> quantize -> export -> generate, bench. `qdeploy demo` walks it on
+    The way: MODEL -> calibrate -> quantize -> export -> generate, bench, evaluate. `qdeploy demo` walks it on
     the built-in model. MODEL is a diffusers folder or an original
     .ckpt or .safetensors (Stable Diffusion 1.x, latent diffusion), builtin:emoji or builtin:emoji-uncond.
     """

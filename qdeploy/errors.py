@@ -6,6 +6,7 @@
     ├── UsageError (ValueError)      a wrong argument or option                  exit code 2
     ├── ModelError                   a model folder or checkpoint cannot be read
     ├── CalibrationError             a calibration set is wrong or does not fit the model
+    ├── PictureError                 a picture, or a set of them, cannot be read or used
     ├── TableError                   a QuantTable is wrong or does not fit the model
     ├── ExportError                  a graph could not be made
     │   ├── AuditError               a layer that should run in integers does not
@@ -44,6 +45,10 @@ class ModelError(QdeployError):
 
 class CalibrationError(QdeployError):
     """A calibration set is wrong or does not fit the model."""
+
+
+class PictureError(QdeployError):
+    """A picture, or a set of them, cannot be read or used."""
 
 
 class TableError(QdeployError):

@@ -25,16 +25,21 @@ TORCH_FREE = (
     "engines",
     "runtime",
     "bench",
+    "lists",
+    "picture_files",
+    "receipt",
+    "sample",
+    "evaluate",
 )
 FLOORS = {
     **dict.fromkeys(
         ("errors", "cpu", "numerics", "files", "progress", "spec", "page", "table", "bundle", "noise_correction"), 0
     ),
-    **dict.fromkeys(("sampling", "engines", "models"), 1),
+    **dict.fromkeys(("sampling", "engines", "models", "lists", "picture_files", "receipt"), 1),
     "simulate": 2,
     **dict.fromkeys(("runtime", "calibrate", "export"), 3),
-    "bench": 4,
-    **dict.fromkeys(("demo", "describe", "describe_audit", "plot", "recipe"), 5),
+    **dict.fromkeys(("bench", "sample"), 4),
+    **dict.fromkeys(("demo", "describe", "describe_audit", "plot", "recipe", "evaluate"), 5),
     "describe_table": 4,
     "commands": 6,
     "cli": 7,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -18,11 +19,11 @@ from qdeploy.cli import main
 from qdeploy.errors import ModelError, RequestError, UsageError
 from qdeploy.models.random_model import random_model
 from qdeploy.progress import silent
+from qdeploy.receipt import Step, finish
 from qdeploy.recipe.read import SECTIONS, Recipe, read_recipe
-from qdeploy.recipe.receipt import Step, finish
 from qdeploy.recipe.run import run_full
-from qdeploy.recipe.sample import runs
 from qdeploy.recipe.tiny import shrunk
+from qdeploy.sample.job import runs
 from qdeploy.spec import QuantSpec, spec_from_options
 from qdeploy.table import load_table
 
@@ -56,6 +57,17 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "text_to_image_w8a8": TEXT | LEARNED | dict(weight_bits=8),
     "text_to_image_w4a8": TEXT | LEARNED | dict(weight_bits=4),
 }
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES[0].parent / "builtin").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_of_the_built_in_models_are_what_they_are_called(path: Path) -> None:
+    recipe = read_recipe(path)
+    model, bits, *more = path.stem.rsplit("_", 2) if path.stem.endswith("_uncalibrated") else path.stem.rsplit("_", 1)
+    assert recipe.model.file == f"builtin:{model.replace('_', '-')}"
+    assert f"w{recipe.quantize.weight_bits}a{recipe.quantize.act_bits}" == bits
+    nearest = recipe.quantize.observer == "minmax" and not recipe.quantize.equalize
+    assert (recipe.calibrate.mode == "noise_data") == nearest == (more == ["uncalibrated"])
+    assert (recipe.quantize.reconstruction is not None) == (bits == "w4a8" and not more)
 
 
 def run(*arguments: object) -> Result:
@@ -486,7 +498,7 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
     assert (recipe.calibrate, recipe.quantize) == (Request(), QuantSpec())
     loading = {"model", "out", "loras", "config", "ema", "allow_download"}
     for name, more, meant in (("calibrate", [], Request), ("quantize", ["--calib", "c"], spec_from_options)):
-        typed = main.commands[name].make_context(name, ["m", "-o", "o", *more]).params
+        typed = main.get_command(click.Context(main), name).make_context(name, ["m", "-o", "o", *more]).params
         assert set(typed) - loading - {"calib"} == set(SECTIONS[name])
         assert meant(**{key: typed[key] for key in SECTIONS[name]}) == getattr(recipe, name)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
+
+from qdeploy.evaluate.extractors.rgb8 import Rgb8
+from qdeploy.evaluate.metrics.fid import FrechetTo
 
 WHITE = 245  # least mean of a corner that passes for white
 CORNER = 3  # pixels each way; a decoder's zero padding darkens the outermost one
@@ -46,19 +50,11 @@ def white_corners(pictures: np.ndarray) -> float:
 
 
 def frechet(made: np.ndarray, pictures: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to both sets, shrunk to 8x8 RGB in [0, 1] (192 dimensions).
+    """Frechet distance between Gaussians fitted to both sets, shrunk to 8x8 RGB in [0, 1]: extractor ``rgb8``.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 sqrt(C1 C2)), as FID has it for Inception's features. It falls with the number
     of pictures: compare equal numbers only.
     """
-    first, second = shrunk(made), shrunk(pictures)
-    c1, c2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    values, vectors = np.linalg.eigh(c1)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ c2 @ root), 0)).sum()
-    return float(np.square(first.mean(axis=0) - second.mean(axis=0)).sum() + np.trace(c1) + np.trace(c2) - 2 * cross)
-
-
-def shrunk(pictures: np.ndarray) -> np.ndarray:
-    """``float64[N, 192]``: means over 8x8 pixels, in [0, 1]."""
-    return pictures.reshape(-1, 8, 8, 8, 8, 3).mean(axis=(2, 4)).reshape(len(pictures), -1) / 255
+    first, second = (Rgb8()([Image.fromarray(one) for one in several]) for several in (made, pictures))
+    to_second = FrechetTo(second)
+    return to_second.distance(to_second.projected(first))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from qdeploy.errors import BundleError
 from qdeploy.files import read_json
 from qdeploy.numerics import psnr_db, sqnr_db
 from qdeploy.runtime.pipeline import Pipeline
-from qdeploy.sampling import make_sampler
+from qdeploy.sampling import make_sampler, with_scheduler
 from qdeploy.sampling.loop import PictureStreams, denoise
 
 
@@ -24,11 +25,13 @@ class Fidelity:
     step_sqnr_db: per step, of the UNet's output, both fed the twin's own x_t and text.
     timesteps: the t of each step.
     image_psnr_db: of the finished pictures at equal seed, each bundle on its own trajectory.
+    latent_psnr_db: of their latents; the peak is the range of the twin's.
     """
 
     step_sqnr_db: tuple[float, ...]
     timesteps: tuple[int, ...]
     image_psnr_db: float
+    latent_psnr_db: float = math.nan
 
     @property
     def mean_sqnr_db(self) -> float:
@@ -40,17 +43,25 @@ class Fidelity:
 
 
 def compare(
-    reference: Pipeline, tested: Pipeline, prompts: Sequence[str], steps: int = 25, guidance_scale: float = 5.0
+    reference: Pipeline,
+    tested: Pipeline,
+    prompts: Sequence[str],
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+    scheduler: str | None = None,
 ) -> Fidelity:
     """Run ``reference`` and ask ``tested`` for its prediction at every step. Raises BundleError for unlike bundles.
 
     Of unconditional bundles as many pictures are compared as there are ``prompts``, which they do not read.
+    ``scheduler`` swaps the reference's own.
     """
     if (reference.latents, reference.reads_text) != (tested.latents, tested.reads_text):
         raise BundleError("the two bundles are not of one model: their latents or their text differ")
     # the streams that ``tested`` draws from below: picture 0 of each prompt, or as many as there are prompts
     seeds = [(0, 0 if reference.reads_text else number) for number in range(len(prompts))]
-    sampler = make_sampler(read_json(reference.bundle.path(SCHEDULER)), steps, rng=PictureStreams(seeds))
+    config = read_json(reference.bundle.path(SCHEDULER))
+    config = config if scheduler is None else with_scheduler(config, scheduler)
+    sampler = make_sampler(config, steps, rng=PictureStreams(seeds))
     curve: list[float] = []
 
     def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32] | None) -> NDArray[np.float32]:
@@ -65,6 +76,7 @@ def compare(
         cond, uncond = reference.encode(prompts), np.repeat(reference.encode([""]), len(prompts), axis=0)
     final = denoise(predict, sampler, unit, cond, uncond, guidance_scale)
     asked = {"prompt": list(prompts)} if tested.reads_text else {"count": len(prompts)}
-    own = tested(**asked, steps=steps, guidance_scale=guidance_scale, latents=unit)
+    own = tested(**asked, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler, latents=unit)
     image_psnr = psnr_db(reference.decode(final).astype(np.float32), own.pixels.astype(np.float32), peak=255.0)
-    return Fidelity(tuple(curve), tuple(int(t) for t in sampler.timesteps), image_psnr)
+    latent_psnr = psnr_db(final, own.latents, peak=float(np.ptp(final)))
+    return Fidelity(tuple(curve), tuple(int(t) for t in sampler.timesteps), image_psnr, latent_psnr)

@@ -26,11 +26,12 @@ def call_of(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call | N
         return lambda: pipeline.decode(latents)
     assert stage == STEP
     inputs = pipeline.components["unet"].info.inputs
-    batch = 2 if pipeline.reads_text else 1  # of a graph whose batch is open: both halves of guidance
+    batch = 2 if pipeline.reads_text else 1  # where the graph leaves it open: both halves of guidance
+    usual = (batch, pipeline.latents.channels, pipeline.latents.height, pipeline.latents.width)
 
     def drawn(name: str) -> np.ndarray:
-        first, *rest = inputs[name].shape
-        return rng.standard_normal((batch if first < 0 else first, *rest), np.float32)
+        shape = [usual[axis] if side < 0 else side for axis, side in enumerate(inputs[name].shape)]
+        return rng.standard_normal(shape, np.float32)
 
     x = drawn("sample")
     context = drawn("encoder_hidden_states") if "encoder_hidden_states" in inputs else None

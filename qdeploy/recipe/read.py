@@ -18,6 +18,7 @@ from qdeploy.calibrate.modes import Request, check_request
 from qdeploy.errors import UsageError
 from qdeploy.models.architectures import architecture_named
 from qdeploy.models.options import ModelOptions
+from qdeploy.sample.job import Job
 from qdeploy.sampling import with_scheduler
 from qdeploy.spec import QuantSpec, TargetSpec, spec_from_options, target_named
 
@@ -70,6 +71,20 @@ class Sample:
             raise UsageError(f"[sample] count: got {self.count}, expected at most {MOST_PICTURES}")
         if not 0 <= self.eta <= 1 or (self.eta != 0 and self.sampler not in (None, "ddim")):
             raise UsageError(f"[sample] eta: got {self.eta}, expected 0, or with the sampler ddim up to 1")
+
+    def job(self, bundle: Path, bundle_sha256: str) -> Job:
+        """The same, of this bundle."""
+        return Job(
+            bundle,
+            bundle_sha256,
+            None if self.prompt is None else (self.prompt,),
+            self.negative_prompt,
+            self.steps,
+            self.sampler,
+            self.eta,
+            self.guidance,
+            self.seed,
+        )
 
 
 @dataclass(frozen=True)

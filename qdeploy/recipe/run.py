@@ -20,9 +20,9 @@ from qdeploy.files import staged_file
 from qdeploy.models.architectures import check_architecture
 from qdeploy.models.source import LatentDiffusion, load_model, model_sha256
 from qdeploy.progress import OnProgress, silent
+from qdeploy.receipt import Step, finish, identity, read_receipt
 from qdeploy.recipe.read import CALIBRATION, Recipe
-from qdeploy.recipe.receipt import Step, finish, identity, read_receipt
-from qdeploy.recipe.sample import sample_to_folder
+from qdeploy.sample.folder import sample_to_folder
 from qdeploy.sampling import make_sampler
 from qdeploy.table import load_table, save_table
 
@@ -87,7 +87,8 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
     wanted = asdict(target) | ({"with_encoder": True} if recipe.with_encoder else {})  # older receipts still hold
     exported = done("export", bundle, wanted, {"table": quantized}, export)
     model.forget()
-    sample_to_folder(bundle, exported, sample, folder / PICTURES, receipts, on_progress)
+    job = sample.job(bundle, exported)
+    sample_to_folder(job, sample.count, folder / PICTURES, receipts, on_progress, sample.batch)
     return folder / PICTURES
 
 

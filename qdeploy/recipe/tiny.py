@@ -21,8 +21,8 @@ from qdeploy.models.architectures import ARCHITECTURES
 from qdeploy.models.random_model import random_model
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.progress import OnProgress, silent
+from qdeploy.receipt import Step, finish
 from qdeploy.recipe.read import Recipe
-from qdeploy.recipe.receipt import Step, finish
 from qdeploy.recipe.run import RECEIPTS, FloatModel, check_model, check_scale, run_recipe
 from qdeploy.runtime.image import image_from_pixels
 from qdeploy.spec import QuantSpec

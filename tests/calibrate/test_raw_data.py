@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qdeploy.calibrate.pictures import picture_files, read_pictures
+from qdeploy.calibrate.pictures import read_pictures
 from qdeploy.calibrate.raw_data import RawData, calibration_from_pictures
-from qdeploy.errors import CalibrationError, UsageError
+from qdeploy.errors import PictureError, UsageError
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.picture_files import picture_files
 from qdeploy.sampling import NoiseSchedule, make_sampler
 
 SIDE = 16
@@ -130,7 +131,7 @@ def test_a_bad_lmdb(tmp_path: Path, content: dict[bytes, bytes] | None, words: s
         (data / "data.mdb").write_bytes(b"nothing of the kind" * 1000)
     else:
         write_lmdb(data, content)
-    with pytest.raises(CalibrationError, match=words):
+    with pytest.raises(PictureError, match=words):
         list(read_pictures(data, 1, 0, SIDE, SIDE))
 
 
@@ -144,7 +145,7 @@ def test_links_out_of_the_folder_are_not_followed(folder: Path, tmp_path: Path) 
     assert [path.name for path in picture_files(folder)] == ["a.png", "b.jpg", "c.webp", "inside.png"]
     (tmp_path / "lsun").mkdir()
     os.symlink(write_lmdb(tmp_path / "real", {b"k": b"v"}) / "data.mdb", tmp_path / "lsun" / "data.mdb")
-    with pytest.raises(CalibrationError, match="link out of its folder"):
+    with pytest.raises(PictureError, match="link out of its folder"):
         list(read_pictures(tmp_path / "lsun", 1, 0, SIDE, SIDE))
 
 
@@ -155,7 +156,7 @@ def test_an_unreadable_picture_is_named(tmp_path: Path, content: bytes | str) ->
     elif content == "gif":
         content = encoded(picture(0), "GIF")  # renamed: only the three formats are decoded
     (tmp_path / "broken.png").write_bytes(content)
-    with pytest.raises(CalibrationError, match=r"broken\.png cannot be read"):
+    with pytest.raises(PictureError, match=r"broken\.png cannot be read"):
         list(read_pictures(tmp_path, 1, 0, SIDE, SIDE))
 
 
@@ -164,7 +165,7 @@ def test_a_picture_bomb_is_refused(tmp_path: Path, size: tuple[int, int]) -> Non
     header = b"IHDR" + struct.pack(">II", *size) + b"\x08\x02\0\0\0"  # says so, and holds nothing
     content = encoded(picture(0), "PNG")
     (tmp_path / "bomb.png").write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    with pytest.raises(CalibrationError, match=r"bomb\.png.*pixels"):
+    with pytest.raises(PictureError, match=r"bomb\.png.*pixels"):
         list(read_pictures(tmp_path, 1, 0, SIDE, SIDE))
 
 

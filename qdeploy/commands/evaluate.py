@@ -1,0 +1,106 @@
+"""`qdeploy evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from qdeploy.commands import PATH
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
+@click.option("-o", "--out", type=PATH, required=True, help="Folder for everything made.")
+@click.option(
+    "--metrics", default="fid,kid,pr,psnr,ssim,sqnr", show_default=True,
+    help="Some of fid, kid, is, pr (precision and recall), clip, psnr, ssim, lpips, sqnr (of each step).",
+)  # fmt: skip
+@click.option("--reference", type=PATH, help="Folder of pictures, LSUN lmdb, or a bundle: the float twin.")
+@click.option("--reference-count", type=click.IntRange(2), help="Pictures of it, drawn by the seed. Default: all.")
+@click.option("--fit", is_flag=True, help="Cut and scale the reference's pictures to the bundles' size (bicubic).")
+@click.option("--count", default=256, show_default=True, help="Pictures a bundle.")
+@click.option("--prompts", type=PATH, help="Text file, one a line: picture i has line i, round and round.")
+@click.option("--steps", default=25, show_default=True)
+@click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--scheduler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: each bundle's own.")
+@click.option("--batch", default=8, show_default=True, help="Pictures made together; changes none of them.")
+@click.option("--extractor", help="inception, open-nsfw or rgb8. Default: inception if its weights are given.")
+@click.option("--inception", type=PATH, help="FID's Inception weights (weights-inception-2015-12-05-6726825d.pth).")
+@click.option("--lpips", type=PATH, help="torchvision's AlexNet weights, for lpips.")
+@click.option("--clip", type=PATH, help="Folder of a transformers CLIPModel, for clip.")
+@click.option("--allow-download", is_flag=True, help="Fetch the weights of inception and lpips.")
+@click.option("--skip-broken", is_flag=True, help="Leave pictures out that cannot be read or differ in size; counted.")
+@click.option(
+    "--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]",
+    help="Make pictures on a Ray cluster: at ADDRESS, or without one on this machine's own.",
+)  # fmt: skip
+@click.option("--engine", help="Default: each bundle's own.")
+@click.option("--threads", type=int, help="Of one picture. Default: all cores; on Ray 1.")
+@click.pass_obj
+def evaluate(
+    show: bool, bundles: Sequence[Path], out: Path, metrics: str, reference: Path | None, reference_count: int | None,
+    fit: bool, count: int, prompts: Path | None, steps: int, guidance: float, seed: int, scheduler: str | None,
+    batch: int, extractor: str | None, inception: Path | None, lpips: Path | None, clip: Path | None,
+    allow_download: bool, skip_broken: bool, ray: str | None, engine: str | None, threads: int | None,
+) -> None:  # fmt: skip
+    """Measure how good the pictures of BUNDLEs are: FID, KID, IS, precision and recall, CLIPScore of all of
+    them; PSNR, SSIM, LPIPS and the SQNR of each step beside the float twin.
+
+    The twin is the --reference if that is an fp32 bundle, else the first fp32 BUNDLE. OUT gets
+    pictures/, features/, result.json, table.md and table.csv; with quantized bundles also
+    calibration.csv, the table of calibrations and bits. The same command again makes what is
+    missing, so it can be stopped at any time, and --count raised.
+
+    FID, KID and IS are comparable with published figures with Inception's weights alone. Without
+    them the features are open-nsfw's, a small network that a package carries, and every table says
+    so. IS then needs a reference with a folder for each class, to which a classifier is fitted.
+
+    Put --ray last, or write --ray=ADDRESS: what follows it is taken for the address.
+
+    \b
+    Examples:
+      qdeploy evaluate demo/w8a8 --reference demo/fp32 --prompts prompts.txt --guidance 5 -o figures
+      qdeploy evaluate fp32 w4a8 w8a8 --metrics fid,is,kid --reference emoji -o figures --count 512
+      qdeploy evaluate bedroom/bundle --reference data/lsun/bedroom_train_lmdb --fit --count 50000 \\
+        --reference-count 50000 --inception weights-inception-2015-12-05-6726825d.pth -o figures --ray
+    """
+    from qdeploy.bench.report import print_table
+    from qdeploy.evaluate.extractors import ExtractorOptions
+    from qdeploy.evaluate.report import calibration_table, notes_under, table_of, write_tables
+    from qdeploy.evaluate.run import evaluate as run
+    from qdeploy.evaluate.settings import Settings
+    from qdeploy.lists import prompts_in
+    from qdeploy.progress import shown
+
+    settings = Settings(
+        metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
+        count=count,
+        prompts=None if prompts is None else tuple(prompts_in(prompts)),
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        scheduler=scheduler,
+        batch=batch,
+        reference_count=reference_count,
+        fit=fit,
+        skip_broken=skip_broken,
+        extractor=extractor,
+        weights=ExtractorOptions(inception, allow_download, threads),
+        clip=clip,
+        lpips=lpips,
+        engine=engine,
+        threads=threads,
+        ray=ray,
+    )
+    with shown(show) as on_progress:
+        result = run(bundles, reference, settings, out, on_progress)
+    print_table(*table_of(result), title="")
+    table = calibration_table([result])
+    if table is not None:
+        print_table(*table, title="")
+    for note in notes_under(result):
+        click.echo(note)
+    click.echo("wrote " + ", ".join(str(path) for path in [out / "result.json", *write_tables(out, result)]))
