@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qdeploy.engines.base import EngineOptions, Kernel
 from qdeploy.engines.nvidia.graph_inputs import is_static
-from qdeploy.engines.nvidia.machine import Needs, check_here
+from qdeploy.engines.nvidia.machine import Needs, check_here, lack_of
 from qdeploy.engines.nvidia.onnxruntime import opened, quiet_stdout, session_for
 from qdeploy.engines.ort_cpu import OrtSession, graph_kernels
 from qdeploy.errors import EngineUnavailableError
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+OLDEST_CUDA = 12000
 CUFFT = {12: 11, 13: 12}  # CUDA's major version -> its cuFFT's
 
 
 def versions() -> dict[str, str]:
     """Package and GPU; EngineUnavailableError names everything that is missing."""
+    gpu = check_here("ort-cuda", needs(), lambda: onnxruntime_with(PROVIDER))
     ort = onnxruntime_with(PROVIDER)
-    gpu = check_here("ort-cuda", needs_of(ort))
     return {"onnxruntime-gpu": ort.__version__, "cuda": ort.cuda_version, "gpu": str(gpu)}
 
 
@@ -49,9 +50,13 @@ def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | N
     return graph_kernels(_settings(options), lambda settings: _opened(path, no_graph, settings), feeds)
 
 
-def needs_of(ort: ModuleType) -> Needs:
+def needs() -> Needs:
     """What the CUDA provider of this ONNX Runtime links, by the version of CUDA that it was built with."""
-    major = int(ort.cuda_version.split(".")[0])
+    if lack_of(lambda: onnxruntime_with(PROVIDER)):
+        return Needs(OLDEST_CUDA)
+    import onnxruntime
+
+    major = int(onnxruntime.cuda_version.split(".")[0])
     named = ("cudart", "cublas", "cublasLt")
     libraries = [f"lib{name}.so.{major}" for name in named]
     libraries += [f"libcufft.so.{CUFFT.get(major, major)}", "libcurand.so.10", "libcudnn.so.9"]

@@ -64,7 +64,6 @@ def provider_options(path: Path, options: EngineOptions, version: str, sm: tuple
 
 
 def _gpu() -> tuple[Gpu, str]:
-    ort = ort_cuda.onnxruntime_with(PROVIDER)
-    needs = ort_cuda.needs_of(ort)
-    gpu = check_here("ort-tensorrt", Needs(needs.cuda, LIBRARIES, INSTALL))
-    return gpu, ort.__version__
+    needs = Needs(ort_cuda.needs().cuda, LIBRARIES, INSTALL)
+    gpu = check_here("ort-tensorrt", needs, lambda: ort_cuda.onnxruntime_with(PROVIDER))
+    return gpu, ort_cuda.onnxruntime_with(PROVIDER).__version__

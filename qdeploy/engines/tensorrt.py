@@ -33,8 +33,8 @@ PRODUCTS = ("conv", "gemm", "matmul", "matrix_multiply", "fully_connected", "kge
 
 def versions() -> dict[str, str]:
     """Packages and GPU; EngineUnavailableError names everything that is missing."""
+    gpu = check_here("tensorrt", Needs(CUDA), _tensorrt, _polygraphy)
     trt = _tensorrt()
-    gpu = check_here("tensorrt", Needs(CUDA))
     return {"tensorrt": trt.__version__, "polygraphy": _polygraphy().__version__, "gpu": str(gpu)}
 
 

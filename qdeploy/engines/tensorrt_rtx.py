@@ -28,6 +28,7 @@ from qdeploy.errors import EngineUnavailableError
 if TYPE_CHECKING:
     import onnxruntime
 
+PROVIDER = "NvTensorRTRTXExecutionProvider"
 PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 INSTALL = "pip install 'qdeploy[tensorrt-rtx]'"
 # tensorrt_rtx_provider_options.h of 0.5.0, IsComputeCapabilitySupported: H100 and A100 are not among them
@@ -37,8 +38,7 @@ NEEDS = Needs(13000, sms=(SERVED, frozenset({(8, 6), (8, 9)}), (12, 0)))
 
 def versions() -> dict[str, str]:
     """Packages and GPU; EngineUnavailableError names everything that is missing."""
-    _plugin()
-    gpu = check_here("tensorrt-rtx", NEEDS)
+    gpu = check_here("tensorrt-rtx", NEEDS, _plugin)
     import onnxruntime
 
     return {"onnxruntime": onnxruntime.__version__, PACKAGE: metadata.version(PACKAGE), "gpu": str(gpu)}
@@ -46,18 +46,17 @@ def versions() -> dict[str, str]:
 
 def open_session(path: Path, options: EngineOptions) -> OrtSession:
     """Build ``path`` for this GPU; UsageError where ``options`` ask for another provider."""
-    plugin = _plugin()
-    options.check_providers("tensorrt-rtx", (plugin.get_ep_name(),))
+    options.check_providers("tensorrt-rtx", (PROVIDER,))
     versions()
     _register()
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
     if not devices:
         raise EngineUnavailableError(f"{PACKAGE} offers no device here: {SERVED}")
     settings.add_provider_for_devices(devices[:1], provider_options(path, options))
-    session = opened(path, settings, plugin.get_ep_name(), None)
+    session = opened(path, settings, PROVIDER, None)
     return session_for(session, path, fill=_fill, read=_read)
 
 
@@ -92,7 +91,7 @@ def _register() -> None:
 
     plugin = _plugin()
     try:
-        onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+        onnxruntime.register_execution_provider_library(PROVIDER, plugin.get_library_path())
     except Exception as exc:
         raise EngineUnavailableError(f"ONNX Runtime cannot load the plug-in of {PACKAGE}: {exc}") from exc
 

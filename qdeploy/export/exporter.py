@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 import qdeploy
 from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, ComponentInfo, Manifest, TensorInfo, write_manifest
 from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import ExportError, TableError
+from qdeploy.engines.nvidia.profiles import Sizes
+from qdeploy.errors import EngineUnavailableError, ExportError, TableError
 from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import ENGINE_LOSS_MAX_DB, FP16_ENGINE_LOSS_MAX_DB, measure_parity
+from qdeploy.export.plans import build_plans, check_buildable, write_component_profile
 from qdeploy.export.targets import check_file, lower
 from qdeploy.files import staged_folder
 from qdeploy.models.components import Component
@@ -45,12 +47,18 @@ def export_bundle(
     on_progress: OnProgress = silent,
     *,
     with_encoder: bool = False,
+    sizes: Sizes | None = None,
+    build: bool = False,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
-    ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``out`` appears only when
-    everything, gates included, has passed. Raises ExportError (AuditError, ParityError) and TableError.
+    ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``sizes`` is the profile of
+    graphs with open shapes; ``build`` adds TensorRT's engines for this machine's GPU. ``out`` appears only when
+    everything, gates included, has passed. Raises ExportError (AuditError, ParityError) and TableError, and
+    EngineUnavailableError at once where engines cannot be built here.
     """
+    if build:
+        check_buildable(target)
     precision = target.float_type if table is None else "int8"
     target.check_precision(precision)
     if table is not None:
@@ -63,7 +71,9 @@ def export_bundle(
             on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
-            infos[name] = export_component(model, name, quant, probes, target, folder / name)
+            infos[name] = export_component(model, name, quant, probes, target, folder / name, sizes)
+        if build:
+            build_plans([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
         if model.tokenizer is not None:
@@ -91,6 +101,7 @@ def export_component(
     probes: Sequence[Mapping[str, NDArray]],
     target: TargetSpec,
     folder: Path,
+    sizes: Sizes | None = None,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
@@ -107,18 +118,31 @@ def export_component(
     folder.mkdir(parents=True)
     path = folder / GRAPH_FILE
     save_graph(graph, path)
+    if sizes is not None:
+        write_component_profile(path, sizes, model)
     info = ComponentInfo(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(named_tensor_info, graph.graph.inputs)),
         outputs=dict(map(named_tensor_info, graph.graph.outputs)),
         weight_bits=(FLOAT_BITS[target.float_type],) if quant is None else quant.weight_bits,
         act_bits=FLOAT_BITS[target.float_type] if quant is None else 8,
-        parity_engine=target.parity_engine,
+        parity_engine=stand_in(target),
         acceptance=check_file(path, name, target.name),
     )
     if quant is None and target.float_type == "fp32":
         return info
     return gated(info, path, target, quant, float_component, component, feeds)
+
+
+def stand_in(target: TargetSpec) -> str | None:
+    """The engine that computes in the gate in place of the target's own, where that does not run here; else None."""
+    if target.parity_engine is None:
+        return None
+    try:
+        engine_named(target.engine).versions()
+    except EngineUnavailableError:
+        return target.parity_engine
+    return None
 
 
 def gated(
@@ -139,7 +163,7 @@ def gated(
         audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
         audit.check(name, quant)
         info = replace(info, integer_mac_share=audit.integer_mac_share)
-    session = engine_named(target.parity_engine or target.engine).open_session(path, EngineOptions())
+    session = engine_named(info.parity_engine or target.engine).open_session(path, EngineOptions())
     parity = measure_parity(float_component, component, session, feeds)
     session.close()
     if quant is None:

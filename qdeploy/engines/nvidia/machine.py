@@ -6,7 +6,7 @@ Only looking is impure: ``found_here`` looks, ``missing`` compares.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qdeploy.errors import EngineUnavailableError
@@ -82,13 +82,26 @@ def missing(needs: Needs, found: Found) -> list[str]:
     return lacks
 
 
-def check_here(engine: str, needs: Needs) -> Gpu:
-    """The GPU that engines run on, the first; EngineUnavailableError names all that is missing."""
+def check_here(engine: str, needs: Needs, *packages: Callable[[], object]) -> Gpu:
+    """The GPU that engines run on, the first; EngineUnavailableError names all that is missing.
+
+    packages: functions that import one each, or raise EngineUnavailableError with the command that installs it.
+    """
+    lacks = [text for text in map(lack_of, packages) if text]
     found = found_here([name for names in needs.libraries for name in names])
-    lacks = missing(needs, found)
+    lacks += missing(needs, found)
     if lacks:
         raise EngineUnavailableError(f"{engine} cannot run here: {'; and '.join(lacks)}")
     return found.gpus[0]
+
+
+def lack_of(package: Callable[[], object]) -> str:
+    """What ``package`` says is missing; "" when nothing is."""
+    try:
+        package()
+    except EngineUnavailableError as exc:
+        return str(exc)
+    return ""
 
 
 def found_here(libraries: Sequence[str] = ()) -> Found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from qdeploy.files import read_json
 PROFILE_FILE = "profile.json"
 KEYS = ("batch", "height", "width")
 HEIGHT_AXIS, WIDTH_AXIS = 2, 3  # of NCHW
+UNET_INPUT = "timestep"  # that no other component reads
 PIXELS = "image"  # the one input that is in pixels, the VAE encoder's; all others of rank 4 are latents
 EXAMPLE = "batch=1:2:2,height=512:512:768,width=512:512:768"
 
@@ -86,7 +87,12 @@ def parse_sizes(text: str) -> Sizes:
 
 
 def shapes_of(sizes: Sizes, ports: Sequence[Port], grid: Grid) -> dict[str, Shapes]:
-    """Each input's shapes; UsageError when a side is open and not asked for, or asked for and fixed otherwise."""
+    """Each input's shapes; UsageError when a side is open and not asked for.
+
+    The rows asked for are those of a UNet call; the other components are called with one row as well.
+    """
+    if sizes.batch is not None and UNET_INPUT not in {port.name for port in ports}:
+        sizes = replace(sizes, batch=Range(1, 1, sizes.batch.max))
     return {port.name: _shapes(sizes, port, grid) for port in ports}
 
 
