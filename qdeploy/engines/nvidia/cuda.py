@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -91,13 +93,21 @@ class Stream:
     def synchronize(self) -> None:
         done(self.cuda.cudaStreamSynchronize(self.handle))
 
-    def begin_recording(self) -> None:
-        """What is put on the stream from here on is recorded instead of run."""
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What is put on the stream inside is recorded instead of run; nothing stays recorded where that fails."""
         mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         done(self.cuda.cudaStreamBeginCapture(self.handle, mode))
+        try:
+            yield
+        except BaseException:
+            status, graph = self.cuda.cudaStreamEndCapture(self.handle)
+            if status.value == 0:
+                self.cuda.cudaGraphDestroy(graph)
+            raise
 
-    def end_recording(self) -> Any:
-        """The recorded work, ready to ``replay``."""
+    def recorded(self) -> Any:
+        """What was recorded, ready to ``replay``."""
         graph = done(self.cuda.cudaStreamEndCapture(self.handle))
         try:
             return done(self.cuda.cudaGraphInstantiate(graph, 0))

@@ -107,11 +107,9 @@ class TensorRtSession:
         if self._recorded is None:
             self._enqueue()  # loads kernels and allocates, which must not happen while recording
             self._stream.synchronize()
-            self._stream.begin_recording()
-            try:
+            with self._stream.recording():
                 self._enqueue()
-            finally:
-                self._recorded = self._stream.end_recording()
+            self._recorded = self._stream.recorded()
         self._stream.replay(self._recorded)
 
     def _enqueue(self) -> None:
