@@ -114,10 +114,11 @@ def apart(model: Path, row: Row, out: Path, calls: int) -> dict[str, Any]:
     receipt = out / f"{model.name} {row.name}.json"
     if receipt.is_file():
         return json.loads(receipt.read_text(encoding="utf-8"))
-    command = [sys.executable, "-m", "benchmarks.gpu", str(model), "--row", row.name, "--calls", str(calls)]
+    command = [sys.executable, "-m", "benchmarks.gpu", str(model.resolve()), "--row", row.name, "--calls", str(calls)]
     root = Path(__file__).parent.parent
+    env = {**os.environ, "XDG_CACHE_HOME": str((out / "cache").resolve())}  # so that engines are really built
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=root)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=root, env=env)
         found = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {"not_run": f"not done within {LIMIT_S} s"}
@@ -134,19 +135,24 @@ def table_of(report: dict[str, Any]) -> str:
     lines = [
         f"{report['date']}, {report['device']}, {report['cpu_cores']} cores, python {report['python']}",
         "",
-        "| model | engine | step p50, ms | kernels p50, ms | load, s | GPU memory, MB | SQNR, dB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+        "| model | engine | step p50, ms | kernels p50, ms | build, s | load, s | GPU memory, MB | SQNR, dB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for key, found in report["rows"].items():
         model, name = key.split(": ")
         if "not_run" in found:
-            lines.append(f"| {model} | {name} | not run: {' '.join(found['not_run'].split())} | | | | |")
+            lines.append(f"| {model} | {name} | not run: {' '.join(found['not_run'].split())} | | | | | |")
             continue
         sqnr = ", ".join(f"{part} {db:.1f}" for part, db in found["sqnr_db"].items() if db is not None)
-        cells = [model, name, p50(found["step_ms"]), p50(found.get("device_ms")), f"{found['load_s']:.1f}"]
+        cells = [model, name, p50(found["step_ms"]), p50(found.get("device_ms")), seconds(found["build_s"])]
+        cells += [seconds(found["load_s"])]
         cells += ["" if not found["memory_bytes"] else f"{found['memory_bytes'] / 1e6:.0f}", sqnr]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def p50(values: list[float] | None) -> str:

@@ -76,22 +76,27 @@ def build(path: Path, profile: Profile, on_progress: OnProgress = silent) -> tup
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.backend.trt import Profile as TrtProfile
     from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
 
     shapes = TrtProfile()
     for name, (smallest, likeliest, largest) in profile.items():
         shapes.add(name, min=smallest, opt=likeliest, max=largest)
     timings = cache_folder(CACHE) / f"timings-{trt.__version__}-sm{gpu.sm[0]}{gpu.sm[1]}"
+    monitor = progress_monitor(trt, path, on_progress)
     config = CreateConfig(
         profiles=[shapes],
         load_timing_cache=str(timings) if timings.is_file() else None,
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
-        progress_monitor=progress_monitor(trt, path, on_progress),
+        progress_monitor=monitor,
     )
     has_flag = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")  # else it is the only way
     network = NetworkFromOnnxPath(str(path), strongly_typed=has_flag)
     try:
-        plan = EngineBytesFromNetwork(network, config, save_timing_cache=str(timings))()
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            plan = EngineBytesFromNetwork(network, config, save_timing_cache=str(timings))()
     except PolygraphyException as exc:
+        if monitor.stopped is not None:
+            raise monitor.stopped from exc
         raise EngineError(f"TensorRT {trt.__version__} cannot build {path}: {exc}") from exc
     return key_of(path, profile, trt.__version__, gpu.sm), bytes(memoryview(plan))
 
@@ -143,9 +148,11 @@ def _engine(path: Path) -> Any:
         keep_plan(folder, key, plan)
     from polygraphy.backend.trt import EngineFromBytes
     from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
 
     try:
-        return EngineFromBytes(plan)()
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            return EngineFromBytes(plan)()
     except PolygraphyException as exc:
         raise EngineError(f"TensorRT {trt.__version__} cannot load the engine of {path}: {exc}") from exc
 

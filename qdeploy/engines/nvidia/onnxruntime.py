@@ -76,24 +76,24 @@ class BoundSession(OrtSession):
 
     def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
-        session, binding = self._session, self._binding
+        session, binding, inputs, results = self._session, self._binding, self._inputs, self._results
         if session is None or binding is None:
             raise EngineError(f"{self._path}: the session was closed")
         check_feeds(self._path, self._ports, feeds)
         with self._lock:
             try:
-                for name, value in self._inputs.items():
+                for name, value in inputs.items():
                     feed = np.asarray(feeds[name])
                     if not self._residents.holds(name, feed):
                         self._fill(value, np.ascontiguousarray(feed).reshape(feed.shape))
                 session.run_with_iobinding(binding)
-                return {name: self._read(value) for name, value in self._results.items()}
+                return {name: self._read(value) for name, value in results.items()}
             except Exception as exc:  # ONNX Runtime raises plain RuntimeError subclasses of its own
                 self._residents.forget()
                 raise EngineError(f"{self._path}: {exc}") from exc
 
     def close(self) -> None:
-        self._binding = None
+        self._binding, self._inputs, self._results = None, {}, {}
         super().close()
 
 
@@ -148,8 +148,10 @@ def session_for(
 
 
 def port_of(node: onnxruntime.NodeArg, path: Path) -> Port:
-    if node.type not in DTYPES:
-        raise EngineError(f"{path}: {node.name!r} is a {node.type}, which no bundle of qdeploy's has")
+    if node.type not in DTYPES or not all(isinstance(side, int) for side in node.shape):
+        raise EngineError(
+            f"{path}: output {node.name!r} is {node.type}{node.shape}, expected fixed sides of {[*DTYPES]}"
+        )
     return Port(node.name, np.dtype(DTYPES[node.type]), tuple(node.shape))
 
 
