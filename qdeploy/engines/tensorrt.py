@@ -49,8 +49,7 @@ def open_session(path: Path, options: EngineOptions) -> TensorRtSession:
 
 def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
     """Every layer of the engine of ``path``; timed when there are ``feeds`` to run it on."""
-    trt = _tensorrt()
-    engine = _engine(path)
+    engine, trt = _engine(path), _tensorrt()
     inspector = engine.create_engine_inspector()
     document = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     seconds = _seconds(engine, path, feeds) if feeds is not None else {}

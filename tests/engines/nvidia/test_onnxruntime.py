@@ -137,6 +137,8 @@ def test_an_engine_that_is_not_there_is_one_clear_error(name: str, graph: Path) 
     with pytest.raises(EngineUnavailableError) as raised:
         engine_named(name).open_session(graph, EngineOptions())
     assert str(raised.value) == unavailable
+    with pytest.raises(EngineUnavailableError):
+        engine_named(name).kernels(graph, EngineOptions())
     assert "\n" not in unavailable
 
 
