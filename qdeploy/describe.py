@@ -95,7 +95,7 @@ def gate_texts(info: ComponentInfo) -> list[str]:
         "simulator/float": info.simulator_sqnr_db,
     }
     measured = [f"{pair} {db:.1f} dB" for pair, db in figures.items() if db is not None]
-    where = "" if info.parity_engine is None else " in the file"
+    where = " in the file" if info.parity_engine is not None or info.acceptance else ""
     texts = [f"{info.integer_mac_share:.1%} of MACs in int8{where}"]
     texts += [f"SQNR {', '.join(measured)}"] if measured else []
     texts += [f"computed by {ran} in the engine's place"] if measured and info.parity_engine is not None else []

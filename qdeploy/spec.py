@@ -193,7 +193,7 @@ class TargetSpec:
     quantized_attention: the attentions' own products take the table's bits; otherwise they stay in float.
     float_type: "fp32" or "fp16", of all that is not in integers.
     integers: whether quantized graphs can be made.
-    parity_engine: that stands in for ``engine`` in the export gate, where ``engine`` is no part of this version.
+    parity_engine: that stands in for ``engine`` in the export gate on machines where ``engine`` does not run.
     """
 
     name: str

@@ -30,29 +30,43 @@ if TYPE_CHECKING:
     metavar="DIMS",
     help="Leave open: batch, size (height and width), or batch,size. Default: none, which is fastest.",
 )
+@click.option(
+    "--build", is_flag=True, help="With --target tensorrt: build the engines for this machine's GPU too; minutes each."
+)
+@click.option(
+    "--profile",
+    metavar="SIZES",
+    help="For graphs with open shapes: batch=MIN:OPT:MAX,height=…,width=… (rows of a UNet call, pixels).",
+)
 @loading_options
 @click.pass_obj
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
-    dynamic: str | None, loading: ModelOptions,
+    dynamic: str | None, build: bool, profile: str | None, loading: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
     A quantized export is gated: every layer of the table must run as an integer kernel, and the
     engine must agree with the simulator on recorded inputs. Targets are ort-cpu, openvino, tensorrt
-    (int8 or fp16) and ort-cuda (fp16); the last two have no engine here yet, so ONNX Runtime's CPU
-    provider computes their graphs in the gate, and TensorRT-RTX, where it is installed, builds
-    those of tensorrt.
+    (int8 or fp16) and ort-cuda (fp16). Where the engine of the last two does not run (no NVIDIA GPU),
+    ONNX Runtime's CPU provider computes their graphs in the gate; TensorRT-RTX, where it is
+    installed, builds those of tensorrt, which needs no GPU.
+
+    Native TensorRT builds an engine when a graph is first loaded, in minutes, and keeps it in the
+    user's cache; --build puts it into the bundle instead, for GPUs and TensorRT of this machine's kind.
 
     \b
     Examples:
       qdeploy export w8a8.safetensors -o bundle
       qdeploy export w8a8.safetensors -o bundle-any-size --dynamic batch,size
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt
+      qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt --build
     """
     from qdeploy.describe import gate_texts
+    from qdeploy.engines.nvidia.profiles import parse_sizes
     from qdeploy.export.exporter import export_bundle
     from qdeploy.export.open_dims import OpenDims
+    from qdeploy.export.plans import check_buildable
     from qdeploy.models.source import load_model
     from qdeploy.progress import shown
     from qdeploy.spec import target_named
@@ -65,9 +79,15 @@ def export(
     spec.check_precision(precision or natural)
     if (precision or natural) != natural:
         raise UsageError(f"--precision {precision} does not fit {source}: it exports as {natural}")
+    sizes = None if profile is None else parse_sizes(profile)
+    if build:
+        check_buildable(spec)
     loaded = load_model(model or (source if table is None else table.model), loading)
     with shown(show) as on_progress:
-        manifest = export_bundle(loaded, table, spec, out, on_progress, with_encoder=with_encoder, open_dims=open_dims)
+        manifest = export_bundle(
+            loaded, table, spec, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
+            build=build,
+        )  # fmt: skip
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:
             click.echo(f"{name}: {'; '.join(gate_texts(info))}")

@@ -1,5 +1,7 @@
 """What every engine offers; one engine is one sibling file whose name is its command-line name.
 
+What several engines share lies in folders beside them (``nvidia/``).
+
 An engine module has three functions::
 
     def versions() -> dict[str, str]                                  # raises EngineUnavailableError
@@ -11,14 +13,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import EngineUnavailableError, UsageError
+from qdeploy.errors import EngineError, EngineUnavailableError, UsageError
+
+OPEN = -1  # a dimension that a graph leaves open
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,12 @@ class EngineOptions:
 
     threads: of one call; None leaves them to the engine, which takes all cores.
     providers: ONNX Runtime's execution providers in order of preference; None takes the engine's own.
+    cuda_graph: NVIDIA's engines record a call's kernels once and replay them, where shapes are static.
     """
 
     threads: int | None = None
     providers: tuple[str, ...] | None = None
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -59,6 +66,42 @@ class Kernel:
     constants: tuple[str, ...] = ()
     integer: bool = False
     seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph; ``dims`` has OPEN where the graph leaves one open."""
+
+    name: str
+    dtype: np.dtype
+    dims: tuple[int, ...]
+
+    @property
+    def is_static(self) -> bool:
+        return OPEN not in self.dims
+
+    def takes(self, array: NDArray) -> bool:
+        """Whether type and shape fit."""
+        sides = len(self.dims) == array.ndim and all(
+            dim in (OPEN, side) for dim, side in zip(self.dims, array.shape, strict=True)
+        )
+        return sides and array.dtype == self.dtype
+
+
+def check_feeds(path: Path, ports: Iterable[Port], feeds: Mapping[str, NDArray]) -> None:
+    """EngineError unless ``feeds`` are just what the graph at ``path`` reads; for engines that do not look themselves.
+
+    An engine that casts a wrong type, or computes on whatever lies where a missing input should, would be silent.
+    """
+    expected = {port.name: port for port in ports}
+    if set(feeds) != set(expected):
+        raise EngineError(f"{path}: got inputs {sorted(feeds)}, expected {sorted(expected)}")
+    for name, port in expected.items():
+        feed = np.asarray(feeds[name])
+        if not port.takes(feed):
+            raise EngineError(
+                f"{path}: input {name!r}: got {feed.dtype}{list(feed.shape)}, expected {port.dtype}{list(port.dims)}"
+            )
 
 
 class Session(Protocol):
@@ -90,7 +133,8 @@ def engine_names() -> list[str]:
     """Command-line names of all engines, found by their files."""
     import qdeploy.engines as package
 
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    files = [found.name for found in pkgutil.iter_modules(package.__path__) if not found.ispkg]
+    return sorted(name.replace("_", "-") for name in files if name != "base")
 
 
 def engine_named(name: str) -> Engine:

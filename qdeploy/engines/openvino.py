@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel
+from qdeploy.engines.base import OPEN, TIMED_RUNS, EngineOptions, Kernel, Port, check_feeds
 from qdeploy.errors import EngineError, EngineUnavailableError
 
 if TYPE_CHECKING:
     import openvino
 
-DYNAMIC = -1
 RUNTIME_FACTS = ("layerType", "primitiveType", "originalLayersNames")
 NOT_COMPUTED = ("Const", "Input", "Output")
 INTEGER_KERNEL = "_I8"  # what names of oneDNN's integer kernels end with
@@ -30,7 +29,7 @@ class OpenVinoSession:
         self._compiled: openvino.CompiledModel | None = compiled
         self._path = path
         self._free: list[openvino.InferRequest] = []  # append and pop are atomic
-        self._inputs = {port.any_name: _signature(port) for port in compiled.inputs}
+        self._inputs = [_port(port) for port in compiled.inputs]
         self._outputs = [port.any_name for port in compiled.outputs]
 
     def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -38,7 +37,7 @@ class OpenVinoSession:
         compiled = self._compiled
         if compiled is None:
             raise EngineError(f"{self._path}: the session was closed")
-        self._check(feeds)
+        check_feeds(self._path, self._inputs, feeds)
         try:
             request = self._free.pop()
         except IndexError:
@@ -55,25 +54,10 @@ class OpenVinoSession:
         self._compiled = None
         self._free.clear()
 
-    def _check(self, feeds: Mapping[str, NDArray]) -> None:
-        """OpenVINO itself casts a wrong type and computes on whatever lies in the memory of a missing input."""
-        if set(feeds) != set(self._inputs):
-            raise EngineError(f"{self._path}: got inputs {sorted(feeds)}, expected {sorted(self._inputs)}")
-        for name, (dtype, dims) in self._inputs.items():
-            feed = np.asarray(feeds[name])
-            fits = len(dims) == feed.ndim and all(
-                dim in (DYNAMIC, side) for dim, side in zip(dims, feed.shape, strict=True)
-            )
-            if feed.dtype != dtype or not fits:
-                raise EngineError(
-                    f"{self._path}: input {name!r}: got {feed.dtype}{list(feed.shape)}, expected {dtype}{dims}"
-                )
 
-
-def _signature(port: openvino.ConstOutput) -> tuple[np.dtype, list[int]]:
-    """Element type and dimensions of an input, DYNAMIC where the graph leaves one open."""
-    dims = [DYNAMIC if dim.is_dynamic else dim.get_length() for dim in port.partial_shape]
-    return np.dtype(port.element_type.to_dtype()), dims
+def _port(port: openvino.ConstOutput) -> Port:
+    dims = tuple(OPEN if dim.is_dynamic else dim.get_length() for dim in port.partial_shape)
+    return Port(port.any_name, np.dtype(port.element_type.to_dtype()), dims)
 
 
 def versions() -> dict[str, str]:

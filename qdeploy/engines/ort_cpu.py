@@ -6,7 +6,7 @@ import ctypes
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -71,18 +71,26 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
 
 def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
     """Every node of the graph that ONNX Runtime makes of ``path``; timed when there are ``feeds`` to run it on."""
+    return graph_kernels(_settings(options), lambda settings: _load(path, settings), feeds)
+
+
+def graph_kernels(
+    settings: onnxruntime.SessionOptions,
+    load: Callable[[onnxruntime.SessionOptions], onnxruntime.InferenceSession],
+    feeds: Mapping[str, NDArray] | None,
+) -> list[Kernel]:
+    """The same of whatever ``load`` opens with ``settings``, on any provider."""
     import onnx  # not of the base install
 
     with tempfile.TemporaryDirectory(prefix="qdeploy-kernels-") as scratch:
         optimized = Path(scratch) / "optimized.onnx"
-        settings = _settings(options)
         settings.optimized_model_filepath = str(optimized)
         settings.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", optimized.name + ".data"
         )
         if feeds is not None:
             settings.enable_profiling, settings.profile_file_prefix = True, str(Path(scratch) / "profile")
-        session = _load(path, settings)
+        session = load(settings)
         graph = onnx.load(optimized, load_external_data=False).graph
         timed: list[Kernel] = []
         if feeds is not None:

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 import qdeploy
 from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, ComponentInfo, Manifest, TensorInfo, write_manifest
 from qdeploy.engines.base import EngineOptions, Session, engine_named
-from qdeploy.errors import ExportError, TableError
+from qdeploy.engines.nvidia.profiles import Sizes
+from qdeploy.errors import EngineUnavailableError, ExportError, TableError
 from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC, OpenDims
 from qdeploy.export.parity import ENGINE_LOSS_MAX_DB, FP16_ENGINE_LOSS_MAX_DB, measure_parity
+from qdeploy.export.plans import build_plans, check_buildable, check_profile, write_component_profile
 from qdeploy.export.targets import check_file, lower
 from qdeploy.files import staged_folder
 from qdeploy.models.components import Component
@@ -47,13 +49,19 @@ def export_bundle(
     *,
     with_encoder: bool = False,
     open_dims: OpenDims = STATIC,
+    sizes: Sizes | None = None,
+    build: bool = False,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
-    ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting; ``open_dims`` says which
-    dimensions the graphs leave open. ``out`` appears only when everything, gates included, has passed.
-    Raises ExportError (AuditError, ParityError) and TableError.
+    ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``open_dims`` says which
+    dimensions the graphs leave open, and ``sizes`` TensorRT's profile of those. ``build`` adds TensorRT's engines for
+    this machine's GPU. ``out`` appears only when everything, gates included, has passed. Raises ExportError
+    (AuditError, ParityError) and TableError, and EngineUnavailableError at once where engines cannot be built here.
     """
+    check_profile(target, open_dims, sizes)
+    if build:
+        check_buildable(target)
     precision = target.float_type if table is None else "int8"
     target.check_precision(precision)
     if table is not None:
@@ -66,7 +74,9 @@ def export_bundle(
             on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
-            infos[name] = export_component(model, name, quant, probes, target, folder / name, open_dims)
+            infos[name] = export_component(model, name, quant, probes, target, folder / name, open_dims, sizes)
+        if build:
+            build_plans([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
         if model.tokenizer is not None:
@@ -95,6 +105,7 @@ def export_component(
     target: TargetSpec,
     folder: Path,
     open_dims: OpenDims = STATIC,
+    sizes: Sizes | None = None,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
@@ -113,19 +124,32 @@ def export_component(
     folder.mkdir(parents=True)
     path = folder / GRAPH_FILE
     save_graph(graph, path)
+    if sizes is not None:
+        write_component_profile(path, sizes, model)
     info = ComponentInfo(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(named_tensor_info, graph.graph.inputs)),
         outputs=dict(map(named_tensor_info, graph.graph.outputs)),
         weight_bits=(FLOAT_BITS[target.float_type],) if quant is None else quant.weight_bits,
         act_bits=FLOAT_BITS[target.float_type] if quant is None else 8,
-        parity_engine=target.parity_engine,
+        parity_engine=stand_in(target),
         acceptance=check_file(path, name, target.name),
     )
     if quant is None and target.float_type == "fp32" and not open_dims:
         return info
     tried = [feeds, [open_dims.other_shape(feeds[0], multiple)]] if open_dims else [feeds]
     return gated(info, path, target, quant, float_component, component, tried)
+
+
+def stand_in(target: TargetSpec) -> str | None:
+    """The engine that computes in the gate in place of the target's own, where that does not run here; else None."""
+    if target.parity_engine is None:
+        return None
+    try:
+        engine_named(target.engine).versions()
+    except EngineUnavailableError:
+        return target.parity_engine
+    return None
 
 
 def gated(
@@ -147,7 +171,7 @@ def gated(
         audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
         audit.check(name, quant)
         info = replace(info, integer_mac_share=audit.integer_mac_share)
-    engine = engine_named(target.parity_engine or target.engine)
+    engine = engine_named(info.parity_engine or target.engine)
 
     def open_session() -> Session:
         return engine.open_session(path, EngineOptions())

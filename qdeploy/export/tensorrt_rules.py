@@ -2,7 +2,7 @@
 
 Source: TensorRT's developer guide, "Working with Quantized Types", and its ONNX parser's refusals.
 
-1. Static shapes: one size, so that the only optimization profile is min = opt = max = that size.
+1. One size, so that the only optimization profile is min = opt = max = that size; or a profile beside the file.
 2. Opset 19 or later, whose Q and DQ take fp16 scales; strong typing gives DQ's output the type of its scale.
 3. Codes are INT8, every zero point is 0, every scale finite and above 0.
 4. Activations have one scale; a weight's codes reach DequantizeLinear straight from the file (no Clip, no Cast).
@@ -25,9 +25,9 @@ FIRST_OPSET = 19
 LAYERS_WITH_BIAS = ("Conv", "Gemm")
 
 
-def check_rules(model: ir.Model, component: str) -> None:
+def check_rules(model: ir.Model, component: str, has_profile: bool = False) -> None:
     """AuditError that names what breaks a rule."""
-    broken = list(broken_rules(model))
+    broken = list(broken_rules(model, has_profile))
     if broken:
         raise AuditError(
             f"{component}: TensorRT would refuse the graph or run it in float: {some_of(broken)}. Keep those layers "
@@ -35,10 +35,10 @@ def check_rules(model: ir.Model, component: str) -> None:
         )
 
 
-def broken_rules(model: ir.Model) -> Iterator[str]:
+def broken_rules(model: ir.Model, has_profile: bool = False) -> Iterator[str]:
     """One line for each place where the graph breaks a rule."""
     for value in model.graph.inputs:
-        if value.shape is None or not value.shape.is_static() or 0 in value.shape.numpy():
+        if value.shape is None or 0 in value.shape or not (has_profile or value.shape.is_static()):
             yield f"input {value.name} has the open or empty shape {value.shape}, expected one size"
     if model.graph.opset_imports[""] < FIRST_OPSET:
         yield f"opset {model.graph.opset_imports['']}, expected {FIRST_OPSET} or later"

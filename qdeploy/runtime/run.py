@@ -118,6 +118,8 @@ class Run:
         calls = iter(range(1, count + 1))
 
         def predict(x: Array, t: int, context: Array | None) -> Array:
+            if context is not None:
+                context.flags.writeable = False  # the same at every step: an engine may keep it on its device
             place = f"in step {next(calls)} of {count} (timestep {t})"
             try:
                 return self._pipeline.predict(self._unet_input(x), t, context, self._clock, 1 + request.is_guided)

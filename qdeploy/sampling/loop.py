@@ -89,9 +89,16 @@ def denoise(
     start = None if given is None else given.first(sampler, noise)
     x = noise * np.float32(sampler.init_noise_sigma) if start is None else start
     count = len(sampler.timesteps) - begin
+    is_guided = cond is not None and uncond is not None
+    # one array for all steps, so that an engine may keep it on its device
+    text = np.concatenate([uncond, cond]) if is_guided else cond  # type: ignore[list-item]
     for index, t in enumerate(sampler.timesteps[begin:], begin):
         model_input = sampler.scale_model_input(x, index)
-        noise_pred = guided(predict, model_input, int(t), cond, uncond, guidance_scale, guidance_rescale)
+        noise_pred = (
+            guided(predict, model_input, int(t), text, guidance_scale, guidance_rescale)  # type: ignore[arg-type]
+            if is_guided
+            else predict(model_input, int(t), cond)
+        )
         x = sampler.step(noise_pred, index, x)
         if given is not None:
             x = given.blended(sampler, noise, index, x)
@@ -104,16 +111,15 @@ def guided(
     predict: PredictNoise[Context],
     x: Array,
     t: int,
-    cond: Context,
-    uncond: Context | None,
+    text: Context,
     guidance_scale: float,
     guidance_rescale: float = 0.0,
 ) -> Array:
-    """Classifier-free guidance (Ho & Salimans 2021): ``uncond + s (cond - uncond)`` from one double batch."""
-    if cond is None or uncond is None:
-        return predict(x, t, cond)
-    text = np.concatenate([uncond, cond])
-    both = predict(np.concatenate([x, x]), t, text)  # type: ignore[arg-type]  # an array, as cond is here
+    """Classifier-free guidance (Ho & Salimans 2021): ``uncond + s (cond - uncond)`` from one double batch.
+
+    ``text`` is ``float32[2 B, T, D]``, what is not to be seen before what is.
+    """
+    both = predict(np.concatenate([x, x]), t, text)
     without, with_text = np.split(both, 2)
     noise_pred = without + np.float32(guidance_scale) * (with_text - without)
     return rescaled(noise_pred, with_text, guidance_rescale) if guidance_rescale else noise_pred

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdeploy.cli import main
+from qdeploy.commands import command_named
 from qdeploy.errors import RequestError, UsageError
 from qdeploy.sampling import NAMES, NoiseSchedule, make_sampler, with_scheduler
 from qdeploy.sampling.loop import PictureStreams, denoise, unit_noise
@@ -252,7 +252,7 @@ def test_with_scheduler_equals_from_config(source: str, target: str) -> None:
 
 @pytest.mark.parametrize(("command", "option"), [("generate", "--scheduler"), ("calibrate", "--sampler")])
 def test_help_names_every_sampler(command: str, option: str) -> None:
-    parameters = main.commands[command].params  # type: ignore[attr-defined]
+    parameters = command_named(command).params
     (help_text,) = [parameter.help for parameter in parameters if option in parameter.opts]
     assert ", ".join(list(NAMES)[:-1]) + f" or {list(NAMES)[-1]}." in help_text
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qdeploy.engines.nvidia.graph_inputs import is_static
+from qdeploy.engines.nvidia.profiles import profile_for
 from qdeploy.errors import EngineUnavailableError
 from qdeploy.export.passes.expand_attention import expand_attention
 from qdeploy.export.passes.fold_ratio import fold_ratio
@@ -31,7 +33,12 @@ def lower(model: ir.Model) -> None:
 
 def check(path: Path, component: str) -> str:
     """The rules on the file, then TensorRT's own library where it is installed; AuditError when either refuses."""
-    check_rules(ir.load(path), component)
+    is_open = not is_static(path)
+    if is_open:
+        profile_for(path)
+    check_rules(ir.load(path), component, has_profile=is_open)
+    if is_open:
+        return "not built on trial: its sizes are open"
     try:
         return f"built by {accept(path).library}"
     except EngineUnavailableError as exc:

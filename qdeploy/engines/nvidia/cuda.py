@@ -1,0 +1,126 @@
+"""Device memory, pinned host memory, a stream and recorded graphs by NVIDIA's ``cuda-python``.
+
+``cuda-python`` is what NVIDIA's own samples moved to from pycuda. Every call returns its status first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.errors import EngineError, EngineUnavailableError
+
+
+def cudart() -> ModuleType:
+    """CUDA's runtime; EngineUnavailableError when ``cuda-python`` is not installed."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as exc:
+        raise EngineUnavailableError("cuda-python is not installed; run `pip install 'qdeploy[tensorrt]'`") from exc
+    return runtime
+
+
+def done(answer: tuple[Any, ...]) -> Any:
+    """What a call of the runtime returned behind its status; EngineError with the status' name when it failed."""
+    status, *values = answer
+    if status.value != 0:
+        raise EngineError(f"CUDA: {status.name}")
+    return values[0] if values else None
+
+
+class Buffer:
+    """One tensor's place on the device and its twin in pinned host memory, which copies go through asynchronously."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Room for ``shape``, the largest that will come."""
+        self.cuda = cudart()
+        self.dtype = dtype
+        self.size_bytes = max(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, dtype.itemsize)
+        self.address: int | None = None
+        self._pinned: int | None = None
+        try:
+            self.address = int(done(self.cuda.cudaMalloc(self.size_bytes)))
+            self._pinned = int(done(self.cuda.cudaMallocHost(self.size_bytes)))
+        except EngineError:
+            self.free()
+            raise
+        memory = (ctypes.c_ubyte * self.size_bytes).from_address(self._pinned)
+        self._host: NDArray | None = np.ctypeslib.as_array(memory)
+
+    def fill(self, array: NDArray, stream: Any) -> None:
+        """Begin to copy ``array`` to the device; the stream must have passed the last copy from here."""
+        self.host(array.shape)[...] = array
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        done(self.cuda.cudaMemcpyAsync(self.address, self._pinned, array.nbytes, kind, stream))
+
+    def fetch(self, shape: tuple[int, ...], stream: Any) -> None:
+        """Begin to copy a tensor of ``shape`` from the device; ``host`` has it when the stream has passed that."""
+        size = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        done(self.cuda.cudaMemcpyAsync(self._pinned, self.address, size, kind, stream))
+
+    def host(self, shape: tuple[int, ...]) -> NDArray:
+        """The pinned memory as an array of ``shape``: a view, overwritten by the next call."""
+        assert self._host is not None
+        size = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
+        if size > self.size_bytes:
+            raise EngineError(f"a tensor of shape {list(shape)} is larger than the profile's largest")
+        return self._host[:size].view(self.dtype).reshape(shape)
+
+    def free(self) -> None:
+        """Give both back; a second call does nothing."""
+        self._host = None
+        if self._pinned is not None:
+            self.cuda.cudaFreeHost(self._pinned)
+        if self.address is not None:
+            self.cuda.cudaFree(self.address)
+        self.address = self._pinned = None
+
+
+class Stream:
+    """One stream of work, and graphs recorded from it."""
+
+    def __init__(self) -> None:
+        self.cuda = cudart()
+        self.handle: Any = done(self.cuda.cudaStreamCreate())
+
+    def synchronize(self) -> None:
+        done(self.cuda.cudaStreamSynchronize(self.handle))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What is put on the stream inside is recorded instead of run; nothing stays recorded where that fails."""
+        mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        done(self.cuda.cudaStreamBeginCapture(self.handle, mode))
+        try:
+            yield
+        except BaseException:
+            status, graph = self.cuda.cudaStreamEndCapture(self.handle)
+            if status.value == 0:
+                self.cuda.cudaGraphDestroy(graph)
+            raise
+
+    def recorded(self) -> Any:
+        """What was recorded, ready to ``replay``."""
+        graph = done(self.cuda.cudaStreamEndCapture(self.handle))
+        try:
+            return done(self.cuda.cudaGraphInstantiate(graph, 0))
+        finally:
+            self.cuda.cudaGraphDestroy(graph)
+
+    def replay(self, recorded: Any) -> None:
+        done(self.cuda.cudaGraphLaunch(recorded, self.handle))
+
+    def forget(self, recorded: Any) -> None:
+        self.cuda.cudaGraphExecDestroy(recorded)
+
+    def free(self) -> None:
+        if self.handle is not None:
+            self.cuda.cudaStreamDestroy(self.handle)
+        self.handle = None

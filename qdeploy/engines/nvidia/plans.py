@@ -1,0 +1,135 @@
+"""Built TensorRT engines on disk ("plans"): what one was built from, and loading none that was built from another.
+
+A plan holds machine code that TensorRT runs as it comes, so only two kinds are read: those in this user's own cache,
+and those that a bundle's manifest lists with their SHA-256. Beside each lies its key, and every part of it must agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from qdeploy.bundle import MANIFEST
+from qdeploy.engines.nvidia.profiles import Profile
+from qdeploy.errors import EngineError
+from qdeploy.files import read_json, sha256_of, staged_file
+
+PLAN_SUFFIX = ".plan"
+KEY_SUFFIX = ".key.json"
+GRAPH_SUFFIXES = ("", ".data")  # the graph and its weights, which the exporter puts beside it
+WORDS = {
+    "onnx_sha256": "another graph",
+    "tensorrt": "TensorRT {}",
+    "sm": "a GPU of SM {}",
+    "profile": "the shapes {}",
+    "strongly_typed": "strong typing {}",
+}
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """Everything that a plan depends on.
+
+    onnx_sha256: of the graph and its weights. sm: compute capability of the GPU, "9.0". profile: canonical JSON.
+    """
+
+    onnx_sha256: str
+    tensorrt: str
+    sm: str
+    profile: str
+    strongly_typed: bool = True
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 over all of it: the plan's name in the cache."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def check(self, stored: PlanKey, where: Path) -> None:
+        """EngineError that names what the plan at ``where``, whose key is ``stored``, was built for instead."""
+        built_for = [
+            WORDS[name].format(getattr(stored, name))
+            for name in (field.name for field in fields(self))
+            if getattr(stored, name) != getattr(self, name)
+        ]
+        if built_for:
+            here = f"TensorRT {self.tensorrt}, SM {self.sm}, shapes {self.profile}"
+            raise EngineError(
+                f"{where} was built for {' and '.join(built_for)}, and here is {here}; export the bundle again, with "
+                "--build on this machine or without it"
+            )
+
+
+def key_of(graph: Path, profile: Profile, tensorrt: str, sm: tuple[int, int]) -> PlanKey:
+    """The key of the plan that would be built of ``graph`` here."""
+    digest = hashlib.sha256()
+    for suffix in GRAPH_SUFFIXES:
+        file = graph.with_name(graph.name + suffix)
+        if file.is_file():
+            digest.update(f"{suffix} {sha256_of(file)}\n".encode())
+    shapes = {name: [list(shape) for shape in profile[name]] for name in sorted(profile)}
+    return PlanKey(digest.hexdigest(), tensorrt, f"{sm[0]}.{sm[1]}", json.dumps(shapes, separators=(",", ":")))
+
+
+def bundled_plan(graph: Path, key: PlanKey) -> bytes | None:
+    """The plan beside ``graph``, or None; EngineError when it is another's or the bundle's manifest lacks it."""
+    plan = graph.with_suffix(PLAN_SUFFIX)
+    if not plan.is_file():
+        return None
+    listed = _listed_sha256(graph.parent.parent, plan)
+    if listed is None:
+        raise EngineError(
+            f"{plan} is listed in no bundle's manifest, so nobody vouches for the code in it; remove it, or export "
+            "the bundle again with --build"
+        )
+    return _checked(plan, key, listed)
+
+
+def cached_plan(folder: Path, key: PlanKey) -> bytes | None:
+    """The plan of ``key`` in this user's cache ``folder``, or None where there is none yet."""
+    plan = folder / f"{key.digest}{PLAN_SUFFIX}"
+    return _checked(plan, key, None) if plan.is_file() else None
+
+
+def keep_plan(folder: Path, key: PlanKey, content: bytes) -> Path:
+    """Put a plan in the cache ``folder``."""
+    return write_plan(folder / f"{key.digest}{PLAN_SUFFIX}", key, content)
+
+
+def write_plan(plan: Path, key: PlanKey, content: bytes) -> Path:
+    """Write a plan with its key; the plan last, so that one without a key is never seen."""
+    document = {**asdict(key), "plan_sha256": hashlib.sha256(content).hexdigest()}
+    with staged_file(plan.with_suffix(KEY_SUFFIX)) as scratch:
+        scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with staged_file(plan) as scratch:
+        scratch.write_bytes(content)
+    return plan
+
+
+def _checked(plan: Path, key: PlanKey, listed_sha256: str | None) -> bytes:
+    """The plan's bytes when its key agrees with ``key`` and its hash with its key's, and the manifest's where given."""
+    try:
+        document = dict(read_json(plan.with_suffix(KEY_SUFFIX)))
+        digest = str(document.pop("plan_sha256"))
+        stored = PlanKey(**document)
+    except (OSError, KeyError, TypeError, ValueError) as exc:
+        raise EngineError(f"{plan} has no readable key beside it ({exc!r}); remove it, it will be built again") from exc
+    key.check(stored, plan)
+    content = plan.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest or (listed_sha256 is not None and found != listed_sha256):
+        raise EngineError(f"{plan} was changed: its SHA-256 is not the one it was written with; remove it")
+    return content
+
+
+def _listed_sha256(bundle: Path, plan: Path) -> str | None:
+    """What the bundle's manifest says of the plan."""
+    if not (bundle / MANIFEST).is_file():
+        return None
+    try:
+        entries = read_json(bundle / MANIFEST)["files"]
+        listed = {str(entry["path"]): str(entry["sha256"]) for entry in entries}
+    except (KeyError, TypeError, ValueError) as exc:
+        raise EngineError(f"{bundle / MANIFEST} is not a readable manifest ({exc!r}); export the bundle again") from exc
+    return listed.get(plan.relative_to(bundle).as_posix())

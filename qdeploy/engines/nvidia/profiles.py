@@ -1,0 +1,181 @@
+"""Optimization profiles: the smallest, likeliest and largest shape of each input of a graph with open shapes.
+
+``--profile batch=1:2:2,height=512:512:768,width=512:512:768`` says them once for all components, in rows of a UNet call
+and pixels of the picture; ``shapes_of`` makes each input's shapes of that. A profile lies beside its graph as
+``profile.json``. A graph of static shapes needs none: its shapes are all three.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from qdeploy.engines.base import OPEN, Port
+from qdeploy.engines.nvidia.graph_inputs import inputs_of
+from qdeploy.errors import EngineError, UsageError
+from qdeploy.files import read_json
+
+PROFILE_FILE = "profile.json"
+KEYS = ("batch", "height", "width")
+HEIGHT_AXIS, WIDTH_AXIS = 2, 3  # of NCHW
+UNET_INPUT = "timestep"  # that no other component reads
+PIXELS = "image"  # the one input that is in pixels, the VAE encoder's; all others of rank 4 are latents
+EXAMPLE = "batch=1:2:2,height=512:512:768,width=512:512:768"
+
+
+class Range(NamedTuple):
+    """Smallest, likeliest and largest value."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class Shapes(NamedTuple):
+    """Smallest, likeliest and largest shape of one input."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+Profile = Mapping[str, Shapes]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `--profile` asks for; None leaves a side as the graph has it."""
+
+    batch: Range | None = None
+    height: Range | None = None
+    width: Range | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How pixels and latents go together.
+
+    factor: pixels a latent has on each side, 8 for Stable Diffusion.
+    multiple: of latents, that a UNet with 2**k smaller levels can halve k times.
+    """
+
+    factor: int
+    multiple: int
+
+    def latents(self, key: str, pixels: int) -> int:
+        """A side in latents; UsageError when it does not divide."""
+        step = self.factor * self.multiple
+        if pixels % step:
+            raise UsageError(f"--profile {key}: got {pixels}, expected a multiple of {step} for this model")
+        return pixels // self.factor
+
+
+def parse_sizes(text: str) -> Sizes:
+    """`--profile`'s text; a value alone is all three of its range. UsageError when it is malformed."""
+    found: dict[str, Range] = {}
+    for part in text.split(","):
+        key, equals, values = (piece.strip() for piece in part.partition("="))
+        if key not in KEYS or not equals:
+            raise UsageError(f"--profile: got {part!r}, expected {', '.join(KEYS)} with MIN:OPT:MAX, such as {EXAMPLE}")
+        if key in found:
+            raise UsageError(f"--profile: {key} comes twice")
+        found[key] = _range(key, values)
+    return Sizes(**found)
+
+
+def shapes_of(sizes: Sizes, ports: Sequence[Port], grid: Grid) -> dict[str, Shapes]:
+    """Each input's shapes; UsageError when a side is open and not asked for.
+
+    The rows asked for are those of a UNet call; the other components are called with one row as well.
+    """
+    if sizes.batch is not None and UNET_INPUT not in {port.name for port in ports}:
+        sizes = replace(sizes, batch=Range(1, 1, sizes.batch.max))
+    return {port.name: _shapes(sizes, port, grid) for port in ports}
+
+
+def static_profile(ports: Sequence[Port]) -> dict[str, Shapes]:
+    """The profile of a graph that leaves nothing open."""
+    return {port.name: Shapes(port.dims, port.dims, port.dims) for port in ports}
+
+
+def provider_shapes(profile: Profile, ports: Sequence[Port], prefix: str) -> dict[str, str]:
+    """ONNX Runtime's options ``PREFIX_{min,opt,max}_shapes``: ``name:1x4x64x64,name:…`` of the inputs that are open."""
+    is_open = [port.name for port in ports if not port.is_static]
+    return {
+        f"{prefix}_{which}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, getattr(profile[name], which)))}" for name in is_open
+        )
+        for which in Shapes._fields
+    }
+
+
+def write_profile(folder: Path, profile: Profile) -> None:
+    document = {name: shapes._asdict() for name, shapes in profile.items()}
+    (folder / PROFILE_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def profile_for(path: Path) -> dict[str, Shapes]:
+    """The profile of the graph at ``path``: its own shapes, or what lies beside it; EngineError without one."""
+    ports = inputs_of(path)
+    if all(port.is_static for port in ports):
+        return static_profile(ports)
+    file = path.with_name(PROFILE_FILE)
+    if not file.is_file():
+        raise EngineError(
+            f"{path} leaves shapes open and has no {PROFILE_FILE} beside it, which TensorRT builds for; export it "
+            f"again with --profile, such as --profile {EXAMPLE}"
+        )
+    try:
+        found = {name: Shapes(*(tuple(map(int, entry[which])) for which in Shapes._fields))
+                 for name, entry in read_json(file).items()}  # fmt: skip
+        fits = all(_allows(port, found[port.name]) for port in ports)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise EngineError(f"{file} is not a readable profile ({exc!r}); export the bundle again") from exc
+    if not fits:
+        raise EngineError(f"{file} is not the profile of {path}: its shapes do not fit; export the bundle again")
+    return found
+
+
+def _range(key: str, text: str) -> Range:
+    try:
+        values = [int(value) for value in text.split(":")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:
+        raise UsageError(f"--profile {key}: got {text!r}, expected MIN:OPT:MAX in rising order, or one number")
+    return Range(*values)
+
+
+def _shapes(sizes: Sizes, port: Port, grid: Grid) -> Shapes:
+    wanted: list[Range | None] = [None] * len(port.dims)
+    if port.dims:
+        wanted[0] = sizes.batch
+    if len(port.dims) == 4:
+        for axis, key in ((HEIGHT_AXIS, "height"), (WIDTH_AXIS, "width")):
+            asked: Range | None = getattr(sizes, key)
+            if asked is not None:
+                latents = Range(*(grid.latents(key, pixels) for pixels in asked))
+                wanted[axis] = asked if port.name == PIXELS else latents
+    columns = [_side(port, axis, dim, asked) for axis, (dim, asked) in enumerate(zip(port.dims, wanted, strict=True))]
+    return Shapes(*(tuple(column[which] for column in columns) for which in range(3)))
+
+
+def _side(port: Port, axis: int, dim: int, asked: Range | None) -> Range:
+    if dim == OPEN:
+        if asked is None:
+            raise UsageError(f"--profile: dimension {axis} of {port.name!r} is open; give its range, such as {EXAMPLE}")
+        return asked
+    return Range(dim, dim, dim)
+
+
+def _allows(port: Port, shapes: Shapes) -> bool:
+    """Whether the shapes are the port's, in rising order."""
+    columns = list(zip(port.dims, *shapes, strict=True))
+    return all(0 < low <= likely <= high and dim in (OPEN, low) for dim, low, likely, high in columns) and all(
+        dim == OPEN or low == high for dim, low, _, high in columns
+    )

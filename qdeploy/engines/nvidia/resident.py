@@ -1,0 +1,48 @@
+"""Which input lies on the device already: the text's embeddings are the same at every step of a picture.
+
+An array counts as unchanged when the very same memory comes again and nobody can have written to it, which is when
+neither it nor any array that it is a view of is writeable. Comparing contents instead would cost as much as copying.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+Identity = tuple[Any, ...]
+
+
+class Residents:
+    """What each of a session's device buffers was last filled with."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Identity, NDArray]] = {}  # the array too, so that its memory is not used again
+
+    def holds(self, name: str, array: NDArray) -> bool:
+        """Whether the buffer ``name`` holds ``array`` already; if not, the caller fills it with it now."""
+        identity = identity_of(array) if is_frozen(array) else None
+        kept = self._kept.pop(name, None)
+        if identity is None:
+            return False
+        self._kept[name] = identity, array
+        return kept is not None and kept[0] == identity
+
+    def forget(self) -> None:
+        """Nothing is known to be on the device, for instance behind a failed run."""
+        self._kept.clear()
+
+
+def is_frozen(array: NDArray) -> bool:
+    """Whether no NumPy array can write to the memory of ``array``."""
+    holder: Any = array
+    while holder is not None:
+        flags = getattr(holder, "flags", None)
+        if flags is None or flags.writeable:  # memory of another library's, or one that can be written
+            return False
+        holder = holder.base
+    return True
+
+
+def identity_of(array: NDArray) -> Identity:
+    return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype.str

@@ -1,0 +1,111 @@
+"""TensorRT for RTX as ONNX Runtime's plug-in provider, for the bundles of the target ``tensorrt``.
+
+The package ``onnxruntime-ep-nv-tensorrt-rtx-cu13`` (extra ``tensorrt-rtx``) brings it to the plain ``onnxruntime``.
+Each layer's kernel is compiled on the machine when it is first met; a cache keeps them from one session to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.engines.base import EngineOptions, Kernel
+from qdeploy.engines.nvidia.caches import cache_folder
+from qdeploy.engines.nvidia.graph_inputs import inputs_of
+from qdeploy.engines.nvidia.machine import Needs, check_here
+from qdeploy.engines.nvidia.onnxruntime import DTYPES, opened, session_for
+from qdeploy.engines.nvidia.profiles import profile_for, provider_shapes
+from qdeploy.engines.ort_cpu import OrtSession
+from qdeploy.errors import EngineUnavailableError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDER = "NvTensorRTRTXExecutionProvider"
+PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
+INSTALL = "pip install 'qdeploy[tensorrt-rtx]'"
+# tensorrt_rtx_provider_options.h of 0.5.0, IsComputeCapabilitySupported: H100 and A100 are not among them
+SERVED = "the plug-in runs on SM 8.6, 8.9 and from 12.0 on (GeForce and RTX cards); native TensorRT serves the others"
+NEEDS = Needs(13000, sms=(SERVED, frozenset({(8, 6), (8, 9)}), (12, 0)))
+
+
+def versions() -> dict[str, str]:
+    """Packages and GPU; EngineUnavailableError names everything that is missing."""
+    gpu = check_here("tensorrt-rtx", NEEDS, _plugin)
+    import onnxruntime
+
+    return {"onnxruntime": onnxruntime.__version__, PACKAGE: metadata.version(PACKAGE), "gpu": str(gpu)}
+
+
+def open_session(path: Path, options: EngineOptions) -> OrtSession:
+    """Build ``path`` for this GPU; UsageError where ``options`` ask for another provider."""
+    options.check_providers("tensorrt-rtx", (PROVIDER,))
+    versions()
+    _register()
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
+    if not devices:
+        raise EngineUnavailableError(f"{PACKAGE} offers no device here: {SERVED}")
+    settings.add_provider_for_devices(devices[:1], provider_options(path, options))
+    session = opened(path, settings, PROVIDER, None)
+    return session_for(session, path, fill=_fill, read=_read)
+
+
+def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+    """EngineUnavailableError: ONNX Runtime shows the provider's whole graph as one node."""
+    raise EngineUnavailableError(
+        "TensorRT for RTX does not show which kernels it runs; `--engine tensorrt` (native TensorRT) does"
+    )
+
+
+def provider_options(path: Path, options: EngineOptions) -> dict[str, str]:
+    """The plug-in's options for ``path`` (tensorrt_rtx_provider_options.h)."""
+    ports = inputs_of(path)
+    chosen = {"nv_runtime_cache_path": str(cache_folder(f"tensorrt-rtx/{metadata.version(PACKAGE)}"))}
+    if all(port.is_static for port in ports):
+        return chosen | ({"enable_cuda_graph": "1"} if options.cuda_graph else {})
+    return chosen | provider_shapes(profile_for(path), ports, "nv_profile")
+
+
+def _plugin() -> ModuleType:
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx
+    except ImportError as exc:
+        raise EngineUnavailableError(f"TensorRT-RTX is not installed; on Linux x86-64, run `{INSTALL}`") from exc
+    return onnxruntime_ep_nv_tensorrt_rtx
+
+
+@cache
+def _register() -> None:
+    """Once a process: a second time ONNX Runtime refuses the name."""
+    import onnxruntime
+
+    plugin = _plugin()
+    try:
+        onnxruntime.register_execution_provider_library(PROVIDER, plugin.get_library_path())
+    except Exception as exc:
+        raise EngineUnavailableError(f"ONNX Runtime cannot load the plug-in of {PACKAGE}: {exc}") from exc
+
+
+def _fill(value: onnxruntime.OrtValue, array: NDArray) -> None:
+    """By the plug-in's own copying: ``update_inplace`` is for providers that are built in."""
+    import onnxruntime
+
+    onnxruntime.copy_tensors([onnxruntime.OrtValue.ortvalue_from_numpy(array)], [value])
+
+
+def _read(value: onnxruntime.OrtValue) -> NDArray:
+    import onnxruntime
+
+    result = np.empty(value.shape(), DTYPES[value.data_type()])
+    onnxruntime.copy_tensors([value], [onnxruntime.OrtValue.ortvalue_from_numpy(result)])
+    return result

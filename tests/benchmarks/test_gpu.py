@@ -1,0 +1,132 @@
+"""`scripts/gpu_check` as far as it goes without a GPU: files made, the CPU's row measured, the rest said not to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks import gpu
+from benchmarks.gpu import check, make_bundles, make_shells
+from benchmarks.gpu_rows import ROWS, UNET_CONFIG, Row, feeds_of, measure
+from benchmarks.gpu_shells import DRAWING, KEPT, KEPT_BYTES, Piece, drawn, fill
+from qdeploy.engines.base import EngineOptions, engine_named
+from qdeploy.engines.nvidia.machine import found_here
+from qdeploy.export import exporter
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.spec import TargetSpec
+from qdeploy.table import QuantTable
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gpu_check"
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_model: LatentDiffusion,
+    table: QuantTable,
+    float_bundle: Path,
+    int8_bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """What --make writes, as far as it takes seconds: bundles of the CPU's play two parts, one shell is whole."""
+    folder = tmp_path_factory.mktemp("gpu")
+    shutil.copytree(float_bundle, folder / "tiny" / "fp32")
+    shutil.copytree(int8_bundle, folder / "tiny" / "tensorrt-int8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "BUNDLES", {"tensorrt-int8": gpu.BUNDLES["tensorrt-int8"]})
+        make_shells(tiny_model, table, folder / "shell")
+    return folder
+
+
+def test_a_bundle_is_made_for_every_row(
+    tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, tuple[str, bool]] = {}
+
+    def export(model: LatentDiffusion, table: QuantTable | None, target: TargetSpec, out: Path) -> None:
+        target.check_precision(target.float_type if table is None else "int8")
+        made[out.name] = target.name, table is not None
+
+    monkeypatch.setattr(exporter, "export_bundle", export)
+    make_bundles(tiny_model, table, tmp_path)
+    assert {row.bundle for row in ROWS if row.bundle} == set(made)
+    assert made["tensorrt-int8"] == ("tensorrt", True)
+    assert UNet2DConditionModel.from_config(json.loads((tmp_path / UNET_CONFIG).read_text())).config.sample_size
+
+
+def test_a_shell_is_small(made: Path) -> None:
+    shell = made / "shell" / "tensorrt-int8" / "unet"
+    assert {path.name for path in shell.iterdir()} >= {"model.onnx", DRAWING, KEPT}
+    drawing = json.loads((shell / DRAWING).read_text())
+    assert sum(piece["size"] for piece in drawing["pieces"]) <= drawing["bytes"]
+
+
+def test_a_filled_shell_runs_and_is_the_same_every_time(made: Path) -> None:
+    graph = fill(made / "shell" / "tensorrt-int8" / "unet")
+    weights = graph.with_name("model.onnx.data")
+    first = weights.read_bytes()
+    (found,) = engine_named("ort-cpu").open_session(graph, EngineOptions()).run(feeds_of(graph)).values()
+    assert np.isfinite(found).all()
+    assert found.std() > 0
+    weights.unlink()
+    assert fill(graph.parent).with_name("model.onnx.data").read_bytes() == first
+
+
+def test_large_tensors_are_drawn_alike() -> None:
+    piece = Piece(0, 2 * KEPT_BYTES, "int8", 3.0, 40.0, False)
+    codes = drawn(piece, np.random.default_rng(0))
+    assert codes.dtype == np.int8
+    assert len(codes) == 2 * KEPT_BYTES
+    assert codes.min() == -127
+    assert codes.astype(float).mean() == pytest.approx(3.0, abs=0.5)
+    half = drawn(Piece(0, 2 * KEPT_BYTES, "float16", -1.0, 0.5, False), np.random.default_rng(0))
+    assert (half.dtype, len(half)) == (np.float16, KEPT_BYTES)
+    assert half.astype(float).std() == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_cpus_row_and_what_cannot_run(made: Path, tmp_path: Path) -> None:
+    if found_here().gpus:
+        pytest.skip("a GPU is here")
+    text = check(made, tmp_path / "out", None, cpu=True, calls=3)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["rows"]) == {f"{model}: {row.name}" for model in ("tiny", "shell") for row in ROWS}
+    done = report["rows"]["tiny: ort-cpu fp32"]
+    assert len(done["step_ms"]) == 3
+    assert report["rows"]["tiny: tensorrt tensorrt-int8"] == {"not_run": "no NVIDIA GPU here"}
+    assert "| tiny | ort-cuda cuda-fp16 | not run: no NVIDIA GPU here |" in text
+    assert "| shell | ort-cpu fp32 | not run: no fp32 in shell |" in text
+    again = check(made, tmp_path / "out", "tiny ort-cpu", cpu=True, calls=3)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"] == {"tiny: ort-cpu fp32": done}
+    assert len(again.splitlines()) == 5
+
+
+def test_fidelity_is_measured_against_the_fp32_bundle(made: Path) -> None:
+    """The row of an engine that is here, on the files of one that is not."""
+    found = measure(Row("ort-cpu", "tensorrt-int8"), made / "tiny", 2)
+    assert set(found["sqnr_db"]) == {"text_encoder", "unet", "vae_decoder"}
+    assert all(10 < db < 60 for db in found["sqnr_db"].values())
+
+
+def test_a_row_without_its_engine_says_why(made: Path) -> None:
+    if found_here().gpus:
+        pytest.skip("a GPU is here")
+    assert "tensorrt cannot run here" in measure(Row("tensorrt", "tensorrt-int8"), made / "tiny", 2)["not_run"]
+    if not torch.cuda.is_available():
+        assert measure(Row("eager", None), made / "tiny", 2) == {"not_run": "torch has no CUDA here"}
+
+
+def test_without_a_gpu_it_is_one_clear_error(tmp_path: Path) -> None:
+    if found_here().gpus:
+        pytest.skip("a GPU is here")
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu_check: there is no NVIDIA GPU here")
+    assert done.stdout == ""
