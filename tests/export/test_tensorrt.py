@@ -22,9 +22,10 @@ from qdeploy.describe_audit import describe_audit
 from qdeploy.engines.base import engine_named
 from qdeploy.engines.nvidia import plans
 from qdeploy.engines.nvidia.machine import lack_of
-from qdeploy.engines.nvidia.profiles import Profile, profile_for
+from qdeploy.engines.nvidia.profiles import Profile, parse_sizes, profile_for
 from qdeploy.errors import EngineUnavailableError, ExportError, ParityError, TableError, UsageError
 from qdeploy.export.exporter import export_bundle, export_component
+from qdeploy.export.open_dims import OpenDims
 from qdeploy.export.parity import Parity
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.progress import OnProgress
@@ -196,6 +197,33 @@ def test_no_engine_is_no_picture(int8_tensorrt: Path) -> None:
     assert "tensorrt cannot run here" in " ".join(shown.output.split())
     with pytest.raises(EngineUnavailableError, match="cannot run"):
         describe_audit(int8_tensorrt)
+
+
+def test_open_sizes_go_with_a_profile(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
+    free, sizes = OpenDims(batch=True, size=True), parse_sizes("batch=1:2:4,height=16:16:32,width=16:16:32")
+    manifest = export_bundle(tiny_model, None, TENSORRT, tmp_path / "open", open_dims=free, sizes=sizes)
+    assert {info.acceptance for info in manifest.components.values()} == {"not built on trial: its sizes are open"}
+    found = profile_for(tmp_path / "open/unet/model.onnx")["sample"]
+    assert (found.min, found.max) == ((1, 4, 8, 8), (4, 4, 16, 16))
+    assert "unet/profile.json" in open_bundle(tmp_path / "open").files
+
+
+@pytest.mark.parametrize(
+    ("target", "dynamic", "profile", "problem"),
+    [
+        ("tensorrt", True, False, "give it, such as --profile"),
+        ("tensorrt", False, True, "with --dynamic"),
+        ("ort-cpu", True, True, "only --target tensorrt"),
+    ],
+)
+def test_a_profile_without_open_sizes_or_the_other_way_round(
+    tiny_model: LatentDiffusion, tmp_path: Path, target: str, dynamic: bool, profile: bool, problem: str
+) -> None:
+    sizes = parse_sizes("batch=2,height=16,width=16") if profile else None
+    with pytest.raises(UsageError, match=problem):
+        export_bundle(
+            tiny_model, None, target_named(target), tmp_path / "x", open_dims=OpenDims(size=dynamic), sizes=sizes
+        )
 
 
 def test_a_build_that_cannot_be_is_refused_before_the_export(tiny_folder: Path, tmp_path: Path) -> None:
