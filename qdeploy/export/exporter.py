@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import shutil
@@ -134,7 +135,8 @@ def export_component(
         act_bits=FLOAT_BITS[target.float_type] if quant is None else 8,
         parity_engine=stand_in(target),
     )
-    del graph  # a gigabyte of 4-bit codes less while the gate holds engine and simulator
+    del graph
+    gc.collect()  # its nodes refer to one another; a gigabyte of 4-bit codes less while the gate holds an engine
     info = replace(info, acceptance=check_file(path, name, target.name))
     if quant is None and target.float_type == "fp32" and not open_dims:
         return info
