@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import shutil
@@ -26,6 +25,7 @@ from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC, OpenDims
 from qdeploy.export.parity import ENGINE_LOSS_MAX_DB, FP16_ENGINE_LOSS_MAX_DB, measure_parity
 from qdeploy.export.plans import build_plans, check_buildable, check_profile, write_component_profile
+from qdeploy.export.release import release_memory
 from qdeploy.export.targets import check_file, lower
 from qdeploy.files import staged_folder
 from qdeploy.models.components import Component
@@ -136,7 +136,7 @@ def export_component(
         parity_engine=stand_in(target),
     )
     del graph
-    gc.collect()  # its nodes refer to one another; a gigabyte of 4-bit codes less while the gate holds an engine
+    release_memory()
     info = replace(info, acceptance=check_file(path, name, target.name))
     if quant is None and target.float_type == "fp32" and not open_dims:
         return info
@@ -172,6 +172,7 @@ def gated(
     name = path.parent.name
     if quant is not None:
         audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
+        release_memory()
         audit.check(name, quant)
         info = replace(info, integer_mac_share=audit.integer_mac_share)
     engine = engine_named(info.parity_engine or target.engine)
