@@ -105,7 +105,17 @@ class Picture:
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-Block = Text | Facts | Table | Chart | Picture
+@dataclass(frozen=True)
+class Grid:
+    """Pictures in rows and columns: each row its name and, for each column, the pictures that stand in that cell."""
+
+    header: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Sequence[Picture]]]]
+    caption: str = ""
+    kind: ClassVar[str] = "grid"
+
+
+Block = Text | Facts | Table | Chart | Picture | Grid
 
 
 @dataclass(frozen=True)
