@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 WIDTH_INCHES = 8.6
 ROW_INCHES = 2.6
+MOST_COLUMNS, LEGEND_LETTERS = 4, 116  # of a legend, and what fits in its width
 
 
 def one_panel(title: str, height_inches: float = ROW_INCHES) -> tuple[Figure, Axes]:
@@ -35,9 +36,11 @@ def add_legend(figure: Figure, named: Iterable[tuple[str, str]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, lw=3, label=short(name)) for name, colour in named]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(MOST_COLUMNS, max(1, LEGEND_LETTERS // (longest + 6)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
 
-def short(name: str, most: int = 28) -> str:
+def short(name: str, most: int = 32) -> str:
     """``name``, or its end behind an ellipsis."""
     return name if len(name) <= most else "…" + name[1 - most :]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 QUALITY = {"psnr": "PSNR to the twin, dB", "fid": "FID"}
 DOT, LARGEST_DOT = 60, 420  # square points: what was not timed, and the slowest
+COUNTS = {1: "1", 10**2: "100", 10**4: "10⁴", 10**6: "10⁶", 10**8: "10⁸"}
 MOST_PER_PANEL = 400  # dots, beyond which layers are one blot
 
 
@@ -74,9 +75,9 @@ def size_speed_quality(result: Result) -> Chart | None:
         add_legend(figure, [(labelled(one), colours[one.name]) for one in sized])
     timed = (
         "The larger a dot, the longer a picture took while they were made, loading included, whatever else the machine "
-        "did then: `qdeploy bench` times. "
+        "did then; qdeploy bench measures speed. "
         if slowest
-        else "Pictures were made elsewhere and not timed; `qdeploy bench` times. "
+        else "Pictures were made elsewhere and not timed; qdeploy bench measures speed. "
     )
     return Chart(
         figure, "Size, speed and quality of each bundle", timed + "A dotted line is a bundle without that figure."
@@ -132,7 +133,8 @@ def draw_histogram(panel: Axes, counts: Histogram) -> None:
     panel.stairs(counts.after, counts.edges, color=SERIES[1], linewidth=1.1)
     panel.set_yscale("symlog", linthresh=1)
     panel.set_ylim(bottom=0)
-    panel.set_yticks([10**power for power in range(0, 9, 2) if 10**power <= 2 * counts.before.max()])
+    ticks = [tick for tick in COUNTS if tick <= 2 * max(counts.before.max(), 1)]
+    panel.set_yticks(list(ticks), [COUNTS[tick] for tick in ticks])
     panel.minorticks_off()
 
 

@@ -15,7 +15,7 @@ from qdeploy.evaluate.contenders import PICTURES
 from qdeploy.evaluate.layer_figures import LayerFigures, Layers
 from qdeploy.evaluate.report import calibration_table, notes_under, table_of
 from qdeploy.evaluate.result import Contender, Result
-from qdeploy.page import Block, Chart, Facts, Grid, Page, Picture, Section, Table, Text
+from qdeploy.page import Facts, Grid, Page, Picture, Section, Table, Text
 from qdeploy.picture_files import decode
 from qdeploy.sample.folder import picture_file
 
@@ -23,23 +23,25 @@ SHOWN = 8  # pictures of each bundle
 MOST_PIXELS = 160  # a side, of what is embedded
 GAIN = 4  # of difference maps
 WORST, LISTED = 4, 12  # layers with histograms, and in the table
+LAYERS = "Layer by layer"
+HOW = (
+    "What a layer of the float model reads, on the first input that the table recorded, is given to the quantized "
+    "layer too. Weights are in the model's own units, equalization undone."
+)
 WITHOUT_TABLES = (
-    "Left out. With `--table TABLE` for each table that a bundle was made from, each layer's SQNR and histograms of "
-    "the worst layers are measured on the float model."
+    "Left out. With --table TABLE, for each table that a bundle was made from, the SQNR of its layers and histograms "
+    "of the worst are measured on the float model."
 )
 Pixels = NDArray[np.uint8]
 
 
 def page_of(result: Result, out: Path, layers: Sequence[Layers] = ()) -> Page:
     """The page; ``out`` is the evaluation's folder, whose pictures are shown."""
-    notes = Text([f"{note[0].upper()}{note[1:]}." for note in notes_under(result)])
-    sections = [Section("Figures", [Table(*table_of(result)), notes])]
-    calibration = calibration_table([result])
-    if calibration is not None:
-        sections.append(Section("Calibration and bits", [Table(*calibration)]))
+    tables = [Table(*table) for table in (table_of(result), calibration_table([result])) if table is not None]
+    sections = [Section("Figures", [*tables, Text(notes_of(result))])]
     sections.append(Section("The same seeds side by side", [side_by_side(result, out)]))
     sections += [Section(chart.alt, [chart]) for make in MAKERS if (chart := make(result)) is not None]
-    sections.append(Section("Layer by layer", layer_blocks(layers, result) if layers else [Text([WITHOUT_TABLES])]))
+    sections += layer_sections(layers, result)
     sections.append(Section("Measured on", [Facts(result.environment), Facts(settings_facts(result))]))
     hashes = [
         (one.name, str(one.provenance.get("model_sha256", ""))[:16], one.bundle_sha256[:16])
@@ -48,6 +50,16 @@ def page_of(result: Result, out: Path, layers: Sequence[Layers] = ()) -> Page:
     sections.append(Section("Whose pictures these are", [Table(("", "model, SHA-256", "bundle, SHA-256"), hashes)]))
     title = "Evaluation: " + ", ".join(one.name for one in result.contenders)
     return Page(title, in_a_sentence(result), sections, f"qdeploy {result.environment.get('qdeploy', '')}")
+
+
+def notes_of(result: Result) -> list[str]:
+    """What stands under every table as one paragraph, and each warning with all whom it concerns as another."""
+    warned = {f"{one.name}: {warning}": (warning, one.name) for one in result.contenders for warning in one.warnings}
+    concerned: dict[str, list[str]] = {}
+    for warning, name in warned.values():
+        concerned.setdefault(warning, []).append(name)
+    plain = "; ".join(note for note in notes_under(result) if note not in warned)
+    return [f"{plain}.", *(f"{warning} ({', '.join(names)})." for warning, names in concerned.items())]
 
 
 def in_a_sentence(result: Result) -> str:
@@ -118,28 +130,18 @@ def reduced(pixels: Pixels) -> Image.Image:
     return image
 
 
-def layer_blocks(layers: Sequence[Layers], result: Result) -> list[Block]:
+def layer_sections(layers: Sequence[Layers], result: Result) -> list[Section]:
     """All layers as dots; the worst of each bundle in a table and as histograms."""
-    blocks: list[Block] = [
-        Text(
-            [
-                "Each layer alone: what the float model's layer reads on the first input that the table recorded is "
-                "given to the quantized layer too. Weights are in the model's own units, equalization undone."
-            ]
-        ),
-        *layer_dots(layers, result),
-    ]
+    if not layers:
+        return [Section(LAYERS, lead=WITHOUT_TABLES)]
+    sections = [Section(LAYERS, layer_dots(layers, result), HOW)]
+    header = ("", "component", "bits", "weight, dB", "input, dB", "output, dB")
     for one in layers:
-        header = ("", "component", "bits", "weight, dB", "input, dB", "output, dB")
         rows = [layer_row(figures) for figures in one.worst(LISTED)]
-        blocks.append(Table(header, rows, f"{one.bundle}: the layers with the least SQNR, of {len(one.figures)}."))
-        blocks.append(titled(histograms(one.bundle, one.worst(WORST)), one.bundle))
-    return blocks
-
-
-def titled(chart: Chart, bundle: str) -> Chart:
-    """The chart with its bundle named in front of the caption."""
-    return Chart(chart.figure, chart.alt, f"{bundle}, the {WORST} worst. {chart.caption}")
+        caption = f"SQNR of weight, input and output; the {len(rows)} least of {len(one.figures)} layers."
+        drawn = histograms(one.bundle, one.worst(WORST))
+        sections.append(Section(f"The worst layers of {one.bundle}", [Table(header, rows, caption), drawn]))
+    return sections
 
 
 def layer_row(one: LayerFigures) -> tuple[str, ...]:
