@@ -105,7 +105,17 @@ class Picture:
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-Block = Text | Facts | Table | Chart | Picture
+@dataclass(frozen=True)
+class Grid:
+    """Pictures in rows and columns: each row its name and, for each column, the pictures that stand in that cell."""
+
+    header: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Sequence[Picture]]]]
+    caption: str = ""
+    kind: ClassVar[str] = "grid"
+
+
+Block = Text | Facts | Table | Chart | Picture | Grid
 
 
 @dataclass(frozen=True)
@@ -138,11 +148,12 @@ def rendered(page: Page) -> str:
     """``page`` as HTML; every text is escaped, whoever wrote it."""
     check_packages()
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     charts = [block for section in page.sections for block in section.blocks if isinstance(block, Chart)]
     drawn = {id(chart): Markup(svg_of(chart, number)) for number, chart in enumerate(charts)}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = lambda text: escape(text).replace("_", Markup("_<wbr>"))
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(page=page, svg=lambda chart: drawn[id(chart)]) + "\n"
 

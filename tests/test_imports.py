@@ -18,6 +18,7 @@ TORCH_FREE = (
     "files",
     "progress",
     "page",
+    "charts",
     "table",
     "bundle",
     "noise_correction",
@@ -35,7 +36,7 @@ FLOORS = {
     **dict.fromkeys(
         ("errors", "cpu", "numerics", "files", "progress", "spec", "page", "table", "bundle", "noise_correction"), 0
     ),
-    **dict.fromkeys(("sampling", "engines", "models", "lists", "picture_files", "receipt"), 1),
+    **dict.fromkeys(("sampling", "engines", "models", "lists", "picture_files", "receipt", "charts"), 1),
     "simulate": 2,
     **dict.fromkeys(("runtime", "calibrate", "export"), 3),
     **dict.fromkeys(("bench", "sample"), 4),

@@ -17,8 +17,26 @@ from qdeploy.errors import PackageMissingError
 from qdeploy.page import Chart, Facts, Page, Picture, Section, Table, Text, chart_style, rendered, write_page
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(1)> $x^{$ -->"
-VOID = {"meta", "img", "br", "hr", "link", "path", "use"}
+VOID = {"meta", "img", "br", "hr", "link", "path", "use", "wbr"}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH")
+
+
+def browse(page: Path, *options: str) -> str:
+    """What a headless browser prints with ``page`` opened; its profile and other files lie beside the page."""
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *options]
+    command += [f"--user-data-dir={page.parent / 'profile'}", f"file://{page}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def screenshot(page: Path, *options: str, size: tuple[int, int] = (500, 900), mode: str = "L") -> Image.Image:
+    """``page`` as the browser draws it in a window of ``size``."""
+    shot = page.with_name("shot.png")
+    browse(page, *options, f"--window-size={size[0]},{size[1]}", f"--screenshot={shot}")
+    with Image.open(shot) as image:
+        return image.convert(mode)
 
 
 class Read(HTMLParser):
@@ -136,18 +154,13 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
         rendered(Page("none"))
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH")
+@needs_browser
 def test_a_browser_draws_it_light_and_dark(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", page("plain"))
     corners = []
     for scheme in ([], ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]):
-        shot = tmp_path / "shot.png"
-        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *scheme]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", f"--screenshot={shot}"]
-        subprocess.run([*command, f"file://{tmp_path / 'page.html'}"], check=True, capture_output=True, timeout=60)
-        with Image.open(shot).convert("L") as image:
-            colours = image.getcolors() or []
-            assert len(colours) > 20  # text, lines and the chart: not one empty sheet
+        with screenshot(tmp_path / "page.html", *scheme) as image:
+            assert len(image.getcolors() or []) > 20  # text, lines and the chart: not one empty sheet
             corners.append(image.getpixel((2, 2)))
     assert corners[0] > 240
     assert corners[1] < 40

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy.bench.figures import STAGES, Figures, Measurement
+from qdeploy.charts import ROW_INCHES, WIDTH_INCHES, add_legend, one_panel, short
 from qdeploy.page import SERIES, Chart, chart_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH_INCHES = 8.6
-ROW_INCHES = 2.6
 POINTS_SHOWN = 400  # samples of one contender in one panel: more are one blot
 
 
@@ -89,7 +88,7 @@ def throughput(run: Measurement) -> Chart | None:
         panel.set_xlabel("pictures at once")
         panel.set_ylim(bottom=0)
         panel.grid(axis="y")
-        add_legend(figure, run)
+        name_all(figure, run)
     return Chart(figure, "Pictures per second over concurrency", "Medians; a faint bar spans all rounds.")
 
 
@@ -130,7 +129,7 @@ def fidelity_curve(run: Measurement) -> Chart | None:
             panel.plot(steps[finite], curve[finite], ".-", color=colour_of(run, found))
         panel.set_xlabel("sampler step")
         panel.grid(axis="y")
-        add_legend(figure, run, compared)
+        name_all(figure, run, compared)
     return Chart(
         figure, "SQNR to the float twin at each sampler step",
         f"Against {run.reference.name} on its own trajectory; more is better.",
@@ -160,38 +159,18 @@ def stage_chart(
         for panel in panels[len(stages) :]:
             panel.set_axis_off()
         if with_legend:
-            add_legend(figure, run)
+            name_all(figure, run)
     return Chart(figure, alt, caption)
 
 
-def one_panel(title: str) -> tuple[Figure, Axes]:
-    """A figure of the page's width with one panel."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH_INCHES, ROW_INCHES), layout="constrained")
-    panel = figure.subplots()
-    panel.set_title(title)
-    return figure, panel
-
-
-def add_legend(figure: Figure, run: Measurement, named: Sequence[Figures] | None = None) -> None:
+def name_all(figure: Figure, run: Measurement, named: Sequence[Figures] | None = None) -> None:
     """The contenders (``named``, or all) and their colours, above the panels; one alone needs none."""
-    if len(run.contenders) < 2:
-        return
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=colour_of(run, found), lw=3, label=short(found.name)) for found in named or run.contenders
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
+    if len(run.contenders) > 1:
+        add_legend(figure, [(found.name, colour_of(run, found)) for found in named or run.contenders])
 
 
 def colour_of(run: Measurement, found: Figures) -> str:
     return SERIES[next(i for i, other in enumerate(run.contenders) if other is found) % len(SERIES)]
-
-
-def short(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def thinned(values: np.ndarray) -> np.ndarray:

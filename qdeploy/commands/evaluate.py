@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qdeploy.commands import PATH
+from qdeploy.errors import UsageError
 
 
 @click.command()
@@ -39,12 +40,18 @@ from qdeploy.commands import PATH
 )  # fmt: skip
 @click.option("--engine", help="Default: each bundle's own.")
 @click.option("--threads", type=int, help="Of one picture. Default: all cores; on Ray 1.")
+@click.option("--html", "html_path", type=PATH, help="Write one page to look at here: pictures, curves, layers.")
+@click.option(
+    "--table", "tables", multiple=True, metavar="[BUNDLE=]TABLE",
+    help="For --html: a table that a bundle was made from, for its layers' SQNR and histograms; may be repeated.",
+)  # fmt: skip
 @click.pass_obj
 def evaluate(
     show: bool, bundles: Sequence[Path], out: Path, metrics: str, reference: Path | None, reference_count: int | None,
     fit: bool, count: int, prompts: Path | None, steps: int, guidance: float, seed: int, scheduler: str | None,
     batch: int, extractor: str | None, inception: Path | None, lpips: Path | None, clip: Path | None,
     allow_download: bool, skip_broken: bool, ray: str | None, engine: str | None, threads: int | None,
+    html_path: Path | None, tables: Sequence[str],
 ) -> None:  # fmt: skip
     """Measure how good the pictures of BUNDLEs are: FID, KID, IS, precision and recall, CLIPScore of all of
     them; PSNR, SSIM, LPIPS and the SQNR of each step beside the float twin.
@@ -58,23 +65,39 @@ def evaluate(
     them the features are open-nsfw's, a small network that a package carries, and every table says
     so. IS then needs a reference with a folder for each class, to which a classifier is fitted.
 
+    --html makes one self-contained page: figures, the same seeds side by side with difference maps, the
+    SQNR of each step, size against quality. With --table also each layer beside the float model's, on an
+    input that the table recorded, and histograms of the worst (needs torch and the model).
+
     Put --ray last, or write --ray=ADDRESS: what follows it is taken for the address.
 
     \b
     Examples:
       qdeploy evaluate demo/w8a8 --reference demo/fp32 --prompts prompts.txt --guidance 5 -o figures
       qdeploy evaluate fp32 w4a8 w8a8 --metrics fid,is,kid --reference emoji -o figures --count 512
+      qdeploy evaluate demo/fp32 demo/w8a8 --metrics psnr,ssim,sqnr --prompts prompts.txt -o figures \\
+        --html figures/page.html --table demo/w8a8.safetensors
       qdeploy evaluate bedroom/bundle --reference data/lsun/bedroom_train_lmdb --fit --count 50000 \\
         --reference-count 50000 --inception weights-inception-2015-12-05-6726825d.pth -o figures --ray
     """
     from qdeploy.bench.report import print_table
     from qdeploy.evaluate.extractors import ExtractorOptions
+    from qdeploy.evaluate.layer_figures import tables_of
+    from qdeploy.evaluate.layers import check_models, measure_layers
+    from qdeploy.evaluate.page import page_of
     from qdeploy.evaluate.report import calibration_table, notes_under, table_of, write_tables
     from qdeploy.evaluate.run import evaluate as run
     from qdeploy.evaluate.settings import Settings
     from qdeploy.lists import prompts_in
+    from qdeploy.page import check_packages, write_page
     from qdeploy.progress import shown
 
+    if tables and html_path is None:
+        raise UsageError("--table goes with --html FILE, the page that shows the layers")
+    if html_path is not None:
+        check_packages()  # before hours of sampling
+    matched = tables_of(tables, bundles)
+    check_models(matched)
     settings = Settings(
         metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
         count=count,
@@ -97,10 +120,15 @@ def evaluate(
     )
     with shown(show) as on_progress:
         result = run(bundles, reference, settings, out, on_progress)
+        layers = measure_layers(matched, [one.name for one in result.contenders], on_progress)
     print_table(*table_of(result), title="")
     table = calibration_table([result])
     if table is not None:
         print_table(*table, title="")
     for note in notes_under(result):
         click.echo(note)
-    click.echo("wrote " + ", ".join(str(path) for path in [out / "result.json", *write_tables(out, result)]))
+    written = [out / "result.json", *write_tables(out, result)]
+    if html_path is not None:
+        write_page(html_path, page_of(result, out, layers))
+        written.append(html_path)
+    click.echo("wrote " + ", ".join(map(str, written)))

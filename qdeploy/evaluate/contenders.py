@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from qdeploy.bundle import MANIFEST, Manifest, open_bundle
 from qdeploy.errors import UsageError
 from qdeploy.evaluate.features import Source
 from qdeploy.evaluate.settings import Settings
+from qdeploy.evaluate.timing import timed
 from qdeploy.files import sha256_of
 from qdeploy.picture_files import FolderPictures
 from qdeploy.progress import OnProgress
@@ -35,6 +37,7 @@ class Made:
     manifest: Manifest
     folder: Path
     count: int
+    size_bytes: int
 
     @property
     def is_float(self) -> bool:
@@ -51,11 +54,13 @@ def opened_bundles(paths: Sequence[Path], settings: Settings, out: Path) -> list
     """The bundles, checked; UsageError where one cannot be asked what ``settings`` ask."""
     made = []
     for path, name in zip(paths, names_of(paths), strict=True):
-        manifest = open_bundle(path).manifest
+        bundle = open_bundle(path)
+        manifest = bundle.manifest
         if manifest.reads_text and settings.prompts is None:
             raise UsageError(f"{path} makes pictures from text; give --prompts FILE, one a line")
         check_text(manifest, settings.prompts, [])
-        made.append(Made(name, path, sha256_of(path / MANIFEST), manifest, out / PICTURES / name, settings.count))
+        sha256, size = sha256_of(path / MANIFEST), sum(bundle.files.values())
+        made.append(Made(name, path, sha256, manifest, out / PICTURES / name, settings.count, size))
     sizes = {(one.manifest.latents.image_width, one.manifest.latents.image_height) for one in made}
     if len(sizes) > 1:
         shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
@@ -74,7 +79,9 @@ def draw_pictures(made: Made, settings: Settings, out: Path, on_progress: OnProg
         guidance=settings.guidance, seed=settings.seed, engine=settings.engine, threads=settings.threads,
     )  # fmt: skip
     workers = in_this_process if settings.ray is None else on_ray(settings.ray)
-    sample_to_folder(job, made.count, made.folder, out / RECEIPTS / made.name, told, settings.batch, workers)
+    receipts = out / RECEIPTS / made.name
+    with timed(made.folder, receipts) if settings.ray is None else nullcontext():
+        sample_to_folder(job, made.count, made.folder, receipts, told, settings.batch, workers)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

@@ -56,6 +56,8 @@ class Contender:
 
     bits: "W4A8" and the like, of the UNet. calibration: "baseline" for a float bundle, "W/O" or "W".
     pictures: folder of 000000.png and so on, from the result's own.
+    size_bytes: of the bundle's files. seconds_per_picture: mean while they were made, loading included: no benchmark;
+    None where this process made none or a cluster did.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Contender:
     provenance: Mapping[str, Any]
     twin: Twin | None = None
     warnings: tuple[str, ...] = ()
+    size_bytes: int | None = None
+    seconds_per_picture: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from qdeploy.bench.environment import environment
 from qdeploy.engines.base import engine_for
 from qdeploy.errors import UsageError
 from qdeploy.evaluate.beside_twin import beside_twin, figures_of_twin
-from qdeploy.evaluate.contenders import PICTURES, Made, draw_pictures, opened_bundles
+from qdeploy.evaluate.contenders import PICTURES, RECEIPTS, Made, draw_pictures, opened_bundles
 from qdeploy.evaluate.extractors import Extractor, open_extractor
 from qdeploy.evaluate.features import Features, features_of
 from qdeploy.evaluate.figures import Measures, clip_figure, measures_of
@@ -21,6 +21,7 @@ from qdeploy.evaluate.metrics.lpips import Lpips
 from qdeploy.evaluate.references import described, is_bundle, reference_source
 from qdeploy.evaluate.result import Contender, Result, bits_of, calibration_of, write_result
 from qdeploy.evaluate.settings import NEED_REFERENCE, OF_PAIRS, OF_SETS, OF_STEPS, Settings
+from qdeploy.evaluate.timing import seconds_per_picture
 from qdeploy.progress import OnProgress, silent
 
 FEATURES, RESULT = "features", "result.json"
@@ -69,6 +70,8 @@ def evaluate(
                 provenance=made.manifest.provenance,
                 twin=beside,
                 warnings=tuple(warnings),
+                size_bytes=made.size_bytes,
+                seconds_per_picture=seconds_per_picture(out / RECEIPTS / made.name),
             )
         )
     engines = {engine_for(made.path, made.manifest.engine, settings.engine) for made in opened}

@@ -1,0 +1,207 @@
+"""The page of an evaluation: what it holds, what a browser shows of it, and the layers beside the float model's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from qdeploy.cli import main
+from qdeploy.errors import TableError, UsageError
+from qdeploy.evaluate.layer_figures import Layers, tables_of
+from qdeploy.evaluate.layers import check_models, measure_layers
+from qdeploy.evaluate.page import page_of
+from qdeploy.evaluate.result import read_result
+from qdeploy.evaluate.timing import seconds_per_picture, timed
+from qdeploy.numerics import sqnr_db
+from qdeploy.page import Grid, Picture, write_page
+from qdeploy.table import QuantTable, save_table
+from tests.test_page import HOSTILE, Read, browse, needs_browser, screenshot
+
+COUNT = 4
+SIDE = 144  # pixels of a shown picture, 9 rem
+MAGENTA, CYAN, YELLOW = (255, 0, 255), (0, 255, 255), (255, 255, 0)
+
+
+@pytest.fixture(scope="module")
+def table_file(table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "w8a8.safetensors"
+    save_table(table, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    float_bundle: Path, int8_bundle: Path, table_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of an evaluation with its page, one prompt of which would like to be a script."""
+    out = tmp_path_factory.mktemp("evaluated")
+    (out / "prompts.txt").write_text(f"a cat\n{HOSTILE}\n")
+    asked = [float_bundle, int8_bundle, "--reference", float_bundle, "--prompts", out / "prompts.txt", "--count", COUNT]
+    asked += ["--metrics", "fid,psnr,ssim,sqnr", "--extractor", "rgb8", "--steps", 3, "--threads", 1, "-o", out]
+    asked += ["--html", out / "page.html", "--table", table_file]
+    shown = CliRunner().invoke(main, ["--quiet", "evaluate", *map(str, asked)])
+    assert shown.exit_code == 0, shown.output
+    assert "page.html" in shown.output
+    return out
+
+
+def test_a_page_holds_everything(evaluated: Path) -> None:
+    html = (evaluated / "page.html").read_text()
+    read = Read(html)
+    text = " ".join(read.text)
+    for words in (
+        "PSNR to the twin", "n = 4 pictures", "rgb8", "not comparable with published", "seed 0", "side by side",
+        "4 times amplified", "at each sampler step", "Size, speed and quality", "longer a picture took",
+        "SQNR of each layer's output", "The worst layers of w8a8", "before", "after", "Measured on",
+    ):  # fmt: skip
+        assert words in text, words
+    result = read_result(evaluated / "result.json")
+    assert all(one.seconds_per_picture and one.size_bytes for one in result.contenders)
+    assert read.tags.count("img") == COUNT * 3  # the twin's, the other's, and how they differ
+
+
+def test_a_page_is_escaped_and_fetches_nothing(evaluated: Path) -> None:
+    html = (evaluated / "page.html").read_text()
+    read = Read(html)
+    assert any(HOSTILE in text for text in read.text)
+    assert not {"script", "iframe", "link", "object"} & set(read.tags)
+    targets = [value for _, name, value in read.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in targets)
+    assert set(re.findall(r"url\((.)", html)) == {"#"}
+
+
+def test_without_tables_a_page_says_how_to_get_the_layers(evaluated: Path, tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", page_of(read_result(evaluated / "result.json"), evaluated))
+    text = (tmp_path / "page.html").read_text()
+    assert "--table TABLE" in text
+    assert "worst layers" not in text
+
+
+def painted(evaluated: Path, out: Path) -> None:
+    """A page whose float pictures are magenta and whose others are cyan."""
+    result = read_result(evaluated / "result.json")
+    for one, colour in zip(result.contenders, (MAGENTA, CYAN), strict=True):
+        for number in range(COUNT):
+            path = out / one.pictures / f"{number:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (200, 200), colour).save(path)
+    write_page(out / "page.html", page_of(result, out))
+
+
+def test_pictures_are_embedded_small_and_differences_amplified(evaluated: Path, tmp_path: Path) -> None:
+    painted(evaluated, tmp_path)
+    page = page_of(read_result(evaluated / "result.json"), tmp_path)
+    (grid,) = [block for section in page.sections for block in section.blocks if isinstance(block, Grid)]
+    for name, (first, second) in grid.rows:
+        assert [picture.image.getpixel((5, 5)) for picture in (*first, *second)] == [MAGENTA, CYAN, YELLOW], name
+        assert all(isinstance(picture, Picture) and picture.image.width == 160 for picture in (*first, *second))
+    Image.new("RGB", (200, 200), (245, 10, 255)).save(tmp_path / "pictures" / "w8a8" / "000000.png")
+    page = page_of(read_result(evaluated / "result.json"), tmp_path)
+    (grid,) = [block for section in page.sections for block in section.blocks if isinstance(block, Grid)]
+    assert grid.rows[0][1][1][1].image.getpixel((5, 5)) == (40, 40, 0)
+
+
+@needs_browser
+def test_a_browser_shows_the_pictures_side_by_side(evaluated: Path, tmp_path: Path) -> None:
+    painted(evaluated, tmp_path)
+    dom = browse(tmp_path / "page.html", "--dump-dom")
+    assert dom.count("<img") == COUNT * 3
+    pixels = np.asarray(screenshot(tmp_path / "page.html", size=(1200, 5000), mode="RGB"))
+    corners = {}
+    for colour in (MAGENTA, CYAN, YELLOW):
+        rows, columns = np.nonzero((pixels == colour).all(axis=2))
+        assert len(rows) >= 0.98 * COUNT * SIDE**2  # but for rounded corners
+        corners[colour] = (rows.min(), columns.min())
+    assert corners[MAGENTA][0] == corners[CYAN][0]
+    assert corners[MAGENTA][1] + SIDE <= corners[CYAN][1]
+    assert corners[YELLOW][1] == corners[CYAN][1]
+    assert corners[YELLOW][0] >= corners[CYAN][0] + SIDE
+
+
+@needs_browser
+def test_a_browser_draws_the_charts(evaluated: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_bytes((evaluated / "page.html").read_bytes())
+    dom = browse(tmp_path / "page.html", "--dump-dom")
+    assert dom.count("<svg") == len(re.findall("<svg", (tmp_path / "page.html").read_text())) >= 4
+    pixels = np.asarray(screenshot(tmp_path / "page.html", size=(1200, 8000), mode="RGB"))
+    assert (pixels == (0xEE, 0x88, 0x66)).all(axis=2).sum() > 500  # the tested bundle's colour
+
+
+def layers_of(table: QuantTable, path: Path, bundle: Path) -> Layers:
+    save_table(table, path)
+    (found,) = measure_layers(tables_of([f"{bundle}={path}"], [bundle]), ["it"])
+    return found
+
+
+def test_layers_are_held_against_the_float_model(table: QuantTable, int8_bundle: Path, tmp_path: Path) -> None:
+    found = layers_of(table, tmp_path / "t.safetensors", int8_bundle)
+    assert {(one.component, one.name) for one in found.figures} == {
+        (component, name) for component, quant in table.components.items() for name in quant.layers
+    }
+    assert all(15 < one.output_db < 80 and one.weight_db > 20 for one in found.figures)
+    for one in found.figures:
+        assert one.weight.before.sum() == one.weight.after.sum() > 0
+        assert one.input.before.sum() == one.input.after.sum() > 0
+
+
+def test_a_spoilt_layer_is_the_worst(table: QuantTable, int8_bundle: Path, tmp_path: Path) -> None:
+    unet = table.components["unet"]
+    name = sorted(unet.layers)[3]
+    layer = unet.layers[name]
+    spoilt = replace(unet, layers={**unet.layers, name: replace(layer, weight_scale=layer.weight_scale * 2)})
+    spoilt_table = replace(table, components={**table.components, "unet": spoilt})
+    worst = layers_of(spoilt_table, tmp_path / "t.safetensors", int8_bundle).worst(1)[0]
+    assert worst.name == name
+    assert worst.weight_db == pytest.approx(sqnr_db(np.ones(1), np.full(1, 2.0)), abs=0.2)
+
+
+def test_tables_find_their_bundles(
+    table: QuantTable, table_file: Path, float_bundle: Path, int8_bundle: Path, tmp_path: Path
+) -> None:
+    bundles = [float_bundle, int8_bundle]
+    assert [one.number for one in tables_of([str(table_file)], bundles)] == [1]
+    assert [one.number for one in tables_of([f"{int8_bundle}={table_file}"], bundles)] == [1]
+    other = tmp_path / "other=table.safetensors"
+    save_table(replace(table, provenance={**table.provenance, "spec": "another"}), other)
+    with pytest.raises(UsageError, match="no bundle given says"):
+        tables_of([str(other)], bundles)
+    save_table(replace(table, model_sha256="0" * 64), other)
+    with pytest.raises(TableError, match="other weights"):
+        check_models(tables_of([f"{int8_bundle}={other}"], bundles))
+
+
+def test_a_table_needs_a_page(int8_bundle: Path, table_file: Path, tmp_path: Path) -> None:
+    asked = ["--quiet", "evaluate", int8_bundle, "--table", table_file, "-o", tmp_path / "out"]
+    shown = CliRunner().invoke(main, list(map(str, asked)))
+    assert isinstance(shown.exception, UsageError) or "--table goes with --html" in shown.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_seconds_are_kept_over_runs_and_interruptions(tmp_path: Path) -> None:
+    pictures, receipts = tmp_path / "pictures", tmp_path / "receipts"
+    pictures.mkdir()
+    receipts.mkdir()
+    (receipts / "sample.json").write_text('{"key": "a"}')
+    assert seconds_per_picture(receipts) is None
+
+    def make(number: int) -> None:
+        (pictures / f"{number:06d}.png").touch()
+
+    with timed(pictures, receipts):
+        make(0)
+    first = (receipts / "timing.json").read_text()
+    with timed(pictures, receipts):
+        pass
+    assert (receipts / "timing.json").read_text() == first  # a run that makes nothing changes nothing
+    with pytest.raises(KeyboardInterrupt), timed(pictures, receipts):
+        make(1)
+        raise KeyboardInterrupt
+    assert '"pictures": 2' in (receipts / "timing.json").read_text()
+    (receipts / "sample.json").write_text('{"key": "b"}')
+    assert seconds_per_picture(receipts) is None  # pictures made another way
