@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +30,7 @@ class Fidelity:
     step_sqnr_db: tuple[float, ...]
     timesteps: tuple[int, ...]
     image_psnr_db: float
-    latent_psnr_db: float = math.nan
+    latent_psnr_db: float
 
     @property
     def mean_sqnr_db(self) -> float:

@@ -94,6 +94,7 @@ def _fidelity(entry: Mapping[str, Any]) -> Fidelity:
         step_sqnr_db=tuple(_listed(entry["step_sqnr_db"], _decibels)),
         timesteps=tuple(_listed(entry["timesteps"], _whole)),
         image_psnr_db=_decibels(entry["image_psnr_db"]),
+        latent_psnr_db=_decibels(entry["latent_psnr_db"]),
     )
 
 

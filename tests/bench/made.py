@@ -35,5 +35,5 @@ def measurement(*contenders: Figures, complete: bool = True) -> Measurement:
 def pair(seed: int, slower: float = 1.0, rounds: int = 30) -> Measurement:
     """fp32, and w8a8 that truly takes 0.6 of its time, times ``slower``."""
     fp32, w8a8 = drifting(seed, rounds, 100.0, 60.0 * slower)
-    curve = Fidelity((20.0, 30.0), (900, 100), 33.3)
+    curve = Fidelity((20.0, 30.0), (900, 100), 33.3, 33.3)
     return measurement(figures("fp32", "fp32", fp32), figures("w8a8", "int8", w8a8, curve))

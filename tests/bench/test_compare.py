@@ -62,7 +62,7 @@ def test_size_memory_coverage_and_fidelity_count() -> None:
     w8a8 = new.contenders[1]
     w8a8.size_bytes, w8a8.integer_mac_share = 5_000_000, 0.4
     w8a8.fresh_starts = [replace(start, peak_bytes=9_000_000) for start in w8a8.fresh_starts]
-    w8a8.fidelity = Fidelity((19.0, 30.5), (900, 100), 32.0)
+    w8a8.fidelity = Fidelity((19.0, 30.5), (900, 100), 32.0, 32.0)
     expected = {"size on disk", "peak memory", "UNet MACs in integers", "per-step SQNR, worst", "picture PSNR"}
     assert regressions(old, new) == {f"w8a8 {figure}" for figure in expected}
     with pytest.raises(RegressionError, match=r"w8a8 picture PSNR 33.3 dB -> 32.0 dB"):
@@ -72,13 +72,13 @@ def test_size_memory_coverage_and_fidelity_count() -> None:
 def test_perfect_fidelity_stays_perfect() -> None:
     old, new = pair(0), pair(0)
     for run in (old, new):
-        run.contenders[1].fidelity = Fidelity((float("inf"),), (900,), float("inf"))
+        run.contenders[1].fidelity = Fidelity((float("inf"),), (900,), float("inf"), float("inf"))
     assert not regressions(old, new)
 
 
 def test_pictures_of_other_settings_are_not_judged() -> None:
     old, new = pair(0), pair(0)
-    new.contenders[1].fidelity = Fidelity((10.0, 20.0), (900, 100), 20.0)
+    new.contenders[1].fidelity = Fidelity((10.0, 20.0), (900, 100), 20.0, 20.0)
     assert len(regressions(old, new)) == 3
     for changed in ({"compared": ("a dog",)}, {"steps": 5}):
         new.settings = replace(BenchSettings(), **changed)  # type: ignore[arg-type]

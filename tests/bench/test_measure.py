@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from qdeploy.bench.fresh_start import fresh_start
 from qdeploy.bench.measure import measure, name_apart, rounds_of, time_in_turn
 from qdeploy.bench.memory import peak_bytes
 from qdeploy.bench.plan import BenchSettings, Contender, contenders, distinct_names, levels_from_text
-from qdeploy.bench.quiet import until_quiet
+from qdeploy.bench.quiet import LOOK_S, PATIENCE_S, until_quiet
 from qdeploy.bench.store import read_measurement
 from qdeploy.cli import main
 from qdeploy.errors import EngineError, UsageError
@@ -70,18 +69,20 @@ def test_warm_up_is_kept_apart() -> None:
     assert all((len(s.warmup_ms), len(s.steady_ms)) == (2, 5) for s in samples.values())
 
 
-def test_a_call_waits_until_the_last_ones_threads_rest() -> None:
-    ended: list[float] = []
+@pytest.mark.parametrize(("busy_s", "waited_s"), [(0.1, 0.1), (0.0, 0.0), (9.0, PATIENCE_S)])
+def test_a_call_waits_until_the_last_ones_threads_rest(
+    monkeypatch: pytest.MonkeyPatch, busy_s: float, waited_s: float
+) -> None:
+    """On a clock of its own, by which the process uses a whole core for ``busy_s``."""
+    now = [0.0]
 
-    def spin() -> None:
-        stop = time.perf_counter() + 0.1
-        while time.perf_counter() < stop:
-            pass
-        ended.append(time.perf_counter())
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
 
-    threading.Thread(target=spin).start()
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: min(now[0], busy_s), sleep=sleep)
+    monkeypatch.setattr("qdeploy.bench.quiet.time", clock)
     until_quiet()
-    assert ended
+    assert waited_s <= now[0] <= waited_s + 2.5 * LOOK_S
 
 
 def test_a_measurement_has_every_figure(float_bundle: Path, int8_bundle: Path) -> None:

@@ -15,7 +15,7 @@ HOSTILE = "<script>alert(1)</script>$x^{$[red]|"
 
 def test_the_overview_holds_medians_ratio_and_fidelity() -> None:
     step_ms = [10.0, 30.0, 20.0, 10.0, 30.0, 20.0]
-    curve = Fidelity((20.0, 30.0), (900, 100), 33.3)
+    curve = Fidelity((20.0, 30.0), (900, 100), 33.3, 33.3)
     pair = [figures("a", "fp32", step_ms), figures("b", "int8", [ms / 2 for ms in step_ms], curve)]
     header, rows = overview(measurement(*pair))
     table = {row[0]: row[1:] for row in rows}

@@ -17,7 +17,7 @@ from tests.bench.made import pair
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     run = pair(0)
-    run.contenders[0].fidelity = Fidelity((float("inf"), 3.0), (900, 100), float("inf"))
+    run.contenders[0].fidelity = Fidelity((float("inf"), 3.0), (900, 100), float("inf"), float("inf"))
     write_measurement(tmp_path / "run.json", run)
     assert read_measurement(tmp_path / "run.json") == run
     assert "Infinity" not in (tmp_path / "run.json").read_text()
