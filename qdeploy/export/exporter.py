@@ -16,19 +16,24 @@ from numpy.typing import NDArray
 
 import qdeploy
 from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, ComponentInfo, Manifest, TensorInfo, write_manifest
-from qdeploy.engines.base import EngineOptions, Session, engine_named
+from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.engines.nvidia.profiles import Sizes
 from qdeploy.errors import EngineUnavailableError, ExportError, TableError
 from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC, OpenDims
-from qdeploy.export.parity import ENGINE_LOSS_MAX_DB, FP16_ENGINE_LOSS_MAX_DB, measure_parity
+from qdeploy.export.parity import (
+    ENGINE_LOSS_MAX_DB,
+    FP16_ENGINE_LOSS_MAX_DB,
+    Expected,
+    expected_outputs,
+    measure_parity,
+)
 from qdeploy.export.plans import build_plans, check_buildable, check_profile, write_component_profile
 from qdeploy.export.release import release_memory
 from qdeploy.export.targets import check_file, lower
 from qdeploy.files import staged_folder
-from qdeploy.models.components import Component
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.progress import OnProgress, silent
@@ -140,8 +145,13 @@ def export_component(
     info = replace(info, acceptance=check_file(path, name, target.name))
     if quant is None and target.float_type == "fp32" and not open_dims:
         return info
+    if quant is not None:
+        info = audited(info, path, target, quant)
     tried = [feeds, [open_dims.other_shape(feeds[0], multiple)]] if open_dims else [feeds]
-    return gated(info, path, target, quant, float_component, component, tried)
+    expected = [expected_outputs(float_component, component, probes) for probes in tried]
+    del component
+    release_memory()  # of the simulator, before the engine takes as much
+    return compared(info, path, target, quant is not None, expected)
 
 
 def stand_in(target: TargetSpec) -> str | None:
@@ -155,38 +165,33 @@ def stand_in(target: TargetSpec) -> str | None:
     return None
 
 
-def gated(
-    info: ComponentInfo,
-    path: Path,
-    target: TargetSpec,
-    quant: ComponentQuant | None,
-    float_component: Component,
-    component: Component,
-    feeds_by_shape: Sequence[Sequence[Mapping[str, NDArray]]],
+def audited(info: ComponentInfo, path: Path, target: TargetSpec, quant: ComponentQuant) -> ComponentInfo:
+    """``info`` with the share of MACs in integers; AuditError where a layer of ``quant`` is not."""
+    audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
+    release_memory()
+    audit.check(path.parent.name, quant)
+    return replace(info, integer_mac_share=audit.integer_mac_share)
+
+
+def compared(
+    info: ComponentInfo, path: Path, target: TargetSpec, is_quantized: bool, expected: Sequence[Expected]
 ) -> ComponentInfo:
-    """``info`` with what the gate measured of the graph at ``path``; AuditError and ParityError where it fails.
+    """``info`` with the engine's distance from simulator and float model; ParityError where it is too large.
 
-    ``component`` is the simulator, or the float component again where ``quant`` is None. Every shape must pass; of
-    the first one the manifest tells.
+    Every one of ``expected``, of a shape each, must pass; of the first one the manifest tells.
     """
+    session = engine_named(info.parity_engine or target.engine).open_session(path, EngineOptions())
+    try:
+        parities = [measure_parity(one, session) for one in expected]
+    finally:
+        session.close()
     name = path.parent.name
-    if quant is not None:
-        audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
-        release_memory()
-        audit.check(name, quant)
-        info = replace(info, integer_mac_share=audit.integer_mac_share)
-    engine = engine_named(info.parity_engine or target.engine)
-
-    def open_session() -> Session:
-        return engine.open_session(path, EngineOptions())
-
-    parities = [measure_parity(float_component, component, open_session, feeds) for feeds in feeds_by_shape]
     for parity in parities:
-        if quant is None:
-            parity.check_float(name, target.float_type)
-        else:
+        if is_quantized:
             parity.check(name, ENGINE_LOSS_MAX_DB if target.float_type == "fp32" else FP16_ENGINE_LOSS_MAX_DB)
-    if quant is None:
+        else:
+            parity.check_float(name, target.float_type)
+    if not is_quantized:
         return replace(info, engine_sqnr_db=parities[0].engine_db)
     return replace(
         info,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,21 +63,26 @@ class Parity:
             )
 
 
-def measure_parity(
-    float_component: nn.Module, simulator: nn.Module, open_session: Callable[[], Session], probes: Probes
-) -> Parity:
-    """Run all three on the probes, until they have put out values enough; torch first, to hold one's memory at a time.
+@dataclass(frozen=True)
+class Expected:
+    """What the float model and the simulator put out for some probes, so that neither is needed beside the engine."""
 
-    ``simulator`` may be ``float_component`` itself.
-    """
+    probes: Probes
+    reference: Sequence[NDArray[np.float32]]
+    simulated: Sequence[NDArray[np.float32]]
+
+
+def expected_outputs(float_component: nn.Module, simulator: nn.Module, probes: Probes) -> Expected:
+    """Run both on the probes, until they have put out values enough; ``simulator`` may be ``float_component``."""
     reference = _torch_outputs(float_component, probes)
-    simulated = reference if simulator is float_component else _torch_outputs(simulator, probes[: len(reference)])
-    session = open_session()
-    try:
-        engine = [next(iter(session.run(feeds).values())) for feeds in probes[: len(reference)]]
-    finally:
-        session.close()
-    exact, ours, theirs = (np.concatenate(outputs) for outputs in (reference, simulated, engine))
+    used = probes[: len(reference)]
+    return Expected(used, reference, reference if simulator is float_component else _torch_outputs(simulator, used))
+
+
+def measure_parity(expected: Expected, session: Session) -> Parity:
+    """Run the engine on the same probes."""
+    engine = [next(iter(session.run(feeds).values())) for feeds in expected.probes]
+    exact, ours, theirs = (np.concatenate(found) for found in (expected.reference, expected.simulated, engine))
     return Parity(sqnr_db(ours, theirs), sqnr_db(exact, ours), sqnr_db(exact, theirs))
 
 

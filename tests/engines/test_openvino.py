@@ -19,7 +19,7 @@ from qdeploy.errors import EngineUnavailableError
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle, save_graph
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import measure_parity
+from qdeploy.export.parity import expected_outputs, measure_parity
 from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.numerics import sqnr_db
@@ -44,7 +44,7 @@ def test_it_computes_what_the_simulator_says(
     lower(graph, "openvino")
     save_graph(graph, tmp_path / "model.onnx")
     session = engine_named("openvino").open_session(tmp_path / "model.onnx", EngineOptions())
-    measure_parity(tiny_model.unet, twin, lambda: session, table.probes["unet"]).check("unet")
+    measure_parity(expected_outputs(tiny_model.unet, twin, table.probes["unet"]), session).check("unet")
 
 
 @pytest.mark.xfail(strict=True, reason="OpenVINO 2026.4.1 fuses this Q into its MVN kernel and takes axis 1 for axis 2")

@@ -20,7 +20,7 @@ from qdeploy.errors import AuditError, ParityError, TableError
 from qdeploy.export.audit import PRODUCT_OPS, audit_graph
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import Parity, measure_parity
+from qdeploy.export.parity import Parity, expected_outputs, measure_parity
 from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
 from qdeploy.export.passes.split_gate import GATE
 from qdeploy.export.targets import lower
@@ -166,7 +166,7 @@ def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
     session = engine_named("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
     right = quantized_twin(tiny_model.unet, quant, True)
     with pytest.raises(ParityError, match="does not compute what the table says"):
-        measure_parity(tiny_model.unet, right, lambda: session, table.probes["unet"]).check("unet")
+        measure_parity(expected_outputs(tiny_model.unet, right, table.probes["unet"]), session).check("unet")
 
 
 @pytest.mark.parametrize(
