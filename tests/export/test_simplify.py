@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -78,3 +80,13 @@ def test_equal_constants_become_one_initializer() -> None:
     model = ir.from_proto(onnx.parser.parse_model(f"{HEADER} g (float[2,3] x) => (float[2,3] y) {{ {body} }}"))
     simplify(model)
     assert len(model.graph.initializers) == 1
+
+
+def test_nothing_keeps_the_graph_behind_it() -> None:
+    """Rules that outlive the call kept a whole UNet's weights in memory until the next one came."""
+    model = ir.from_proto(onnx.parser.parse_model(f"{HEADER} g (float[2] x) => (float[2] y) {{ y = Neg(x) }}"))
+    graph = weakref.ref(model.graph)
+    simplify(model)
+    del model
+    gc.collect()
+    assert graph() is None

@@ -9,6 +9,8 @@ That one tries some forty rules on every node. The ones that ever matched a diff
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants
@@ -22,7 +24,7 @@ def simplify(model: ir.Model) -> None:
     """Simplify in place."""
     passes.InlinePass()(model)
     fold_constants(model, onnx_shape_inference=True)
-    RewritePass(RULES)(model)
+    RewritePass(deepcopy(RULES))(model)  # a rule keeps the last graph that it saw, weights and all
     fold_constants(model, onnx_shape_inference=True)
     for step in (
         passes.RemoveUnusedNodesPass(),
