@@ -40,23 +40,18 @@ def make_bundles(model: Any, table: Any, folder: Path) -> None:
 
 def make_shells(model: Any, table: Any, folder: Path) -> None:
     """The UNet alone for each of them, ungated and without its weights."""
-    from qdeploy.export.exporter import save_graph
-    from qdeploy.export.graph import graph_from_component
-    from qdeploy.export.targets import lower
+    from benchmarks.inputs import export_unet
     from qdeploy.simulate.twin import on_target, quantized_twin
-    from qdeploy.spec import graph_batch, target_named
+    from qdeploy.spec import target_named
 
-    example = model.example("unet", graph_batch("unet", model.reads_text))
     for name, (target, quantized) in BUNDLES.items():
         spec, component = target_named(target), model.unet
         if quantized:
             quant = on_target(table.components["unet"], spec)
             component = quantized_twin(model.unet, quant, spec.conv_output_quantized, spec.signed_activations)
-        graph = graph_from_component(component, example, spec.opset)
-        lower(graph, target)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            save_graph(graph, Path(scratch) / "model.onnx")
+            export_unet(component, model, Path(scratch) / "model.onnx", target)
             make_shell(Path(scratch) / "model.onnx", folder / name / "unet")
     write_unet_config(model, folder)
 

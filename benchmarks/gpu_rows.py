@@ -17,8 +17,8 @@ from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.engines.nvidia.graph_inputs import inputs_of
 from qdeploy.errors import QdeployError
 from qdeploy.numerics import sqnr_db
+from qdeploy.spec import COMPONENTS
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 UNET_CONFIG = "unet.json"
 REFERENCE = "fp32"  # the bundle that fidelity is measured against, on the CPU
 TOKENS = 256  # ids below this are in every vocabulary

@@ -81,8 +81,8 @@ def make_inputs(
 
 
 def export_unet(unet: Component, model: LatentDiffusion, path: Path, target: str = TARGET) -> None:
-    """The graph of ``model``'s UNet, float or a quantized twin, at the static batch of both guidance halves."""
-    example = model.example("unet", graph_batch("unet", reads_text=True))
+    """The graph of ``model``'s UNet, float or a quantized twin, at its static batch (2 where it reads text)."""
+    example = model.example("unet", graph_batch("unet", model.reads_text))
     graph = graph_from_component(unet, example, target_named(target).opset)
     lower(graph, target)
     save_graph(graph, path)

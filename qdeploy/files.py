@@ -62,3 +62,12 @@ def read_json(path: Path) -> Any:
     if size_bytes > MAX_JSON_BYTES:
         raise ValueError(f"{path.name} is {size_bytes} bytes, more than the {MAX_JSON_BYTES} allowed for JSON")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of our own that says how far something is; empty where there is none to be read."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -17,7 +17,7 @@ from typing import Any
 import qdeploy
 from qdeploy.bundle import MANIFEST, open_bundle
 from qdeploy.errors import BundleError
-from qdeploy.files import read_json, sha256_of, staged_file
+from qdeploy.files import read_note, sha256_of, staged_file
 from qdeploy.progress import OnProgress
 
 
@@ -55,11 +55,7 @@ def finish(step: Step, receipts: Path, make: Callable[[], Any], on_progress: OnP
 
 def read_receipt(receipts: Path, name: str) -> dict[str, Any]:
     """The receipt of the step called ``name``, empty where there is none that can be read."""
-    try:
-        found = read_json(receipts / f"{name}.json")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_note(receipts / f"{name}.json")
 
 
 def write_receipt(receipts: Path, step: Step, sha256: str | None = None) -> None:

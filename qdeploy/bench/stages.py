@@ -9,6 +9,7 @@ import numpy as np
 from qdeploy.bench.figures import DECODE, PICTURE, STEP, TEXT_ENCODER
 from qdeploy.bench.plan import BenchSettings
 from qdeploy.runtime.pipeline import Pipeline
+from qdeploy.spec import graph_batch
 
 Call = Callable[[], object]
 TIMESTEP = 500
@@ -26,8 +27,13 @@ def call_of(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call | N
         return lambda: pipeline.decode(latents)
     assert stage == STEP
     inputs = pipeline.components["unet"].info.inputs
-    batch = 2 if pipeline.reads_text else 1  # where the graph leaves it open: both halves of guidance
-    usual = (batch, pipeline.latents.channels, pipeline.latents.height, pipeline.latents.width)
+    # what a dimension is that the graph leaves open; both halves of guidance where it reads text
+    usual = (
+        graph_batch("unet", pipeline.reads_text),
+        pipeline.latents.channels,
+        pipeline.latents.height,
+        pipeline.latents.width,
+    )
 
     def drawn(name: str) -> np.ndarray:
         shape = [usual[axis] if side < 0 else side for axis, side in enumerate(inputs[name].shape)]

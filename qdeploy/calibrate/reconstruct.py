@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from qdeploy.simulate.twin import quantized_layer, quantized_twin
 from qdeploy.spec import Reconstruction
 from qdeploy.table import ComponentQuant, LayerQuant, QuantTable, load_table, save_table
 
+SCRATCH = "scratch"
 CHECK_ROWS = 64
 ROWS_PER_INPUT = 16  # of GPTQ's least squares
 LEARNING_RATES = {"log_scale": 1e-3, "bias": 1e-3}
@@ -55,14 +58,14 @@ def reconstruct(
     done_folder = None if work is None else work / digest(quant, settings, calibration)
     twin = quantized_twin(component, quant, conv_output_quantized=False)
     layers = dict(quant.layers)
-    with tempfile.TemporaryDirectory(prefix="qdeploy-", dir=work_parent(work)) as scratch:
-        targets = Targets(component, units, feeds, settings.cache_gb / 2, Path(scratch))
+    with scratch_folder(work) as scratch:
+        targets = Targets(component, units, feeds, settings.cache_gb / 2, scratch)
         for number, unit in enumerate(units):
             learned = None if done_folder is None else finished(done_folder, number)
             if learned is None:
                 before = {layer: layers[layer] for layer in unit.layers}
                 progress = UnitProgress(on_progress, f"{name}: reconstruction", unit.name, number, len(units))
-                inputs = unit_inputs(twin, unit, feeds, Path(scratch))
+                inputs = unit_inputs(twin, unit, feeds, scratch)
                 soft = soft_unit(component.inner.get_submodule(unit.name), unit, before, settings)
                 learned = optimize(soft, unit, inputs, targets.of(number), settings, number, progress)
                 inputs.remove()
@@ -352,11 +355,20 @@ def first_tensor(output: Tensor | tuple) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def work_parent(work: Path | None) -> Path | None:
-    """Scratch beside the finished units, so that ``--work`` decides which disk fills."""
-    if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-    return work
+@contextmanager
+def scratch_folder(work: Path | None) -> Iterator[Path]:
+    """Beside the finished units, so that ``--work`` decides which disk fills; what a killed run left there goes."""
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="qdeploy-") as scratch:
+            yield Path(scratch)
+        return
+    folder = work / SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def digest(quant: ComponentQuant, settings: Reconstruction, calibration: CalibrationSet) -> str:

@@ -57,20 +57,20 @@ def generate(
     from qdeploy.progress import shown
     from qdeploy.runtime.image import read_pictures
     from qdeploy.runtime.pipeline import load
-    from qdeploy.runtime.request import check_text
+    from qdeploy.runtime.request import check_text, checked_size
 
     text_options = ("guidance", "guidance_rescale", "negative", "weighting")
     typed = [f"--{name.replace('_', '-')}" for name in text_options if was_typed(name)]
     manifest = open_bundle(bundle, verify=False).manifest
     check_text(manifest, prompt, typed)
-    size = width or manifest.latents.image_width, height or manifest.latents.image_height
-    picture, mask_picture = read_pictures(image, mask, size)
+    size = checked_size(width, height, manifest.latents)
+    picture, mask_picture = read_pictures(image, mask, (size.image_width, size.image_height))
     with load(bundle, engine=engine, threads=threads, low_memory=low_memory) as pipe, shown(show) as on_progress:
         result = pipe(
             prompt, negative_prompt=negative, image=picture, mask=mask_picture, strength=strength, steps=steps,
             guidance_scale=guidance, guidance_rescale=guidance_rescale, weighting=weighting, seed=seed, count=count,
-            width=width, height=height,
-            scheduler=scheduler, eta=eta, callback=lambda step: on_progress("steps", step.index + 1, step.count),
+            width=width, height=height, scheduler=scheduler, eta=eta,
+            callback=lambda step: on_progress("steps", step.index + 1, step.count),
         )  # fmt: skip
     for number, made in enumerate(result.images):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")

@@ -59,8 +59,8 @@ def opened_bundles(paths: Sequence[Path], settings: Settings, out: Path) -> list
         if manifest.reads_text and settings.prompts is None:
             raise UsageError(f"{path} makes pictures from text; give --prompts FILE, one a line")
         check_text(manifest, settings.prompts, [])
-        sha256, size = sha256_of(path / MANIFEST), sum(bundle.files.values())
-        made.append(Made(name, path, sha256, manifest, out / PICTURES / name, settings.count, size))
+        sha256 = sha256_of(path / MANIFEST)
+        made.append(Made(name, path, sha256, manifest, out / PICTURES / name, settings.count, bundle.total_bytes))
     sizes = {(one.manifest.latents.image_width, one.manifest.latents.image_height) for one in made}
     if len(sizes) > 1:
         shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from qdeploy.errors import PictureError
 from qdeploy.evaluate.extractors import Array, Extractor
-from qdeploy.files import read_json, staged_file
+from qdeploy.files import read_note, staged_file
 from qdeploy.picture_files import PictureSet, decode
 from qdeploy.progress import OnProgress, silent
 
@@ -109,8 +109,8 @@ class RowFile:
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         self._file, self._marker = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".npy", ".json"))
         fresh: dict[str, Any] = {"key": key, "read": 0, "positions": [], "names": [], "size": [], "broken": []}
-        found = _json_or_none(self._marker)
-        is_ours = isinstance(found, dict) and found.keys() == fresh.keys() and found["key"] == key
+        found = read_note(self._marker)
+        is_ours = found.keys() == fresh.keys() and found["key"] == key
         goes_on = is_ours and _holds(self._file, shape)
         self.told = found if goes_on else fresh
         self.values = open_memmap(self._file, "r+" if goes_on else "w+", np.float32, shape)
@@ -149,13 +149,6 @@ def _read(encoded: bytes, name: str, fit: tuple[int, int] | None, rows: RowFile)
             "and scales all to the bundle's size, as the model saw them in training"
         )
     return picture
-
-
-def _json_or_none(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _holds(path: Path, shape: tuple[int, int]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qdeploy.files import read_json, staged_file
+from qdeploy.files import read_note, staged_file
 from qdeploy.receipt import read_receipt
 from qdeploy.sample.folder import OURS
 from qdeploy.sample.work import WHAT
@@ -40,10 +40,10 @@ def seconds_per_picture(receipts: Path) -> float | None:
 def told(receipts: Path) -> tuple[int, float]:
     """Pictures and seconds of those that the receipt speaks of; zeros where there is no such file."""
     try:
-        found = read_json(receipts / TIMING)
+        found = read_note(receipts / TIMING)
         if found["key"] == read_receipt(receipts, WHAT).get("key"):
             return int(found["pictures"]), float(found["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     return 0, 0.0
 

@@ -160,7 +160,10 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     kept = sorted((tmp_path / "part").rglob("*.safetensors"))
     assert len(kept) == 3
     stamps = [path.stat().st_mtime_ns for path in kept]
+    scratch = tmp_path / "part/scratch"
+    (scratch / "target-0").mkdir(parents=True)  # as a killed run leaves it
     resumed = run(silent, tmp_path / "part")
+    assert not scratch.exists()
     assert [path.stat().st_mtime_ns for path in kept] == stamps  # taken over, not done again
     for name, layer in whole.layers.items():
         assert np.array_equal(layer.weight, resumed.layers[name].weight), name

@@ -192,3 +192,14 @@ def test_it_names_its_kernels(engine: Engine, integer_graph: Path, graph: Path) 
 def test_it_times_its_kernels(engine: Engine, graph: Path) -> None:
     kernels = kernels_of(engine, graph, feeds())
     assert any(kernel.seconds is not None for kernel in kernels)
+
+
+# What a session made by hand, such as one on a stand-in for a GPU, is held to as well
+PROMISES = (
+    test_outputs_come_by_name,
+    test_an_output_outlives_the_next_run,
+    test_a_missing_feed_is_refused,
+    test_it_runs_on_after_a_refused_feed,
+    test_a_closed_session_is_refused,
+    test_concurrent_runs_equal_serial_runs,
+)

@@ -40,17 +40,7 @@ def session(cudart: FakeCudart, graph: Path) -> Iterator[TensorRtSession]:
     assert not cudart.graphs
 
 
-PROMISES = (
-    contract.test_outputs_come_by_name,
-    contract.test_an_output_outlives_the_next_run,
-    contract.test_a_missing_feed_is_refused,
-    contract.test_it_runs_on_after_a_refused_feed,
-    contract.test_a_closed_session_is_refused,
-    contract.test_concurrent_runs_equal_serial_runs,
-)
-
-
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
 def test_it_keeps_the_contract(session: TensorRtSession, promise: Any) -> None:
     promise(session)
 
