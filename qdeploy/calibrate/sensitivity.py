@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from qdeploy.calibrate.dataset import CalibrationSet, Feeds, spread
-from qdeploy.calibrate.reconstruct import put_into
 from qdeploy.models.components import Component
 from qdeploy.models.rewrites import copy_of
 from qdeploy.models.rewrites.surgery import replace_module
 from qdeploy.numerics import sqnr_db
 from qdeploy.progress import OnProgress
+from qdeploy.simulate.twin import put_into
 from qdeploy.table import ComponentQuant
 
 SAMPLES = 64

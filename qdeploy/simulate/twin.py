@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from diffusers.models.attention_processor import Attention
@@ -10,6 +11,7 @@ from torch import nn
 from qdeploy.errors import TableError
 from qdeploy.models.components import Component
 from qdeploy.models.rewrites import apply_rewrite, copy_of
+from qdeploy.models.rewrites.surgery import replace_module
 from qdeploy.simulate.attention import QuantAttnProcessor
 from qdeploy.simulate.layers import QuantConv2d, QuantLinear, QuantLinearFirstFloat, QuantPointwise, is_pointwise
 from qdeploy.spec import TargetSpec
@@ -69,3 +71,10 @@ def quantized_twin(
             raise TableError(f"the table's attention {name} is not in the model; wrong model?")
         module.set_processor(QuantAttnProcessor(attention, module.scale))  # type: ignore[arg-type]
     return twin.eval()
+
+
+def put_into(twin: Component, component: Component, layers: Mapping[str, LayerQuant]) -> None:
+    """Replace the twin's layers by newly learned ones."""
+    for name, layer in layers.items():
+        original = component.inner.get_submodule(name)
+        replace_module(twin.inner, name, quantized_layer(original, layer, conv_output_quantized=False))  # type: ignore[arg-type]

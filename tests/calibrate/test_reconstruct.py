@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from qdeploy.calibrate.adaround import BETA_HIGH, BETA_LOW, SoftLayer, beta_at, h, regularizer, v_of
 from qdeploy.calibrate.cache import CallCache
 from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.fit import on_device
 from qdeploy.calibrate.quantize import quantize_component
-from qdeploy.calibrate.reconstruct import on_device, reconstruct
+from qdeploy.calibrate.reconstruct import reconstruct
 from qdeploy.calibrate.units import units_of
 from qdeploy.errors import UsageError
 from qdeploy.models.source import LatentDiffusion
