@@ -141,7 +141,7 @@ def _engine(path: Path) -> Any:
     profile = profile_for(path)
     key = key_of(path, profile, trt.__version__, gpu.sm)
     folder = cache_folder(CACHE)
-    plan = bundled_plan(path, key) or cached_plan(folder, key)
+    plan = bundled_plan(path, key, folder) or cached_plan(folder, key)
     if plan is None:
         _, plan = build(path, profile)
         keep_plan(folder, key, plan)

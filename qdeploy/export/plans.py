@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qdeploy.engines.base import engine_named
+from qdeploy.engines.nvidia.caches import cache_folder
 from qdeploy.engines.nvidia.graph_inputs import inputs_of
-from qdeploy.engines.nvidia.plans import PLAN_SUFFIX, write_plan
+from qdeploy.engines.nvidia.plans import PLAN_SUFFIX, vouch, write_plan
 from qdeploy.engines.nvidia.profiles import EXAMPLE, Grid, Sizes, profile_for, shapes_of, write_profile
 from qdeploy.errors import UsageError
 from qdeploy.export.open_dims import OpenDims
@@ -55,3 +56,4 @@ def build_plans(graphs: Sequence[Path], on_progress: OnProgress) -> None:
     for path in graphs:
         key, plan = tensorrt.build(path, profile_for(path), on_progress)
         write_plan(path.with_suffix(PLAN_SUFFIX), key, plan)
+        vouch(cache_folder(tensorrt.CACHE), plan)

@@ -21,6 +21,7 @@ from qdeploy.describe import gate_texts
 from qdeploy.describe_audit import describe_audit
 from qdeploy.engines.base import engine_named
 from qdeploy.engines.nvidia import plans
+from qdeploy.engines.nvidia.caches import cache_folder
 from qdeploy.engines.nvidia.machine import lack_of
 from qdeploy.engines.nvidia.profiles import Profile, parse_sizes, profile_for
 from qdeploy.errors import EngineUnavailableError, ExportError, ParityError, TableError, UsageError
@@ -244,6 +245,7 @@ def test_a_build_puts_plans_into_the_bundle(
 ) -> None:
     """With a made-up TensorRT; the plans are listed in the manifest, which lets the engine take them."""
     engine = importlib.import_module("qdeploy.engines.tensorrt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(engine, "versions", lambda: {"tensorrt": "10.9.0"})
 
     def build(path: Path, profile: Profile, on_progress: OnProgress) -> tuple[plans.PlanKey, bytes]:
@@ -257,7 +259,7 @@ def test_a_build_puts_plans_into_the_bundle(
     assert {f"{part}/model.plan" for part in PARTS} <= set(open_bundle(tmp_path / "b").files)
     graph_file = tmp_path / "b" / "unet" / "model.onnx"
     key = plans.key_of(graph_file, profile_for(graph_file), "10.9.0", (9, 0))
-    assert plans.bundled_plan(graph_file, key) == b"code"
+    assert plans.bundled_plan(graph_file, key, cache_folder(engine.CACHE)) == b"code"
 
 
 def test_a_float_graph_for_cuda(tiny_model: LatentDiffusion, tmp_path: Path) -> None:

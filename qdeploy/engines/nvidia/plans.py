@@ -1,13 +1,15 @@
 """Built TensorRT engines on disk ("plans"): what one was built from, and loading none that was built from another.
 
 A plan holds machine code that TensorRT runs as it comes, so only two kinds are read: those in this user's own cache,
-and those that a bundle's manifest lists with their SHA-256. Beside each lies its key, and every part of it must agree.
+and those that a bundle's manifest lists with their SHA-256, if this user built them or trusts who did
+(``QDEPLOY_TRUST_PLANS``). Beside each lies its key, and every part of it must agree.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from qdeploy.files import read_json, sha256_of, staged_file
 
 PLAN_SUFFIX = ".plan"
 KEY_SUFFIX = ".key.json"
+BUILT_SUFFIX = ".built"
+TRUST = "QDEPLOY_TRUST_PLANS"  # "1": run a bundle's plans, whoever built them; "0": build anew instead
 GRAPH_SUFFIXES = ("", ".data")  # the graph and its weights, which the exporter puts beside it
 WORDS = {
     "onnx_sha256": "another graph",
@@ -72,10 +76,14 @@ def key_of(graph: Path, profile: Profile, tensorrt: str, sm: tuple[int, int]) ->
     return PlanKey(digest.hexdigest(), tensorrt, f"{sm[0]}.{sm[1]}", json.dumps(shapes, separators=(",", ":")))
 
 
-def bundled_plan(graph: Path, key: PlanKey) -> bytes | None:
-    """The plan beside ``graph``, or None; EngineError when it is another's or the bundle's manifest lacks it."""
+def bundled_plan(graph: Path, key: PlanKey, cache: Path) -> bytes | None:
+    """The plan beside ``graph``, or None; EngineError when it is another's or nobody vouches for it.
+
+    cache: this user's, in which ``vouch`` wrote down what was built here.
+    """
     plan = graph.with_suffix(PLAN_SUFFIX)
-    if not plan.is_file():
+    trust = os.environ.get(TRUST, "")
+    if not plan.is_file() or trust == "0":
         return None
     listed = _listed_sha256(graph.parent.parent, plan)
     if listed is None:
@@ -83,7 +91,18 @@ def bundled_plan(graph: Path, key: PlanKey) -> bytes | None:
             f"{plan} is listed in no bundle's manifest, so nobody vouches for the code in it; remove it, or export "
             "the bundle again with --build"
         )
-    return _checked(plan, key, listed)
+    content = _checked(plan, key, listed)
+    if trust != "1" and not (cache / f"{listed}{BUILT_SUFFIX}").is_file():
+        raise EngineError(
+            f"{plan} was not built by this user here, and TensorRT runs the machine code in it as it comes; set "
+            f"{TRUST}=1 if you would run a program of whoever made the bundle, or {TRUST}=0 to build the engine here"
+        )
+    return content
+
+
+def vouch(cache: Path, content: bytes) -> None:
+    """Write down in this user's ``cache`` that a plan was built here, so that it is taken from a bundle too."""
+    (cache / f"{hashlib.sha256(content).hexdigest()}{BUILT_SUFFIX}").touch()
 
 
 def cached_plan(folder: Path, key: PlanKey) -> bytes | None:

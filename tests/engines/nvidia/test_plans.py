@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qdeploy.engines.nvidia.caches import cache_folder
-from qdeploy.engines.nvidia.plans import PlanKey, bundled_plan, cached_plan, keep_plan, key_of, write_plan
+from qdeploy.engines.nvidia.plans import PlanKey, bundled_plan, cached_plan, keep_plan, key_of, vouch, write_plan
 from qdeploy.engines.nvidia.profiles import Shapes
 from qdeploy.errors import EngineError
 from qdeploy.files import sha256_of
@@ -76,22 +76,44 @@ def list_in_manifest(plan: Path) -> None:
     (bundle / "manifest.json").write_text(json.dumps({"files": [entry]}))
 
 
-def test_a_bundles_plan_needs_the_manifest(unet: Path) -> None:
-    assert bundled_plan(unet, KEY) is None
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This user's, in which a plan of ours is written down."""
+    monkeypatch.delenv("QDEPLOY_TRUST_PLANS", raising=False)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    vouch(folder, b"machine code")
+    return folder
+
+
+def test_a_bundles_plan_needs_the_manifest(unet: Path, cache: Path) -> None:
+    assert bundled_plan(unet, KEY, cache) is None
     plan = write_plan(unet.with_suffix(".plan"), KEY, b"machine code")
     with pytest.raises(EngineError, match="listed in no bundle's manifest"):
-        bundled_plan(unet, KEY)
+        bundled_plan(unet, KEY, cache)
     list_in_manifest(plan)
-    assert bundled_plan(unet, KEY) == b"machine code"
+    assert bundled_plan(unet, KEY, cache) == b"machine code"
     with pytest.raises(EngineError, match="export the bundle again, with --build on this machine or without it"):
-        bundled_plan(unet, dataclasses.replace(KEY, sm="8.9"))
+        bundled_plan(unet, dataclasses.replace(KEY, sm="8.9"), cache)
 
 
-def test_a_plan_swapped_together_with_its_key_is_refused(unet: Path) -> None:
+def test_a_plan_built_elsewhere_is_run_for_those_alone_who_say_so(
+    unet: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_in_manifest(write_plan(unet.with_suffix(".plan"), KEY, b"their code"))
+    with pytest.raises(EngineError, match=r"not built by this user here.* set QDEPLOY_TRUST_PLANS=1"):
+        bundled_plan(unet, KEY, cache)
+    monkeypatch.setenv("QDEPLOY_TRUST_PLANS", "1")
+    assert bundled_plan(unet, KEY, cache) == b"their code"
+    monkeypatch.setenv("QDEPLOY_TRUST_PLANS", "0")
+    assert bundled_plan(unet, KEY, cache) is None
+
+
+def test_a_plan_swapped_together_with_its_key_is_refused(unet: Path, cache: Path) -> None:
     list_in_manifest(write_plan(unet.with_suffix(".plan"), KEY, b"machine code"))
     write_plan(unet.with_suffix(".plan"), KEY, b"wicked code!")
     with pytest.raises(EngineError, match="was changed"):
-        bundled_plan(unet, KEY)
+        bundled_plan(unet, KEY, cache)
 
 
 def test_the_key_covers_graph_and_weights(unet: Path) -> None:

@@ -119,7 +119,9 @@ def test_an_engine_is_built_once_and_kept(machine: list[Path], graph: Path) -> N
     assert machine == [graph]
 
 
-def test_a_plan_beside_the_graph_comes_first(machine: list[Path], graph: Path, tmp_path: Path) -> None:
+def test_a_plan_beside_the_graph_comes_first(
+    machine: list[Path], graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.engines.nvidia.test_plans import list_in_manifest
 
     moved = tmp_path / "bundle" / "unet" / "model.onnx"
@@ -127,6 +129,9 @@ def test_a_plan_beside_the_graph_comes_first(machine: list[Path], graph: Path, t
     moved.write_bytes(graph.read_bytes())
     key = tensorrt.key_of(moved, profile_for(moved), "10.9.0", (9, 0))
     list_in_manifest(write_plan(moved.with_suffix(".plan"), key, str(moved).encode()))
+    with pytest.raises(EngineError, match="not built by this user here"):
+        tensorrt.open_session(moved, EngineOptions())
+    monkeypatch.setenv("QDEPLOY_TRUST_PLANS", "1")
     tensorrt.open_session(moved, EngineOptions()).close()
     assert machine == []
     other = tensorrt.key_of(moved, profile_for(moved), "11.1.0", (9, 0))
