@@ -142,8 +142,8 @@ def main(
         seconds, reference_seconds = in_turns(other, one, rounds)
         other.save_output(graph / "output.npy")
         found = Figures(
-            row.name, row.engine, row.note, seconds, seconds / reference_seconds, None, other.load_seconds,
-            other.close(), facts.file_bytes, facts.seconds, facts.peak_rss_bytes,
+            row.name, row.engine, row.note, seconds, seconds / reference_seconds, sqnr_of(row, folder),
+            other.load_seconds, other.close(), facts.file_bytes, facts.seconds, facts.peak_rss_bytes,
         )  # fmt: skip
         one.close()
         write(folder / f"{row.name}.json", asdict(found))
@@ -156,18 +156,18 @@ def write(path: Path, content: dict) -> None:
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def sqnr_of(row: Row, folder: Path) -> float | None:
+    """Its step's output beside the float row's, which therefore comes first; None where ranges are stand-ins."""
+    expected = folder / FLOAT / "output.npy"
+    if row.name == FLOAT or row.speed_only or not expected.exists():
+        return None
+    return sqnr_db(np.load(expected), np.load(folder / row.name / "output.npy"))
+
+
 def report(folder: Path, out: Path, threads: int | None) -> None:
     """All rows measured so far, as JSON and as the README's table."""
-    expected = folder / FLOAT / "output.npy"
-    rows = []
-    for row in ROWS:
-        path = folder / f"{row.name}.json"
-        if not path.exists():
-            continue
-        facts = json.loads(path.read_text())
-        comparable = expected.exists() and row.name != FLOAT and not row.speed_only
-        sqnr = sqnr_db(np.load(expected), np.load(folder / row.name / "output.npy")) if comparable else None
-        rows.append(Figures(**facts | {"sqnr_db": sqnr}))
+    files = [folder / f"{row.name}.json" for row in ROWS]
+    rows = [Figures(**json.loads(path.read_text())) for path in files if path.exists()]
     write(out, {"environment": environment_of(), "threads": threads, "rows": [asdict(row) for row in rows]})
     click.echo(table_of(rows))
 

@@ -12,6 +12,7 @@ from qdeploy.export.passes.expand_attention import expand_attention
 from qdeploy.export.passes.fold_ratio import fold_ratio
 from qdeploy.export.passes.name_by_layer import name_by_layer
 from qdeploy.export.passes.share_quantize import share_quantize
+from qdeploy.export.passes.split_gate import split_gate
 from qdeploy.export.passes.store_fp16 import store_fp16
 from qdeploy.export.passes.store_int4 import store_int4
 
@@ -22,5 +23,6 @@ def lower(model: ir.Model) -> None:
     name_by_layer(model)
     share_quantize(model)
     fold_ratio(model)
+    split_gate(model)
     store_fp16(model)
     store_int4(model)
