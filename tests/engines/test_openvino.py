@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -100,9 +101,12 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
 def test_its_own_target_runs_every_layer_in_integers_and_makes_pictures(
     tiny_model: LatentDiffusion, table: QuantTable, int8_bundle: Path, tmp_path: Path
 ) -> None:
-    """The table's two-pass shortcuts included; nothing is rounded behind a convolution."""
+    """The table's two-pass shortcuts included; nothing is rounded behind a convolution, no Split copies a product."""
     manifest = export_bundle(tiny_model, table, target_named("openvino"), tmp_path / "bundle")
     assert manifest.engine == "openvino"
+    unet = onnx.load(tmp_path / "bundle/unet/model.onnx", load_external_data=False).graph
+    assert any(".gate" in node.name for node in unet.node)
+    assert not any(node.op_type == "Split" for node in unet.node)
     for name, quant in table.components.items():
         audit = audit_graph(tmp_path / "bundle" / name / "model.onnx", "openvino")
         audit.check(name, quant)
