@@ -63,8 +63,7 @@ def quantized_twin(
         original = modules.get(name)
         if not isinstance(original, nn.Conv2d | nn.Linear) or tuple(original.weight.shape) != layer.weight.shape:
             raise TableError(f"the table's layer {name} {list(layer.weight.shape)} is not in the model; wrong model?")
-        parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, quantized_layer(original, layer, conv_output_quantized, signed_activations))
+        replace_module(twin.inner, name, quantized_layer(original, layer, conv_output_quantized, signed_activations))
     for name, attention in quant.attention.items():
         module = modules.get(name)
         if not isinstance(module, Attention):
