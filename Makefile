@@ -37,10 +37,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # What tests alone need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
-# Ray (79 MB) makes pictures on two processes.
-# On other systems than Linux x86-64 the extra is empty and those tests are skipped.
+# Ray (79 MB) makes pictures on two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs.
+# On other systems than Linux x86-64 the first is empty and its tests are skipped, on others than Linux the third.
 $(TESTED): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[tensorrt-rtx,ray]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[tensorrt-rtx,ray,torch-cuda]'
 	touch $@
 
 clean:

@@ -24,6 +24,7 @@ from qdeploy.files import staged_file
 
 CALLS = 50
 LIMIT_S = 1800
+CACHES = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 NEEDS_NO_GPU = "ort-cpu"
 BUNDLES = {"cuda-fp16": ("ort-cuda", False), "tensorrt-fp16": ("tensorrt", False), "tensorrt-int8": ("tensorrt", True)}
 
@@ -111,7 +112,8 @@ def apart(model: Path, row: Row, out: Path, calls: int) -> dict[str, Any]:
         return json.loads(receipt.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "benchmarks.gpu", str(model.resolve()), "--row", row.name, "--calls", str(calls)]
     root = Path(__file__).parent.parent
-    env = {**os.environ, "XDG_CACHE_HOME": str((out / "cache").resolve())}  # so that engines are really built
+    cache = str((out / "cache").resolve())
+    env = os.environ | dict.fromkeys(CACHES, cache)  # so that engines are really built
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=root, env=env)
         found = json.loads(done.stdout.splitlines()[-1])

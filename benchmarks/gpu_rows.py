@@ -43,6 +43,8 @@ ROWS = (
     Row("eager", None),
     Row("compile", None),
     Row("ort-cuda", "cuda-fp16"),
+    Row("torch-cuda", "tensorrt-fp16"),
+    Row("torch-cuda", "tensorrt-int8"),
     Row("tensorrt-rtx", "tensorrt-fp16"),
     Row("tensorrt-rtx", "tensorrt-int8"),
     Row("tensorrt", "tensorrt-fp16"),

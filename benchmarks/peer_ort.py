@@ -36,12 +36,13 @@ class OrtSettings:
 
     @property
     def shuffled(self) -> bool:
-        """Whether the feeds come in a drawn order, for the entropy's sake.
+        """Whether the feeds come in a drawn order: for the entropy of all ops, which is not to be had otherwise.
 
         Its search costs the square of a histogram's bins, and the first feeds fix their width: behind those of
-        timestep 1 the embedding's own tensor has 123,010 of them and takes hours.
+        timestep 1 the embedding's own tensor has 123,010 of them and takes hours. (Finer bins also search better:
+        with qdeploy's layers, 25.7 dB in the recorded order and 23.8 shuffled.)
         """
-        return self.method == "Entropy"
+        return self.method == "Entropy" and not self.keep_list
 
 
 def quantize_with_ort(float_unet: Path, feeds: Feeds, settings: OrtSettings, folder: Path) -> Path:

@@ -83,3 +83,17 @@ def open_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory
         tiny_model, table, target_named("ort-cpu"), folder, with_encoder=True, open_dims=OpenDims(batch=True, size=True)
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def int8_tensorrt(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "tensorrt-int8"
+    export_bundle(tiny_model, table, target_named("tensorrt"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fp16_tensorrt(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "tensorrt-fp16"
+    export_bundle(tiny_model, None, target_named("tensorrt"), folder)
+    return folder

@@ -39,20 +39,6 @@ HALF, FULL = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 PARTS = ("text_encoder", "unet", "vae_decoder")
 
 
-@pytest.fixture(scope="session")
-def int8_tensorrt(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "tensorrt-int8"
-    export_bundle(tiny_model, table, TENSORRT, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def fp16_tensorrt(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "tensorrt-fp16"
-    export_bundle(tiny_model, None, TENSORRT, folder)
-    return folder
-
-
 def graph(bundle: Path, component: str) -> onnx.GraphProto:
     return onnx.load(bundle / component / "model.onnx", load_external_data=False).graph
 

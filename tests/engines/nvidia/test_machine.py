@@ -69,7 +69,7 @@ def test_this_machine_is_looked_at() -> None:
     assert (found.cuda is None) == found.driver_error.startswith("libcuda.so.1 is not there")
 
 
-@pytest.mark.parametrize("name", ["ort-cuda", "tensorrt", "ort-tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("name", ["ort-cuda", "tensorrt", "ort-tensorrt", "tensorrt-rtx", "torch-cuda"])
 def test_doctor_says_of_each_engine_what_is_missing(name: str) -> None:
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0

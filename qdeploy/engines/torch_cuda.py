@@ -1,0 +1,147 @@
+"""PyTorch on an NVIDIA GPU, for the bundles of the target ``tensorrt``: int8 products by Triton kernels of our own.
+
+Everything else is fp16, joined by ``torch.compile``; a call is replayed as one CUDA graph. It is for GPUs from SM 8.0
+on where TensorRT is not at hand: TensorRT-RTX serves neither A100 nor H100.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel
+from qdeploy.engines.nvidia.graph_inputs import inputs_of, is_static
+from qdeploy.engines.nvidia.machine import Needs, check_here, lack_of
+from qdeploy.errors import EngineError, EngineUnavailableError
+
+if TYPE_CHECKING:
+    from qdeploy.engines.torch_graph.module import OnnxModule
+    from qdeploy.engines.torch_graph.session import TorchSession
+
+INSTALL = "pip install 'qdeploy[torch-cuda]'"
+DEVICE = "cuda"
+OLDEST_CUDA, OLDEST_SM = "12.0", (8, 0)
+MODE = "max-autotune-no-cudagraphs"  # the session records the graph itself
+
+
+def versions() -> dict[str, str]:
+    """Packages and GPU; EngineUnavailableError names everything that is missing."""
+    gpu = check_here("torch-cuda", needs(), _torch, _triton, _onnx_ir)
+    torch = _torch()
+    return {
+        "torch": torch.__version__,
+        "triton": _triton().__version__,
+        "cuda": torch.version.cuda,
+        "gpu": str(gpu),
+    }
+
+
+def open_session(path: Path, options: EngineOptions) -> TorchSession:
+    """Load the graph at ``path`` and compile it, which takes minutes for a large UNet the first time.
+
+    torch and Triton keep what they compiled in folders of this user's. Raises EngineError for a graph with open
+    dimensions or an operator that is not known.
+    """
+    options.check_providers("torch-cuda", ())
+    versions()
+    import torch
+
+    from qdeploy.engines.torch_graph.session import Recorded, TorchSession
+
+    module = _module(path, DEVICE)
+    compiled = torch.compile(module, mode=MODE, fullgraph=True, dynamic=False)
+    compute = Recorded(compiled) if options.cuda_graph else compiled
+    session = TorchSession(module, path, inputs_of(path), compute, DEVICE)
+    session.prepare()
+    return session
+
+
+def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+    """Every step of the graph; with ``feeds`` each one's time by itself, before the compiler joins any."""
+    versions()
+    module = _module(path, DEVICE)
+    return kernels_of(module, {} if feeds is None else timed_steps(module, feeds, DEVICE, _torch().cuda.synchronize))
+
+
+def kernels_of(module: OnnxModule, seconds: Mapping[str, float]) -> list[Kernel]:
+    """``seconds`` is by the first output's name."""
+    return [
+        Kernel(step.op_type, step.names, step.constants, step.integer, seconds.get(step.outputs[0]))
+        for step in module.steps
+    ]
+
+
+def timed_steps(
+    module: OnnxModule, feeds: Mapping[str, NDArray], device: str, wait: Callable[[], object]
+) -> dict[str, float]:
+    """Each step's mean time in seconds over all runs but the first; ``wait`` until the device is done."""
+    import torch
+
+    from qdeploy.engines.torch_graph.module import run_step
+
+    values = module.constants()
+    seconds = {}
+    with torch.inference_mode():
+        values |= {name: torch.from_numpy(np.array(feeds[name])).to(device) for name in module.inputs}
+        for step in module.steps:
+            run_step(step, values)
+            wait()
+            start = time.perf_counter()
+            for _ in range(TIMED_RUNS):
+                run_step(step, values)
+            wait()
+            seconds[step.outputs[0]] = (time.perf_counter() - start) / TIMED_RUNS
+    return seconds
+
+
+def needs() -> Needs:
+    """The driver for torch's own build of CUDA, whose libraries torch brings along."""
+    built = OLDEST_CUDA if lack_of(_torch) else _torch().version.cuda
+    sms = ("its kernels are for SM 8.0 and newer", frozenset[tuple[int, int]](), OLDEST_SM)
+    return Needs(int(built.split(".")[0]) * 1000, sms=sms)
+
+
+def _module(path: Path, device: str) -> OnnxModule:
+    from qdeploy.engines.torch_graph.module import read_module
+
+    if path.is_file() and not is_static(path):
+        raise EngineError(
+            f"{path} leaves dimensions open, and torch-cuda compiles for one size; export without --dynamic"
+        )
+    try:
+        return read_module(path).to(device).eval()
+    except RuntimeError as exc:  # torch's own for memory that cannot be had
+        raise EngineError(f"{path}: no memory on the device for its weights: {exc}") from exc
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except (ImportError, OSError) as exc:  # OSError: its libraries are not there
+        raise EngineUnavailableError(f"torch does not load ({exc}); run `{INSTALL}`") from exc
+    if torch.version.cuda is None:
+        raise EngineUnavailableError(
+            f"torch {torch.__version__} is built without CUDA; in an environment of its own run `{INSTALL}`"
+        )
+    return torch
+
+
+def _triton() -> Any:
+    try:
+        import triton
+    except ImportError as exc:
+        raise EngineUnavailableError(f"triton is not installed; run `{INSTALL}`") from exc
+    return triton
+
+
+def _onnx_ir() -> Any:
+    try:
+        import onnx_ir
+    except ImportError as exc:
+        raise EngineUnavailableError(f"onnx-ir is not installed; run `{INSTALL}`") from exc
+    return onnx_ir

@@ -1,0 +1,1 @@
+"""ONNX graphs computed by PyTorch, quantized products by integer kernels of our own: what ``torch-cuda`` runs."""

@@ -1,0 +1,135 @@
+"""Integer products for torch: one custom operator with its meaning on the CPU and its kernel for NVIDIA's GPUs.
+
+An operator of torch's own library, so that ``torch.compile`` leaves it whole and joins everything around it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+NAME = "qdeploy::int8_conv"
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int[] stride, int[] padding, ScalarType dtype) -> Tensor"
+)
+
+LAUNCHING = threading.Lock()  # Triton's tuner keeps state while it runs
+
+
+def launched(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``float(sum of x * weight) * scale + bias`` in ``dtype``; the sums are int32 and exact.
+
+    x: int8 ``[N, H, W, C]``; weight: int8 ``[OC, KH, KW, C]``; scale, bias: float32 ``[OC]``; all contiguous.
+    Returns ``[N, OH, OW, OC]``. Codes are around 0, so that padding is with code 0.
+    """
+    from qdeploy.engines.torch_graph.int8_kernels import int8_conv as launch
+
+    with LAUNCHING:
+        return launch(x, weight, scale, bias, (stride[0], stride[1]), (padding[0], padding[1]), dtype)
+
+
+int8_conv = torch.library.custom_op(NAME, launched, mutates_args=(), device_types="cuda", schema=SCHEMA)
+
+
+@int8_conv.register_kernel("cpu")
+def _(  # noqa: ANN202 - torch reads the schema
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dtype: torch.dtype,
+):
+    """The meaning, for checks without a GPU: float64 holds every sum exactly."""
+    turned, kernel = x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double()
+    sums = F.conv2d(turned, kernel, None, list(stride), list(padding)).permute(0, 2, 3, 1)
+    scaled = sums.float() * scale
+    return (scaled if bias is None else scaled + bias).to(dtype).contiguous()
+
+
+@int8_conv.register_fake
+def _(  # noqa: ANN202
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dtype: torch.dtype,
+):
+    sides = [(x.shape[at + 1] + 2 * padding[at] - weight.shape[at + 1]) // stride[at] + 1 for at in range(2)]
+    return x.new_empty((x.shape[0], *sides, weight.shape[0]), dtype=dtype)
+
+
+class Int8Conv(torch.nn.Module):
+    """A quantized Conv of a picture: int8 codes ``[N, C, H, W]`` to ``[N, OC, OH, OW]``, channels last in memory."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dtype: torch.dtype,
+    ) -> None:
+        """weight: int8 ``[OC, C, KH, KW]``; scale: of the activation times the weight's, ``[OC]``."""
+        super().__init__()
+        self.register_buffer("weight", weight.permute(0, 2, 3, 1).contiguous())
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.stride, self.padding, self.dtype = stride, padding, dtype
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        rows = codes.permute(0, 2, 3, 1).contiguous()
+        found = torch.ops.qdeploy.int8_conv(
+            rows, self.weight, self.scale, self.bias, self.stride, self.padding, self.dtype
+        )
+        return found.permute(0, 3, 1, 2)
+
+
+class Int8Linear(torch.nn.Module):
+    """Quantized products of one tensor of int8 codes ``[..., K]`` with one or several weights, computed as one.
+
+    Gives ``[..., OUT]`` for each weight. A single product of three times the width fills a GPU better than three.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """weights: int8 ``[OUT, K]``; scales: of the activation times the weight's, ``[OUT]`` each."""
+        super().__init__()
+        self.register_buffer("weight", torch.cat(list(weights))[:, None, None].contiguous())
+        self.register_buffer("scale", torch.cat(list(scales)).float())
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.sizes, self.dtype = [len(weight) for weight in weights], dtype
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        rows = codes.reshape(1, 1, -1, codes.shape[-1]).contiguous()
+        found = torch.ops.qdeploy.int8_conv(rows, self.weight, self.scale, self.bias, [1, 1], [0, 0], self.dtype)
+        found = found.reshape(*codes.shape[:-1], -1)
+        return found if len(self.sizes) == 1 else found.split(self.sizes, -1)

@@ -1,0 +1,274 @@
+"""What each ONNX operator computes, in torch: every operator that the exports of the targets for GPUs have.
+
+Source: https://onnx.ai/onnx/operators. An entry of ``OPS`` takes a node and gives the function of its tensors and how
+many of the node's inputs, from the first on, are such tensors; the others decide shapes and are read from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+
+from qdeploy.engines.torch_graph.steps import (
+    TORCH_TYPES,
+    Step,
+    has_input,
+    integers,
+    name_of,
+    outputs_of,
+    refused,
+)
+
+Compute = Callable[..., Any]
+Reader = Callable[[ir.Node], tuple[Compute, int]]
+
+
+def step_of(node: ir.Node) -> Step:
+    """The step of a node by itself; EngineError for an operator or a form of it that is not known here."""
+    if node.domain or node.op_type not in OPS:
+        raise refused(node, f"the operator {node.domain or 'ai.onnx'}.{node.op_type} is not known; export for tensorrt")
+    compute, count = OPS[node.op_type](node)
+    inputs = tuple(map(name_of, node.inputs[:count]))
+    return Step(node.op_type, (node.name or "",), inputs, outputs_of(node), compute)
+
+
+def plain(compute: Compute) -> Reader:
+    """An operator without attributes that counts."""
+    return lambda node: (compute, len(node.inputs))
+
+
+def reshape(node: ir.Node) -> tuple[Compute, int]:
+    sides, zero_is_zero = integers(node, 1), node.attributes.get_int("allowzero", 0)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape([x.shape[at] if side == 0 and not zero_is_zero else side for at, side in enumerate(sides)])
+
+    return compute, 1
+
+
+def transpose(node: ir.Node) -> tuple[Compute, int]:
+    order = node.attributes.get_ints("perm")
+    return (lambda x: x.permute(order if order is not None else tuple(reversed(range(x.ndim))))), 1
+
+
+def unsqueeze(node: ir.Node) -> tuple[Compute, int]:
+    axes = integers(node, 1)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        rank = x.ndim + len(axes)
+        for axis in sorted(axis % rank for axis in axes):
+            x = x.unsqueeze(axis)
+        return x
+
+    return compute, 1
+
+
+def squeeze(node: ir.Node) -> tuple[Compute, int]:
+    axes = integers(node, 1)
+    return (lambda x: x.squeeze(axes)), 1
+
+
+def concat(node: ir.Node) -> tuple[Compute, int]:
+    axis = node.attributes.get_int("axis")
+    return (lambda *parts: torch.cat(parts, axis)), len(node.inputs)
+
+
+def split(node: ir.Node) -> tuple[Compute, int]:
+    axis, count = node.attributes.get_int("axis", 0), len(node.outputs)
+    sizes = integers(node, 1) if has_input(node, 1) else None
+
+    def compute(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.split(sizes if sizes is not None else -(-x.shape[axis] // count), axis)
+
+    return compute, 1
+
+
+def slice_(node: ir.Node) -> tuple[Compute, int]:
+    starts, ends = integers(node, 1), integers(node, 2)
+    axes = integers(node, 3) if has_input(node, 3) else list(range(len(starts)))
+    strides = integers(node, 4) if has_input(node, 4) else [1] * len(starts)
+    if min(strides) < 1:
+        raise refused(node, f"steps {strides}, expected positive ones")
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        picked = [slice(None)] * x.ndim
+        for axis, start, end, stride in zip(axes, starts, ends, strides, strict=True):
+            picked[axis] = slice(start, end, stride)
+        return x[tuple(picked)]
+
+    return compute, 1
+
+
+def gather(node: ir.Node) -> tuple[Compute, int]:
+    axis = node.attributes.get_int("axis", 0)
+
+    def compute(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        picked = x.index_select(axis, indices.reshape(-1).long() % x.shape[axis])
+        return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis:][1:]])
+
+    return compute, 2
+
+
+def expand(node: ir.Node) -> tuple[Compute, int]:
+    sides = integers(node, 1)
+    return (lambda x: x.expand(torch.broadcast_shapes(x.shape, tuple(sides)))), 1
+
+
+def cast(node: ir.Node) -> tuple[Compute, int]:
+    dtype = TORCH_TYPES.get(ir.DataType(node.attributes.get_int("to")))
+    if dtype is None:
+        raise refused(node, "torch has no such type")
+    return (lambda x: x.to(dtype)), 1
+
+
+def gemm(node: ir.Node) -> tuple[Compute, int]:
+    of = node.attributes
+    alpha, beta = of.get_float("alpha", 1.0), of.get_float("beta", 1.0)
+    turn_a, turn_b = of.get_int("transA", 0), of.get_int("transB", 0)
+
+    def compute(a: torch.Tensor, b: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        product = scaled((a.T if turn_a else a) @ (b.T if turn_b else b), alpha)
+        return product + scaled(bias[0], beta) if bias else product
+
+    return compute, len(node.inputs)
+
+
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+def conv(node: ir.Node) -> tuple[Compute, int]:
+    stride, padding, dilation, groups = conv_settings(node)
+
+    def compute(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, weight, bias[0] if bias else None, stride, padding, dilation, groups)
+
+    return compute, len(node.inputs)
+
+
+def conv_settings(node: ir.Node) -> tuple[list[int], list[int], list[int], int]:
+    """Stride, padding, dilation and groups of a Conv of pictures; EngineError for paddings that differ by side."""
+    of = node.attributes
+    pads = list(of.get_ints("pads", (0, 0, 0, 0)))
+    if of.get_string("auto_pad", "NOTSET") != "NOTSET" or len(pads) != 4 or pads[:2] != pads[2:]:
+        raise refused(node, f"pads {pads}, expected the same on both sides of a picture")
+    stride, dilation = list(of.get_ints("strides", (1, 1))), list(of.get_ints("dilations", (1, 1)))
+    return stride, pads[:2], dilation, of.get_int("group", 1)
+
+
+def pad(node: ir.Node) -> tuple[Compute, int]:
+    if node.attributes.get_string("mode", "constant") != "constant" or has_input(node, 3):
+        raise refused(node, "expected constants around all axes")
+    ends, rank = integers(node, 1), len(integers(node, 1)) // 2
+    value = float(integers(node, 2)[0]) if has_input(node, 2) else 0.0
+    sides = [ends[axis + side * rank] for axis in reversed(range(rank)) for side in (0, 1)]
+    return (lambda x: F.pad(x, sides, value=value)), 1
+
+
+def resize(node: ir.Node) -> tuple[Compute, int]:
+    """Nearest neighbours by whole factors, as diffusers' upsamplers do."""
+    of, scales = node.attributes, integers(node, 2) if has_input(node, 2) else []
+    forms = of.get_string("coordinate_transformation_mode"), of.get_string("mode"), of.get_string("nearest_mode")
+    if forms != ("asymmetric", "nearest", "floor") or len(scales) != 4 or scales[:2] != [1, 1]:
+        raise refused(node, f"the form {forms} by {scales}, expected asymmetric nearest floor by whole factors")
+    return (lambda x: F.interpolate(x, scale_factor=[float(scale) for scale in scales[2:]], mode="nearest")), 1
+
+
+def softmax(node: ir.Node) -> tuple[Compute, int]:
+    axis = node.attributes.get_int("axis", -1)
+    return (lambda x: x.softmax(axis)), 1
+
+
+def arg_min(node: ir.Node) -> tuple[Compute, int]:
+    axis, keep = node.attributes.get_int("axis", 0), bool(node.attributes.get_int("keepdims", 1))
+    return (lambda x: x.argmin(axis, keep)), 1
+
+
+def gelu(node: ir.Node) -> tuple[Compute, int]:
+    form = node.attributes.get_string("approximate", "none")
+    return (lambda x: F.gelu(x, approximate=form)), 1
+
+
+def layer_norm(node: ir.Node) -> tuple[Compute, int]:
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    if node.attributes.get_int("axis", -1) != -1 or len(node.outputs) > 1:
+        raise refused(node, "expected the last axis alone")
+    return (lambda x, weight, *bias: F.layer_norm(x, x.shape[-1:], weight, bias[0] if bias else None, epsilon)), len(
+        node.inputs
+    )
+
+
+def instance_norm(node: ir.Node) -> tuple[Compute, int]:
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    return (lambda x, weight, bias: F.instance_norm(x, weight=weight, bias=bias, eps=epsilon)), 3
+
+
+def quantize(node: ir.Node) -> tuple[Compute, int]:
+    """``clip(round(x / scale) + zero_point)``, halves to even; one scale for the tensor."""
+    zero = node.inputs[2] if has_input(node, 2) else None
+    dtype = TORCH_TYPES[zero.dtype] if zero is not None and zero.dtype is not None else torch.uint8
+    limits = torch.iinfo(dtype)
+
+    def compute(x: torch.Tensor, scale: torch.Tensor, *zero_point: torch.Tensor) -> torch.Tensor:
+        codes = torch.round(x.float() / scale.float())
+        codes = codes + zero_point[0].float() if zero_point else codes
+        return codes.clamp(limits.min, limits.max).to(dtype)
+
+    return compute, len(node.inputs)
+
+
+def dequantize(node: ir.Node) -> tuple[Compute, int]:
+    """``(codes - zero_point) * scale``, by one scale or by one for each index of ``axis``."""
+    axis = node.attributes.get_int("axis", 1)
+
+    def compute(codes: torch.Tensor, scale: torch.Tensor, *zero_point: torch.Tensor) -> torch.Tensor:
+        sides = [1] * codes.ndim
+        if scale.ndim:
+            sides[axis] = -1
+        centred = codes.float() - zero_point[0].float().reshape(sides) if zero_point else codes.float()
+        return (centred * scale.float().reshape(sides)).to(scale.dtype)
+
+    return compute, len(node.inputs)
+
+
+OPS: dict[str, Reader] = {
+    "Add": plain(torch.add),
+    "ArgMin": arg_min,
+    "Cast": cast,
+    "Concat": concat,
+    "Conv": conv,
+    "Cos": plain(torch.cos),
+    "DequantizeLinear": dequantize,
+    "Div": plain(torch.div),
+    "Erf": plain(torch.erf),
+    "Exp": plain(torch.exp),
+    "Expand": expand,
+    "Gather": gather,
+    "Gelu": gelu,
+    "Gemm": gemm,
+    "Identity": plain(torch.clone),
+    "InstanceNormalization": instance_norm,
+    "LayerNormalization": layer_norm,
+    "MatMul": plain(torch.matmul),
+    "Mul": plain(torch.mul),
+    "Neg": plain(torch.neg),
+    "Pad": pad,
+    "QuantizeLinear": quantize,
+    "Reshape": reshape,
+    "Resize": resize,
+    "Sigmoid": plain(torch.sigmoid),
+    "Sin": plain(torch.sin),
+    "Slice": slice_,
+    "Softmax": softmax,
+    "Split": split,
+    "Sqrt": plain(torch.sqrt),
+    "Squeeze": squeeze,
+    "Sub": plain(torch.sub),
+    "Tanh": plain(torch.tanh),
+    "Transpose": transpose,
+    "Unsqueeze": unsqueeze,
+}

@@ -1,0 +1,109 @@
+"""One graph on one device by torch: fixed places for its inputs, compiled, and recorded as one CUDA graph."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qdeploy.engines.base import Port, check_feeds
+from qdeploy.engines.nvidia.resident import Residents
+from qdeploy.engines.torch_graph.module import OnnxModule
+from qdeploy.errors import EngineError
+
+Outputs = Sequence[torch.Tensor]
+Compute = Callable[..., Outputs]
+
+
+class TorchSession:
+    """Runs a module on the places that its inputs are copied to, one call at a time.
+
+    An input that cannot have changed is not copied again (``nvidia.resident``).
+    """
+
+    def __init__(self, module: OnnxModule, path: Path, ports: Sequence[Port], compute: Compute, device: str) -> None:
+        """compute: ``module`` on ``device``, compiled or recorded or as it is; it is given the same tensors each time.
+
+        EngineError when the device has no room for the inputs.
+        """
+        self._path, self._pid, self._lock = path, os.getpid(), threading.Lock()
+        self._ports = {port.name: port for port in ports}
+        self._names, self._outputs = module.inputs, module.outputs
+        self._residents = Residents()
+        self._compute: Compute | None = compute
+        try:
+            self._places = {port.name: torch.from_numpy(np.zeros(port.dims, port.dtype)).to(device) for port in ports}
+        except RuntimeError as exc:  # torch's own for memory that cannot be had
+            raise EngineError(f"{path}: no memory on the device for its inputs: {exc}") from exc
+
+    def prepare(self) -> None:
+        """Compile, tune and record on inputs of 0, so that the first call is as fast as all others; EngineError."""
+        try:
+            with self._lock, torch.inference_mode():
+                assert self._compute is not None
+                self._compute(*(self._places[name] for name in self._names))
+        except Exception as exc:  # of torch, its compiler, Triton and CUDA, which share no class of their own
+            raise EngineError(f"{self._path}: {exc}") from exc
+
+    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
+        check_feeds(self._path, self._ports.values(), feeds)
+        with self._lock, torch.inference_mode():
+            if self._compute is None:
+                raise EngineError(f"{self._path}: the session was closed")
+            try:
+                for name, place in self._places.items():
+                    array = np.asarray(feeds[name])
+                    if not self._residents.holds(name, array):
+                        place.copy_(torch.from_numpy(np.array(array)))
+                found = self._compute(*(self._places[name] for name in self._names))
+                return {name: np.array(one.cpu().numpy()) for name, one in zip(self._outputs, found, strict=True)}
+            except Exception as exc:  # as above
+                self._residents.forget()
+                raise EngineError(f"{self._path}: {exc}") from exc
+
+    def close(self) -> None:
+        """Free the device's memory, when the run that is under way is done; behind a fork it is the parent's."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._compute, self._places = None, {}
+            self._residents.forget()
+
+
+class Recorded:
+    """A function of tensors in fixed places, recorded at its first call as a CUDA graph and replayed from then on.
+
+    torch.compile can record as well, but for the thread that compiled alone; services call from many.
+    """
+
+    WARM_UPS = 2  # compile, tune and allocate, none of which may happen while recording
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._graph: Any = None
+        self._found: Outputs = ()
+
+    def __call__(self, *places: torch.Tensor) -> Outputs:
+        if self._graph is None:
+            self._record(places)
+        self._graph.replay()
+        return self._found
+
+    def _record(self, places: Sequence[torch.Tensor]) -> None:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(self.WARM_UPS):
+                self._compute(*places)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+            self._found = self._compute(*places)
+        self._graph = graph

@@ -1,0 +1,149 @@
+"""torch-cuda's session on the CPU, its recording on a made-up GPU, and what the engine says where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qdeploy.engines import torch_cuda
+from qdeploy.engines.base import EngineOptions, engine_named
+from qdeploy.engines.nvidia.graph_inputs import inputs_of
+from qdeploy.engines.torch_graph.module import read_module
+from qdeploy.engines.torch_graph.session import Recorded, TorchSession
+from qdeploy.errors import EngineError, EngineUnavailableError, UsageError
+from tests.engines import test_contract as contract
+from tests.engines.test_contract import feeds, graph, integer_graph, saved, tensor
+
+__all__ = ["graph", "integer_graph"]  # fixtures
+
+
+@pytest.fixture
+def session(graph: Path) -> Iterator[TorchSession]:
+    module = read_module(graph)
+    found = TorchSession(module, graph, inputs_of(graph), module, "cpu")
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
+def test_it_keeps_the_contract(session: TorchSession, promise: Any) -> None:
+    promise(session)
+
+
+def test_unsigned_codes_are_computed_in_float(integer_graph: Path) -> None:
+    module = read_module(integer_graph)
+    (found,) = module(torch.ones(1, 4, 64))
+    np.testing.assert_allclose(found.numpy(), np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=contract.RTOL)
+    assert not any(step.integer for step in module.steps)
+
+
+def test_an_input_that_cannot_have_changed_is_copied_once(session: TorchSession, monkeypatch: Any) -> None:
+    frozen = feeds()["sample"]
+    frozen.flags.writeable = False
+    session.run(feeds(t=1) | {"sample": frozen})
+    session._places["sample"] += 1
+    moved = session.run(feeds(t=1) | {"sample": frozen})["doubled"]
+    assert not np.array_equal(moved, session.run(feeds(t=1))["doubled"])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand-ins for torch's streams and graphs; what happens to them, in order."""
+    happened: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None: ...
+
+    class Graph:
+        def replay(self) -> None:
+            happened.append("replay")
+
+    @contextlib.contextmanager
+    def recording(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+        happened.append(f"record {capture_error_mode}")
+        yield
+        happened.append("recorded")
+
+    for name, value in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": recording}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return happened
+
+
+def test_a_call_is_warmed_up_recorded_once_and_replayed(gpu: list[str]) -> None:
+    def compute(x: torch.Tensor) -> list[torch.Tensor]:
+        gpu.append("compute")
+        return [x + 1]
+
+    recorded = Recorded(compute)
+    assert [recorded(torch.ones(1))[0].item() for _ in range(2)] == [2, 2]
+    assert gpu == ["compute", "compute", "record thread_local", "compute", "recorded", "replay", "replay"]
+
+
+def test_a_failed_recording_is_tried_again(gpu: list[str]) -> None:
+    fails = iter([True])
+
+    def compute(x: torch.Tensor) -> list[torch.Tensor]:
+        if next(fails, False):
+            raise RuntimeError("out of memory")
+        return [x]
+
+    recorded = Recorded(compute)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recorded(torch.ones(1))
+    assert recorded(torch.ones(1))[0].item() == 1
+
+
+def test_what_the_device_says_becomes_an_error_of_ours(graph: Path) -> None:
+    def compute(*places: torch.Tensor) -> list[torch.Tensor]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    session = TorchSession(read_module(graph), graph, inputs_of(graph), compute, "cpu")
+    for call in (session.prepare, lambda: session.run(feeds())):
+        with pytest.raises(EngineError, match=r"float\.onnx: CUDA error: out of memory"):
+            call()
+
+
+def test_its_kernels_are_the_graphs_steps(int8_tensorrt: Path) -> None:
+    path = int8_tensorrt / "text_encoder" / "model.onnx"
+    module = read_module(path)
+    given = {port.name: np.ones(port.dims, port.dtype) for port in inputs_of(path)}
+    found = torch_cuda.kernels_of(module, torch_cuda.timed_steps(module, given, "cpu", lambda: None))
+    assert all(kernel.seconds is not None and kernel.seconds > 0 for kernel in found)
+    assert any(kernel.integer and kernel.constants for kernel in found)
+    assert not any(kernel.seconds for kernel in torch_cuda.kernels_of(module, {}))
+
+
+def test_open_dimensions_are_refused(tmp_path: Path) -> None:
+    node = contract.helper.make_node("Neg", ["sample"], ["y"])
+    sides = [tensor(name, contract.TensorProto.FLOAT, ["n", 2]) for name in ("sample", "y")]  # type: ignore[list-item]
+    path = saved([node], sides[:1], sides[1:], {}, tmp_path / "open.onnx")
+    with pytest.raises(EngineError, match=r"open\.onnx leaves dimensions open.* export without --dynamic"):
+        torch_cuda._module(path, "cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "text", "missing"])
+def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "broken.onnx").write_bytes(content)
+    with pytest.raises(EngineError, match=r"broken\.onnx"):
+        torch_cuda._module(tmp_path / "broken.onnx", "cpu")
+
+
+def test_it_has_no_providers(graph: Path) -> None:
+    with pytest.raises(UsageError, match="torch-cuda has no execution providers"):
+        torch_cuda.open_session(graph, EngineOptions(providers=("CPUExecutionProvider",)))
+
+
+def test_without_cuda_it_says_what_is_missing(graph: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch has a GPU here")
+    lack = r"built without CUDA.*\[torch-cuda\]" if torch.version.cuda is None else "no NVIDIA driver"
+    with pytest.raises(EngineUnavailableError, match=r"torch-cuda cannot run here: .*" + lack):
+        engine_named("torch-cuda").open_session(graph, EngineOptions())
