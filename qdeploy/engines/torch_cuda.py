@@ -6,15 +6,18 @@ on where TensorRT is not at hand: TensorRT-RTX serves neither A100 nor H100.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+import os
+import re
+import shutil
+import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, check_feeds
+from qdeploy.engines.nvidia.caches import cache_folder
 from qdeploy.engines.nvidia.graph_inputs import inputs_of, is_static
 from qdeploy.engines.nvidia.machine import Needs, check_here, lack_of
 from qdeploy.errors import EngineError, EngineUnavailableError
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'qdeploy[torch-cuda]'"
 DEVICE = "cuda"
 OLDEST_CUDA, OLDEST_SM = "12.0", (8, 0)
-MODE = "max-autotune-no-cudagraphs"  # the session records the graph itself
+COMPILER = {"mode": "max-autotune-no-cudagraphs"}  # the session records the graph itself
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # torch's own choice lies where others may write
 
 
 def versions() -> dict[str, str]:
@@ -44,18 +48,18 @@ def versions() -> dict[str, str]:
 def open_session(path: Path, options: EngineOptions) -> TorchSession:
     """Load the graph at ``path`` and compile it, which takes minutes for a large UNet the first time.
 
-    torch and Triton keep what they compiled in folders of this user's. Raises EngineError for a graph with open
-    dimensions or an operator that is not known.
+    torch and Triton keep what they compiled in this user's cache, unless TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR
+    name folders. Raises EngineError for a graph with open dimensions or an operator that is not known.
     """
     options.check_providers("torch-cuda", ())
-    versions()
-    import torch
-
-    from qdeploy.engines.torch_graph.session import Recorded, TorchSession
+    gpu = versions()["gpu"]
+    for name in CACHES:
+        os.environ.setdefault(name, str(cache_folder(f"torch-cuda-{slug(gpu)}")))
+    from qdeploy.engines.torch_graph.session import Recorded, TorchSession, compiled
 
     module = _module(path, DEVICE)
-    compiled = torch.compile(module, mode=MODE, fullgraph=True, dynamic=False)
-    compute = Recorded(compiled) if options.cuda_graph else compiled
+    compute = compiled(module, **COMPILER)
+    compute = Recorded(compute) if options.cuda_graph else compute
     session = TorchSession(module, path, inputs_of(path), compute, DEVICE)
     session.prepare()
     return session
@@ -65,7 +69,7 @@ def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | N
     """Every step of the graph; with ``feeds`` each one's time by itself, before the compiler joins any."""
     versions()
     module = _module(path, DEVICE)
-    return kernels_of(module, {} if feeds is None else timed_steps(module, feeds, DEVICE, _torch().cuda.synchronize))
+    return kernels_of(module, {} if feeds is None else _seconds(module, path, feeds))
 
 
 def kernels_of(module: OnnxModule, seconds: Mapping[str, float]) -> list[Kernel]:
@@ -76,27 +80,14 @@ def kernels_of(module: OnnxModule, seconds: Mapping[str, float]) -> list[Kernel]
     ]
 
 
-def timed_steps(
-    module: OnnxModule, feeds: Mapping[str, NDArray], device: str, wait: Callable[[], object]
-) -> dict[str, float]:
-    """Each step's mean time in seconds over all runs but the first; ``wait`` until the device is done."""
-    import torch
+def _seconds(module: OnnxModule, path: Path, feeds: Mapping[str, NDArray]) -> dict[str, float]:
+    from qdeploy.engines.torch_graph.timing import timed_steps
 
-    from qdeploy.engines.torch_graph.module import run_step
-
-    values = module.constants()
-    seconds = {}
-    with torch.inference_mode():
-        values |= {name: torch.from_numpy(np.array(feeds[name])).to(device) for name in module.inputs}
-        for step in module.steps:
-            run_step(step, values)
-            wait()
-            start = time.perf_counter()
-            for _ in range(TIMED_RUNS):
-                run_step(step, values)
-            wait()
-            seconds[step.outputs[0]] = (time.perf_counter() - start) / TIMED_RUNS
-    return seconds
+    check_feeds(path, inputs_of(path), feeds)
+    try:
+        return timed_steps(module, feeds, DEVICE, TIMED_RUNS, _torch().cuda.synchronize)
+    except RuntimeError as exc:  # torch's, and its compiler's and CUDA's below it
+        raise EngineError(f"{path}: {exc}") from exc
 
 
 def needs() -> Needs:
@@ -106,6 +97,11 @@ def needs() -> Needs:
     return Needs(int(built.split(".")[0]) * 1000, sms=sms)
 
 
+def slug(text: str) -> str:
+    """``text`` as a file's name; timings of kernels hold for one GPU."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def _module(path: Path, device: str) -> OnnxModule:
     from qdeploy.engines.torch_graph.module import read_module
 
@@ -113,10 +109,11 @@ def _module(path: Path, device: str) -> OnnxModule:
         raise EngineError(
             f"{path} leaves dimensions open, and torch-cuda compiles for one size; export without --dynamic"
         )
+    module = read_module(path)
     try:
-        return read_module(path).to(device).eval()
-    except RuntimeError as exc:  # torch's own for memory that cannot be had
-        raise EngineError(f"{path}: no memory on the device for its weights: {exc}") from exc
+        return module.to(device).eval()
+    except RuntimeError as exc:  # torch's own, for memory that cannot be had and a device that does not answer
+        raise EngineError(f"{path}: its weights cannot be put on the device: {exc}") from exc
 
 
 def _torch() -> Any:
@@ -136,6 +133,12 @@ def _triton() -> Any:
         import triton
     except ImportError as exc:
         raise EngineUnavailableError(f"triton is not installed; run `{INSTALL}`") from exc
+    lacks = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
+    lacks += [] if (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file() else ["Python's headers"]
+    if lacks:
+        raise EngineUnavailableError(
+            f"triton compiles its launchers with {' and '.join(lacks)}, not there; install gcc and python3-dev"
+        )
     return triton
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from qdeploy.errors import EngineError
+
 NAME = "qdeploy::int8_conv"
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int[] stride, int[] padding, ScalarType dtype) -> Tensor"
@@ -35,6 +37,7 @@ def launched(
     """
     from qdeploy.engines.torch_graph.int8_kernels import int8_conv as launch
 
+    check_operands(x, weight, scale, bias)
     with LAUNCHING:
         return launch(x, weight, scale, bias, (stride[0], stride[1]), (padding[0], padding[1]), dtype)
 
@@ -53,6 +56,7 @@ def _(  # noqa: ANN202 - torch reads the schema
     dtype: torch.dtype,
 ):
     """The meaning, for checks without a GPU: float64 holds every sum exactly."""
+    check_operands(x, weight, scale, bias)
     turned, kernel = x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double()
     sums = F.conv2d(turned, kernel, None, list(stride), list(padding)).permute(0, 2, 3, 1)
     scaled = sums.float() * scale
@@ -71,6 +75,19 @@ def _(  # noqa: ANN202
 ):
     sides = [(x.shape[at + 1] + 2 * padding[at] - weight.shape[at + 1]) // stride[at] + 1 for at in range(2)]
     return x.new_empty((x.shape[0], *sides, weight.shape[0]), dtype=dtype)
+
+
+def check_operands(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """EngineError for operands that a kernel would read beyond the end of."""
+    vectors = {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
+    for name, vector in vectors.items():
+        if vector.shape != weight.shape[:1] or vector.dtype != torch.float32 or vector.device != x.device:
+            raise EngineError(
+                f"int8 product: {name} is {vector.dtype}{list(vector.shape)} on {vector.device}, expected "
+                f"torch.float32[{weight.shape[0]}] on {x.device}"
+            )
+    if x.dtype != torch.int8 or weight.dtype != torch.int8 or weight.device != x.device:
+        raise EngineError(f"int8 product: got {x.dtype} on {x.device} and {weight.dtype} on {weight.device}")
 
 
 class Int8Conv(torch.nn.Module):

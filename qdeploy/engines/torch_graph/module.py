@@ -20,18 +20,14 @@ class OnnxModule(torch.nn.Module):
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
         graph = model.graph
-        self.inputs = [name_of(value) for value in graph.inputs]
+        self.inputs = [name_of(value) for value in graph.inputs if value.name not in graph.initializers]
         self.outputs = [name_of(value) for value in graph.outputs]
         self.steps = joined(needed([pattern_at(node) or step_of(node) for node in graph], self.outputs))
         self.products = torch.nn.ModuleList(
             step.compute for step in self.steps if isinstance(step.compute, torch.nn.Module)
         )
         read = {name for step in self.steps for name in step.inputs} | set(self.outputs)
-        self._constants = {
-            name: f"constant_{index}"
-            for index, name in enumerate(graph.initializers)
-            if name in read and name not in self.inputs
-        }
+        self._constants = {name: f"constant_{index}" for index, name in enumerate(graph.initializers) if name in read}
         for name, attribute in self._constants.items():
             self.register_buffer(attribute, tensor_of(graph.initializers[name]))
 
@@ -50,8 +46,7 @@ def read_module(path: Path) -> OnnxModule:
     if not path.is_file():
         raise EngineError(f"{path}: there is no such file")
     try:
-        model = ir.load(path)
-        return OnnxModule(model)
+        return OnnxModule(ir.load(path.resolve()))  # resolved, or it does not hold external data to the folder
     except EngineError as exc:
         raise EngineError(f"{path}: {exc}") from exc
     except Exception as exc:  # the parser's own, and what a broken graph makes of the code above

@@ -32,9 +32,9 @@ def int8_conv(node: ir.Node) -> Step | None:
         return None
     codes, weight = centred_codes(node.inputs[0]), weight_codes(node.inputs[1], axis=0)
     stride, padding, dilation, groups = conv_settings(node)
-    if codes is None or weight is None or groups != 1 or dilation != [1, 1]:
+    if codes is None or weight is None or groups != 1 or dilation != [1, 1] or not has_plain_bias(node, weight, 0):
         return None
-    bias = tensor_of(node.inputs[2]) if has_input(node, 2) else None
+    bias = bias_of(node, weight, 0)
     scale = scale_of(node.inputs[0]) * scale_of(node.inputs[1])
     compute = Int8Conv(tensor_of(weight), spread(scale, weight, 0), bias, stride, padding, out_type(node))
     return product(node, codes, weight, compute)
@@ -49,9 +49,9 @@ def int8_linear(node: ir.Node) -> Step | None:
         return None
     rows = 1 - of.get_int("transB", 0)  # the weight's axis of outputs
     codes, weight = centred_codes(node.inputs[0]), weight_codes(node.inputs[1], axis=rows)
-    if codes is None or weight is None or len(sides_of(weight)) != 2:
+    if codes is None or weight is None or len(sides_of(weight)) != 2 or not has_plain_bias(node, weight, rows):
         return None
-    bias = tensor_of(node.inputs[2]) if has_input(node, 2) else None
+    bias = bias_of(node, weight, rows)
     scale = spread(scale_of(node.inputs[0]) * scale_of(node.inputs[1]), weight, rows)
     stored = tensor_of(weight)
     compute = Int8Linear([stored if rows == 0 else stored.T], [scale], bias, out_type(node))
@@ -104,7 +104,7 @@ def attention(node: ir.Node) -> Step | None:
     scale = float(factor)
 
     def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask[0] if mask else None, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, mask[0].to(q.dtype) if mask else None, scale=scale)
 
     read = [scaled.inputs[0], turned.inputs[0], node.inputs[1], *([] if masked is None else [masked.inputs[1]])]
     return Step("Attention", (node.name or "",), tuple(map(name_of, read)), outputs_of(node), compute)
@@ -119,10 +119,12 @@ def group_norm(node: ir.Node) -> Step | None:
     if apart is None or norm is None or scaled is None or back is None:
         return None
     ones, zeros, weight, bias = (constant(value) for value in (*norm.inputs[1:3], scaled.inputs[1], node.inputs[1]))
-    shape = back.outputs[0].shape
-    if ones is None or zeros is None or weight is None or bias is None or shape is None:
+    shape, grouped = back.outputs[0].shape, apart.outputs[0].shape
+    if ones is None or zeros is None or weight is None or bias is None or shape is None or grouped is None:
         return None
     if not (np.all(ones == 1) and np.all(zeros == 0) and shape[1] == weight.size == bias.size):
+        return None
+    if len(grouped) != 3 or (grouped[0], grouped[1]) != (shape[0], ones.size):
         return None
     groups, epsilon = ones.size, norm.attributes.get_float("epsilon", 1e-5)
 
@@ -170,8 +172,20 @@ def scale_of(value: ir.Value | None) -> torch.Tensor:
     return tensor_of(node.inputs[1]).float()
 
 
+def has_plain_bias(node: ir.Node, weight: ir.Value, axis: int) -> bool:
+    """Whether the layer's bias is missing, or a constant of one value or one for each output channel."""
+    if not has_input(node, 2):
+        return True
+    bias = constant(node.inputs[2])
+    return bias is not None and (bias.size == 1 or (bias.shape[-1], bias.size) == (sides_of(weight)[axis],) * 2)
+
+
+def bias_of(node: ir.Node, weight: ir.Value, axis: int) -> torch.Tensor | None:
+    return spread(tensor_of(node.inputs[2]), weight, axis) if has_input(node, 2) else None
+
+
 def spread(scale: torch.Tensor, weight: ir.Value, axis: int) -> torch.Tensor:
-    """One scale for each output channel."""
+    """One value for each output channel."""
     return scale.reshape(-1).expand(sides_of(weight)[axis]).contiguous()
 
 

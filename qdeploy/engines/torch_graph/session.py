@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from qdeploy.errors import EngineError
 
 Outputs = Sequence[torch.Tensor]
 Compute = Callable[..., Outputs]
+
+PREPARING = (
+    threading.Lock()
+)  # recording allows no other one in the process, nor what compiling does: to wait for the GPU
 
 
 class TorchSession:
@@ -37,15 +42,16 @@ class TorchSession:
         self._names, self._outputs = module.inputs, module.outputs
         self._residents = Residents()
         self._compute: Compute | None = compute
+        self._device = device
         try:
             self._places = {port.name: torch.from_numpy(np.zeros(port.dims, port.dtype)).to(device) for port in ports}
-        except RuntimeError as exc:  # torch's own for memory that cannot be had
+        except (RuntimeError, MemoryError, ValueError) as exc:
             raise EngineError(f"{path}: no memory on the device for its inputs: {exc}") from exc
 
     def prepare(self) -> None:
         """Compile, tune and record on inputs of 0, so that the first call is as fast as all others; EngineError."""
         try:
-            with self._lock, torch.inference_mode():
+            with self._lock, PREPARING, torch.inference_mode():
                 assert self._compute is not None
                 self._compute(*(self._places[name] for name in self._names))
         except Exception as exc:  # of torch, its compiler, Triton and CUDA, which share no class of their own
@@ -63,18 +69,36 @@ class TorchSession:
                     if not self._residents.holds(name, array):
                         place.copy_(torch.from_numpy(np.array(array)))
                 found = self._compute(*(self._places[name] for name in self._names))
-                return {name: np.array(one.cpu().numpy()) for name, one in zip(self._outputs, found, strict=True)}
+                return {name: one.to("cpu", copy=True).numpy() for name, one in zip(self._outputs, found, strict=True)}
             except Exception as exc:  # as above
                 self._residents.forget()
                 raise EngineError(f"{self._path}: {exc}") from exc
 
     def close(self) -> None:
-        """Free the device's memory, when the run that is under way is done; behind a fork it is the parent's."""
+        """Free the device's memory, when the run that is under way is done; behind a fork it is the parent's.
+
+        torch would keep it for other tensors of this process, so it is told to give it back.
+        """
         if os.getpid() != self._pid:
             return
         with self._lock:
+            if self._compute is None:
+                return
             self._compute, self._places = None, {}
             self._residents.forget()
+            if self._device != "cpu":
+                with PREPARING:
+                    torch.cuda.empty_cache()
+
+
+def compiled(module: OnnxModule, **settings: Any) -> Compute:
+    """``module`` by ``torch.compile`` with ``settings``, to be called with tensors of its one set of shapes.
+
+    torch keeps what it compiled with a function's code, of eight graphs at most: each module gets a copy of it.
+    """
+    shared = OnnxModule.forward
+    own = types.FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__)
+    return torch.compile(types.MethodType(own, module), fullgraph=True, dynamic=False, **settings)
 
 
 class Recorded:
@@ -104,6 +128,6 @@ class Recorded:
                 self._compute(*places)
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+        with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):  # other sessions may run
             self._found = self._compute(*places)
         self._graph = graph

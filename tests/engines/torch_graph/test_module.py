@@ -15,11 +15,13 @@ from benchmarks.gpu_rows import feeds_of
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.engines.nvidia.graph_inputs import inputs_of
 from qdeploy.engines.torch_graph.module import OnnxModule, read_module
+from qdeploy.errors import EngineError
 from qdeploy.export.exporter import export_bundle
 from qdeploy.models.source import load_model
 from qdeploy.numerics import sqnr_db
 from qdeploy.spec import target_named
 from qdeploy.table import QuantTable
+from tests.engines import test_contract as contract
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
 FP16_DB = 50.0  # of two fp16 computations that sum in different orders
@@ -111,3 +113,43 @@ def test_the_encoder_is_computed(tiny_folder: Path, tmp_path: Path) -> None:
     export_bundle(load_model(str(tiny_folder)), None, target_named("tensorrt"), tmp_path / "b", with_encoder=True)
     path = tmp_path / "b" / "vae_encoder" / "model.onnx"
     assert sqnr_db(on_ort(path)[0], outputs(read_module(path), path)[0]) > FP16_DB
+
+
+BIASES = {"one value": np.float32(3), "channels": np.arange(8, dtype=np.float32), "row": np.ones((1, 8), np.float32)}
+NOT_PLAIN = {"rows": np.ones((8, 1), np.float32), "matrix": np.ones((8, 8), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("bias", "integer"),
+    [*((bias, True) for bias in BIASES.values()), *((bias, False) for bias in NOT_PLAIN.values())],
+    ids=[*BIASES, *NOT_PLAIN],
+)
+def test_only_a_bias_by_channel_goes_into_the_integer_product(bias: NDArray, integer: bool, tmp_path: Path) -> None:
+    """The kernel reads one value a channel, and would read beyond the end of less."""
+    one, zero = np.float32(0.5), np.int8(0)
+    codes = np.random.default_rng(0).integers(-127, 128, (4, 8), np.int8)
+    nodes = [
+        contract.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        contract.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        contract.helper.make_node("DequantizeLinear", ["codes", "s"], ["w"]),
+        contract.helper.make_node("Gemm", ["d", "w", "b"], ["y"]),
+    ]
+    ports = [contract.tensor(name, contract.TensorProto.FLOAT, [8, side]) for name, side in (("x", 4), ("y", 8))]
+    constants = {"s": one, "z": zero, "codes": codes, "b": bias}
+    path = contract.saved(nodes, ports[:1], ports[1:], constants, tmp_path / "gemm.onnx")
+    module = read_module(path)
+    assert any(step.integer for step in module.steps) == integer
+    np.testing.assert_allclose(outputs(module, path)[0], on_ort(path)[0], rtol=1e-5)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    x, weight, scale = (
+        torch.zeros(1, 1, 2, 4, dtype=torch.int8),
+        torch.zeros(3, 1, 1, 4, dtype=torch.int8),
+        torch.ones(3),
+    )
+    for wrong in (scale[:2], scale.half()):
+        with pytest.raises(EngineError, match=r"int8 product: scale is .*expected torch.float32"):
+            torch.ops.qdeploy.int8_conv(x, weight, wrong, None, [1, 1], [0, 0], torch.float32)
+    with pytest.raises(EngineError, match=r"int8 product: bias is "):
+        torch.ops.qdeploy.int8_conv(x, weight, scale, scale[:1], [1, 1], [0, 0], torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.engines.nvidia.graph_inputs import inputs_of
 from qdeploy.engines.torch_graph.module import read_module
 from qdeploy.engines.torch_graph.session import Recorded, TorchSession
+from qdeploy.engines.torch_graph.timing import timed_steps
 from qdeploy.errors import EngineError, EngineUnavailableError, UsageError
+from qdeploy.numerics import sqnr_db
 from tests.engines import test_contract as contract
 from tests.engines.test_contract import feeds, graph, integer_graph, saved, tensor
 
@@ -65,7 +68,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             happened.append("replay")
 
     @contextlib.contextmanager
-    def recording(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+    def recording(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         happened.append(f"record {capture_error_mode}")
         yield
         happened.append("recorded")
@@ -114,10 +117,53 @@ def test_its_kernels_are_the_graphs_steps(int8_tensorrt: Path) -> None:
     path = int8_tensorrt / "text_encoder" / "model.onnx"
     module = read_module(path)
     given = {port.name: np.ones(port.dims, port.dtype) for port in inputs_of(path)}
-    found = torch_cuda.kernels_of(module, torch_cuda.timed_steps(module, given, "cpu", lambda: None))
+    found = torch_cuda.kernels_of(module, timed_steps(module, given, "cpu", 2, lambda: None))
     assert all(kernel.seconds is not None and kernel.seconds > 0 for kernel in found)
     assert any(kernel.integer and kernel.constants for kernel in found)
     assert not any(kernel.seconds for kernel in torch_cuda.kernels_of(module, {}))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EngineOptions:
+    """The engine as it is, but for the GPU and the compiler's last stage; nothing is recorded."""
+    monkeypatch.setattr(torch_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(torch_cuda, "COMPILER", {"backend": "aot_eager"})
+    monkeypatch.setattr(torch_cuda, "versions", lambda: {"gpu": "NVIDIA A100 (SM 8.0, 80 GiB)"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in torch_cuda.CACHES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    return EngineOptions(cuda_graph=False)
+
+
+def test_the_engine_opens_a_session_that_keeps_the_contract(on_cpu: EngineOptions, graph: Path, tmp_path: Path) -> None:
+    for promise in contract.PROMISES:
+        promise(torch_cuda.open_session(graph, on_cpu))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "qdeploy" / "torch-cuda-nvidia-a100-sm-8-0-80-gib")
+
+
+def test_any_number_of_graphs_can_be_opened(on_cpu: EngineOptions, tmp_path: Path) -> None:
+    """torch.compile gives up on the ninth graph of one function."""
+    for count in range(1, 12):
+        nodes = [contract.helper.make_node("Neg", [f"y{at}" if at else "x"], [f"y{at + 1}"]) for at in range(count)]
+        sides = [tensor(name, contract.TensorProto.FLOAT, [2]) for name in ("x", f"y{count}")]
+        path = saved(nodes, sides[:1], sides[1:], {}, tmp_path / f"{count}.onnx")
+        found = torch_cuda.open_session(path, on_cpu).run({"x": np.ones(2, np.float32)})
+        assert found[f"y{count}"].tolist() == [(-1) ** count] * 2
+
+
+@pytest.mark.slow
+def test_torchs_compiler_computes_what_torch_does(
+    on_cpu: EngineOptions, int8_tensorrt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its C++ code; joined steps are not rounded to fp16 in between, so single codes differ."""
+    monkeypatch.setattr(torch_cuda, "COMPILER", {})
+    path = int8_tensorrt / "text_encoder" / "model.onnx"
+    given = {port.name: np.ones(port.dims, port.dtype) for port in inputs_of(path)}
+    (found,) = torch_cuda.open_session(path, on_cpu).run(given).values()
+    (expected,) = read_module(path)(*map(torch.from_numpy, given.values()))
+    assert sqnr_db(expected.numpy(), found) > 30
 
 
 def test_open_dimensions_are_refused(tmp_path: Path) -> None:
