@@ -134,7 +134,8 @@ def _triton() -> Any:
     except ImportError as exc:
         raise EngineUnavailableError(f"triton is not installed; run `{INSTALL}`") from exc
     lacks = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
-    lacks += [] if (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file() else ["Python's headers"]
+    headers = Path(sysconfig.get_paths("posix_prefix")["include"])  # where triton looks
+    lacks += [] if (headers / "Python.h").is_file() else ["Python's headers"]
     if lacks:
         raise EngineUnavailableError(
             f"triton compiles its launchers with {' and '.join(lacks)}, not there; install gcc and python3-dev"

@@ -15,6 +15,7 @@ import torch
 from qdeploy.engines import torch_cuda
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.engines.nvidia.graph_inputs import inputs_of
+from qdeploy.engines.nvidia.machine import lack_of
 from qdeploy.engines.torch_graph.module import read_module
 from qdeploy.engines.torch_graph.session import Recorded, TorchSession
 from qdeploy.engines.torch_graph.timing import timed_steps
@@ -193,3 +194,13 @@ def test_without_cuda_it_says_what_is_missing(graph: Path) -> None:
     lack = r"built without CUDA.*\[torch-cuda\]" if torch.version.cuda is None else "no NVIDIA driver"
     with pytest.raises(EngineUnavailableError, match=r"torch-cuda cannot run here: .*" + lack):
         engine_named("torch-cuda").open_session(graph, EngineOptions())
+
+
+def test_triton_without_a_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert not lack_of(torch_cuda._triton)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "nowhere"})
+    with pytest.raises(EngineUnavailableError, match="with a C compiler and Python's headers, not there; install gcc"):
+        torch_cuda._triton()
