@@ -16,7 +16,7 @@ from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.engines.nvidia.graph_inputs import inputs_of
 from qdeploy.engines.torch_graph.module import OnnxModule, read_module
 from qdeploy.errors import EngineError
-from qdeploy.export.exporter import export_bundle
+from qdeploy.export.exporter import export_component
 from qdeploy.models.source import load_model
 from qdeploy.numerics import sqnr_db
 from qdeploy.spec import target_named
@@ -102,16 +102,13 @@ def test_the_compiler_takes_it_whole(int8_tensorrt: Path) -> None:
     np.testing.assert_array_equal(outputs(compiled, path)[0], outputs(module, path)[0])
 
 
-def test_a_codebook_is_computed(unconditional_folder: Path, tmp_path: Path) -> None:
-    export_bundle(load_model(str(unconditional_folder)), None, target_named("tensorrt"), tmp_path / "b")
-    for part in ("unet", "vae_decoder"):
-        path = tmp_path / "b" / part / "model.onnx"
-        assert sqnr_db(on_ort(path)[0], outputs(read_module(path), path)[0]) > FP16_DB
-
-
-def test_the_encoder_is_computed(tiny_folder: Path, tmp_path: Path) -> None:
-    export_bundle(load_model(str(tiny_folder)), None, target_named("tensorrt"), tmp_path / "b", with_encoder=True)
-    path = tmp_path / "b" / "vae_encoder" / "model.onnx"
+@pytest.mark.parametrize(("kind", "part"), [("unconditional", "vae_decoder"), ("tiny", "vae_encoder")])
+def test_a_codebook_and_an_encoder_are_computed(
+    kind: str, part: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = load_model(str(request.getfixturevalue(f"{kind}_folder")))
+    export_component(model, part, None, (), target_named("tensorrt"), tmp_path / part)
+    path = tmp_path / part / "model.onnx"
     assert sqnr_db(on_ort(path)[0], outputs(read_module(path), path)[0]) > FP16_DB
 
 
