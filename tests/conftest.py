@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,18 +50,21 @@ def table(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> QuantTabl
     return quantize_model(tiny_model, calibration, QuantSpec())
 
 
+def exported(factory: pytest.TempPathFactory, name: str, *what: Any, **options: Any) -> Path:
+    """The bundle of that name; ``what`` is model, table and target."""
+    folder = factory.mktemp("bundles") / name
+    export_bundle(*what, folder, **options)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def float_bundle(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "fp32"
-    export_bundle(tiny_model, None, target_named("ort-cpu"), folder)
-    return folder
+    return exported(tmp_path_factory, "fp32", tiny_model, None, target_named("ort-cpu"))
 
 
 @pytest.fixture(scope="session")
 def encoder_bundle(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "with-encoder"
-    export_bundle(tiny_model, None, target_named("ort-cpu"), folder, with_encoder=True)
-    return folder
+    return exported(tmp_path_factory, "with-encoder", tiny_model, None, target_named("ort-cpu"), with_encoder=True)
 
 
 @pytest.fixture(scope="session")
@@ -70,30 +74,28 @@ def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def int8_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "w8a8"
-    export_bundle(tiny_model, table, target_named("ort-cpu"), folder)
-    return folder
+    return exported(tmp_path_factory, "w8a8", tiny_model, table, target_named("ort-cpu"))
 
 
 @pytest.fixture(scope="session")
 def open_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``int8_bundle``, with the encoder and for every batch and size."""
-    folder = tmp_path_factory.mktemp("bundles") / "open"
-    export_bundle(
-        tiny_model, table, target_named("ort-cpu"), folder, with_encoder=True, open_dims=OpenDims(batch=True, size=True)
+    return exported(
+        tmp_path_factory,
+        "open",
+        tiny_model,
+        table,
+        target_named("ort-cpu"),
+        with_encoder=True,
+        open_dims=OpenDims(batch=True, size=True),
     )
-    return folder
 
 
 @pytest.fixture(scope="session")
 def int8_tensorrt(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "tensorrt-int8"
-    export_bundle(tiny_model, table, target_named("tensorrt"), folder)
-    return folder
+    return exported(tmp_path_factory, "tensorrt-int8", tiny_model, table, target_named("tensorrt"))
 
 
 @pytest.fixture(scope="session")
 def fp16_tensorrt(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "tensorrt-fp16"
-    export_bundle(tiny_model, None, target_named("tensorrt"), folder)
-    return folder
+    return exported(tmp_path_factory, "tensorrt-fp16", tiny_model, None, target_named("tensorrt"))

@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,14 @@ def check_feeds(path: Path, ports: Iterable[Port], feeds: Mapping[str, NDArray])
             raise EngineError(
                 f"{path}: input {name!r}: got {feed.dtype}{list(feed.shape)}, expected {port.dtype}{list(port.dims)}"
             )
+
+
+def imported(module: str, package: str, install: str) -> Any:
+    """The module of that name; EngineUnavailableError with the command that installs the package it is in."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        raise EngineUnavailableError(f"{package} is not installed; run `{install}`") from exc
 
 
 class Session(Protocol):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.engines.base import OPEN, TIMED_RUNS, EngineOptions, Kernel, Port, check_feeds
-from qdeploy.errors import EngineError, EngineUnavailableError
+from qdeploy.engines.base import OPEN, TIMED_RUNS, EngineOptions, Kernel, Port, check_feeds, imported
+from qdeploy.errors import EngineError
 
 if TYPE_CHECKING:
     import openvino
@@ -109,8 +109,4 @@ def _compile(path: Path, options: EngineOptions, **more: bool) -> openvino.Compi
 
 
 def _openvino() -> ModuleType:
-    try:
-        import openvino
-    except ImportError as exc:
-        raise EngineUnavailableError("openvino is not installed; run `pip install 'qdeploy[openvino]'`") from exc
-    return openvino
+    return imported("openvino", "openvino", "pip install 'qdeploy[openvino]'")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from numpy.typing import NDArray
 
 from qdeploy.cpu import has_vnni
-from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel
-from qdeploy.errors import EngineError, EngineUnavailableError
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, imported
+from qdeploy.errors import EngineError
 
 if TYPE_CHECKING:
     import onnx
@@ -153,8 +153,4 @@ def _timed_kernels(profile: Path) -> list[Kernel]:
 
 
 def _onnxruntime() -> ModuleType:
-    try:
-        import onnxruntime
-    except ImportError as exc:
-        raise EngineUnavailableError("onnxruntime is not installed; run `pip install onnxruntime`") from exc
-    return onnxruntime
+    return imported("onnxruntime", "onnxruntime", "pip install onnxruntime")

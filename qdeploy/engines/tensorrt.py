@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, imported
 from qdeploy.engines.nvidia.caches import cache_folder
 from qdeploy.engines.nvidia.machine import Needs, check_here
 from qdeploy.engines.nvidia.plans import PlanKey, bundled_plan, cached_plan, keep_plan, key_of
@@ -189,10 +189,7 @@ def _tensorrt() -> Any:
 
 
 def _polygraphy() -> Any:
-    try:
-        import polygraphy
-    except ImportError as exc:
-        raise EngineUnavailableError(f"polygraphy is not installed; run `{INSTALL}`") from exc
+    polygraphy = imported("polygraphy", "polygraphy", INSTALL)
     from qdeploy.engines.nvidia.cuda import cudart
 
     cudart()

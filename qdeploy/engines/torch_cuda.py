@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, check_feeds
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, check_feeds, imported
 from qdeploy.engines.nvidia.caches import cache_folder
 from qdeploy.engines.nvidia.graph_inputs import inputs_of, is_static
 from qdeploy.engines.nvidia.machine import Needs, check_here, lack_of
@@ -129,10 +129,7 @@ def _torch() -> Any:
 
 
 def _triton() -> Any:
-    try:
-        import triton
-    except ImportError as exc:
-        raise EngineUnavailableError(f"triton is not installed; run `{INSTALL}`") from exc
+    triton = imported("triton", "triton", INSTALL)
     lacks = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
     headers = Path(sysconfig.get_paths("posix_prefix")["include"])  # where triton looks
     lacks += [] if (headers / "Python.h").is_file() else ["Python's headers"]
@@ -144,8 +141,4 @@ def _triton() -> Any:
 
 
 def _onnx_ir() -> Any:
-    try:
-        import onnx_ir
-    except ImportError as exc:
-        raise EngineUnavailableError(f"onnx-ir is not installed; run `{INSTALL}`") from exc
-    return onnx_ir
+    return imported("onnx_ir", "onnx-ir", INSTALL)

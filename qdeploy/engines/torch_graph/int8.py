@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from qdeploy.engines.torch_graph.int8_shapes import conv_shape
 from qdeploy.errors import EngineError
 
 NAME = "qdeploy::int8_conv"
@@ -73,8 +74,8 @@ def _(  # noqa: ANN202
     padding: Sequence[int],
     dtype: torch.dtype,
 ):
-    sides = [(x.shape[at + 1] + 2 * padding[at] - weight.shape[at + 1]) // stride[at] + 1 for at in range(2)]
-    return x.new_empty((x.shape[0], *sides, weight.shape[0]), dtype=dtype)
+    shape = conv_shape(x.shape, weight.shape, (stride[0], stride[1]), (padding[0], padding[1]))
+    return x.new_empty((shape.n, shape.oh, shape.ow, shape.oc), dtype=dtype)
 
 
 def check_operands(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +17,8 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from qdeploy.errors import EngineError
+from qdeploy.engines.torch_graph.int8_shapes import Pair, check_indices, conv_shape, split_count
 
-Pair = tuple[int, int]
-
-INDEX_LIMIT = 2**31  # the kernels count elements in int32
-MOST_TAPS = 30  # KH + KW; each has one bit of an int32
-MOST_PRODUCTS = 2**17 - 1  # of -128 by -128, whose sum int32 still holds
-SPLIT_TILE = (128, 64)  # rows and channels; `split_count` counts programs of this size
-SPLIT_MIN_K = 1024  # of the inner dimension, for one program; a rough guess at what a second kernel's start costs
 SMALLEST_BLOCK = 64  # which every axis can be cut into
 MOST_PADDING = 1.25  # times the size that an axis has in smallest blocks
 
@@ -39,62 +31,6 @@ class Limits(NamedTuple):
 
 
 H100 = Limits(132, 232448)
-
-
-class ConvShape(NamedTuple):
-    """Sizes of a convolution of x [n, h, w, c] by weight [oc, kh, kw, c] to [n, oh, ow, oc]."""
-
-    n: int
-    h: int
-    w: int
-    c: int
-    oc: int
-    kh: int
-    kw: int
-    oh: int
-    ow: int
-
-    @property
-    def m(self) -> int:
-        return self.n * self.oh * self.ow
-
-    @property
-    def k(self) -> int:
-        return self.kh * self.kw * self.c
-
-
-def conv_shape(x: Sequence[int], weight: Sequence[int], stride: Pair, padding: Pair) -> ConvShape:
-    """The sizes of a convolution of these two shapes; EngineError when the kernels cannot compute it."""
-    (n, h, w, c), (oc, kh, kw, weight_c) = x, weight
-    oh = (h + 2 * padding[0] - kh) // stride[0] + 1
-    ow = (w + 2 * padding[1] - kw) // stride[1] + 1
-    shape = ConvShape(n, h, w, c, oc, kh, kw, oh, ow)
-    if c != weight_c or min(n, c, oc, oh, ow) < 1 or kh + kw > MOST_TAPS or shape.k > MOST_PRODUCTS:
-        raise EngineError(
-            f"int8 convolution: got x {list(x)} and weight {list(weight)} with stride {stride} and padding {padding}, "
-            f"expected [N, H, W, C] and [OC, KH, KW, C] with KH + KW up to {MOST_TAPS}, KH * KW * C up to "
-            f"{MOST_PRODUCTS} and at least one output"
-        )
-    return shape
-
-
-def split_count(m: int, oc: int, k: int, multiprocessors: int, tile: Pair = SPLIT_TILE) -> int:
-    """How many ranges to cut the inner dimension into, for tiles that leave multiprocessors idle; 1 for no cut."""
-    tiles = -(-m // tile[0]) * -(-oc // tile[1])
-    return max(1, min(multiprocessors // tiles, k // SPLIT_MIN_K))
-
-
-def check_indices(shape: ConvShape, splits: int) -> None:
-    """EngineError when the kernels cannot count the elements of a tensor of this convolution."""
-    sizes = {
-        "x": (shape.n, shape.h, shape.w, shape.c), "weight": (shape.oc, shape.k), "sums": (splits, shape.m, shape.oc)
-    }  # fmt: skip
-    for name, size in sizes.items():
-        if prod(size) >= INDEX_LIMIT:
-            raise EngineError(
-                f"int8 convolution: got {prod(size)} elements of {name} {list(size)}, expected fewer than "
-                f"{INDEX_LIMIT}; use a smaller batch or picture"
-            )
 
 
 def stage_bytes(tile: triton.Config) -> int:

@@ -21,9 +21,8 @@ from qdeploy.errors import EngineError
 Outputs = Sequence[torch.Tensor]
 Compute = Callable[..., Outputs]
 
-PREPARING = (
-    threading.Lock()
-)  # recording allows no other one in the process, nor what compiling does: to wait for the GPU
+# Recording allows no other one in the process, nor what compiling does: to wait for the whole GPU.
+PREPARING = threading.Lock()
 
 
 class TorchSession:
@@ -38,7 +37,7 @@ class TorchSession:
         EngineError when the device has no room for the inputs.
         """
         self._path, self._pid, self._lock = path, os.getpid(), threading.Lock()
-        self._ports = {port.name: port for port in ports}
+        self._ports = ports
         self._names, self._outputs = module.inputs, module.outputs
         self._residents = Residents()
         self._compute: Compute | None = compute
@@ -59,7 +58,7 @@ class TorchSession:
 
     def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
-        check_feeds(self._path, self._ports.values(), feeds)
+        check_feeds(self._path, self._ports, feeds)
         with self._lock, torch.inference_mode():
             if self._compute is None:
                 raise EngineError(f"{self._path}: the session was closed")

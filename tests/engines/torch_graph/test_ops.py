@@ -90,9 +90,9 @@ CASES: list[tuple[str, NDArray, dict[str, NDArray]]] = [
 ]
 
 
-def written(body: str, x: NDArray, constants: dict[str, NDArray], path: Path, kind: str = "float") -> Path:
+def written(body: str, x: NDArray, constants: dict[str, NDArray], path: Path) -> Path:
     shape = ",".join(map(str, x.shape))
-    model = onnx.parser.parse_model(f"{HEADER} g ({TYPES[x.dtype.name]}[{shape}] x) => ({kind} y) {{ {body} }}")
+    model = onnx.parser.parse_model(f"{HEADER} g ({TYPES[x.dtype.name]}[{shape}] x) => (float y) {{ {body} }}")
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in constants.items())
     model.graph.output[0].ClearField("type")
     model = onnx.shape_inference.infer_shapes(model)
