@@ -23,9 +23,9 @@ from benchmarks.inputs import export_unet
 from benchmarks.peer_nncf import NncfSettings, quantize_with_nncf
 from benchmarks.peer_ort import LAYER_OPS
 from qdeploy.bench.memory import peak_bytes
-from qdeploy.calibrate.weights import mse_scale, nearest_codes
+from qdeploy.calibrate.weights import mse_scale, nearest_codes, weight_range
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.twin import quantized_twin
+from qdeploy.simulate.twin import on_target, quantized_twin
 from qdeploy.spec import target_named
 from qdeploy.table import ComponentQuant, LayerQuant, load_table
 
@@ -86,7 +86,8 @@ def our_graph(source: Source, folder: Path, target: str, weight_bits: int = 8) -
     model, quant = source.load(), source.unet_table()
     if weight_bits != 8:
         quant = at_bits(model, quant, weight_bits)
-    twin = quantized_twin(model.unet, quant, target_named(target).conv_output_quantized)
+    spec = target_named(target)
+    twin = quantized_twin(model.unet, on_target(quant, spec), spec.conv_output_quantized)
     export_unet(twin, model, folder / GRAPH, target)
     return folder / GRAPH
 
@@ -103,8 +104,9 @@ def at_bits(model: LatentDiffusion, quant: ComponentQuant, bits: int) -> Compone
 def rounded(weight: torch.Tensor, layer: LayerQuant, bits: int) -> LayerQuant:
     if layer.input_ratio is not None:
         weight = weight * torch.from_numpy(layer.input_ratio).reshape(1, -1, *[1] * (weight.dim() - 2))
-    scale = mse_scale(weight, bits)
-    return replace(layer, weight=nearest_codes(weight, scale, bits), weight_scale=scale.numpy(), weight_bits=bits)
+    scale = mse_scale(weight, weight_range(bits))
+    codes = nearest_codes(weight, scale, weight_range(bits))
+    return replace(layer, weight=codes, weight_scale=scale.numpy(), weight_bits=bits, half_weight=None)
 
 
 def static_graph(source: Source, folder: Path, best: bool) -> Path:

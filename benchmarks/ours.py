@@ -12,7 +12,7 @@ from qdeploy.calibrate.dataset import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.noise_correction import NoiseCorrection
-from qdeploy.simulate.twin import quantized_twin
+from qdeploy.simulate.twin import on_target, quantized_twin
 from qdeploy.spec import EFFORTS, QuantSpec, Reconstruction, target_named
 from qdeploy.table import QuantTable, load_table, save_table
 
@@ -44,6 +44,7 @@ def told(value: Any) -> str:
 
 ONE_PASS: dict[str, tuple[str, ...]] = {"unet": ()}
 PLAIN: dict[str, Any] = {"equalize": False, "two_passes": ONE_PASS}
+NEAREST = {"gptq": False}
 ROUNDING = EFFORTS["fast"]
 NEAREST_START = replace(ROUNDING, gptq_start=False)
 AND_SCALES = replace(ROUNDING, learn_act_scales=True)
@@ -54,10 +55,11 @@ def ladder(bits: int) -> list[Row]:
     name = f"qdeploy-w{bits}a8"
     bit: dict[str, Any] = {"weight_bits": bits}
     return [
-        Row(f"{name}-minmax", bit | {"observer": "minmax"} | PLAIN),
-        Row(f"{name}-mse", bit | PLAIN),
-        Row(f"{name}-equalize", bit | {"two_passes": ONE_PASS}),
-        Row(f"{name}-two-passes", bit),
+        Row(f"{name}-minmax", bit | {"observer": "minmax"} | PLAIN | NEAREST),
+        Row(f"{name}-mse", bit | PLAIN | NEAREST),
+        Row(f"{name}-equalize", bit | {"two_passes": ONE_PASS} | NEAREST),
+        Row(f"{name}-two-passes", bit | NEAREST),
+        Row(f"{name}-gptq", bit),
         Row(f"{name}-adaround", bit | {"reconstruction": NEAREST_START}),
         Row(f"{name}-gptq-start", bit | {"reconstruction": ROUNDING}),
         Row(f"{name}-act-scales", bit | {"reconstruction": AND_SCALES}),
@@ -70,6 +72,8 @@ def ladder(bits: int) -> list[Row]:
 
 OURS: list[Row] = [
     *ladder(8),
+    Row("qdeploy-w8a8-full-range-nearest", {"full_range": True} | NEAREST),
+    Row("qdeploy-w8a8-full-range", {"full_range": True}),
     Row("qdeploy-w8a8-attention", {"attention_bits": 8}),
     *ladder(4),
     Row("qdeploy-w4a8-gptq-start-split", {"weight_bits": 4, "reconstruction": ROUNDING, "rewrites": ("split_skips",)}),
@@ -91,7 +95,9 @@ def quantize_ours(row: Row, work: WorkFolder) -> Path:
 
 def save_for(engine: str, model: LatentDiffusion, table: QuantTable, folder: Path) -> None:
     """``ENGINE.onnx``: with Q behind spatial convolutions for ONNX Runtime, without for OpenVINO."""
-    twin = quantized_twin(model.unet, table.components["unet"], target_named(engine).conv_output_quantized)
+    target = target_named(engine)
+    quant = on_target(table.components["unet"], target)
+    twin = quantized_twin(model.unet, quant, target.conv_output_quantized)
     export_unet(twin, model, folder / f"{engine}.onnx", engine)
 
 

@@ -121,7 +121,7 @@ class Bench:
         """Our table in the torch simulator: what the Q that ONNX Runtime needs behind a Conv costs."""
         make_apart(row.name, self.work)
         table = load_table(self.work.model_of(row.name) / TABLE)
-        twin = quantized_twin(self.model.unet, table.components["unet"], conv_output_quantized)
+        twin = quantized_twin(self.model.unet, table.components["unet"].in_half_range(), conv_output_quantized)
         note = f"the table of {row.name}, {'with' if conv_output_quantized else 'without'} Q behind Conv"
         return self.measured(simulated_row(row.name, conv_output_quantized), "torch", note, predict_from_module(twin))
 

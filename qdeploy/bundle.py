@@ -6,13 +6,14 @@ A bundle is data from elsewhere: sizes are bounded, hashes checked, and no path 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdeploy.errors import BundleError
 from qdeploy.files import read_json, sha256_of
+from qdeploy.numerics import FULL_BITS
 from qdeploy.spec import COMPONENTS
 
 SCHEMA_VERSION = 1
@@ -53,6 +54,9 @@ class ComponentInfo:
     engine_sqnr_db: float | None = None  # of the engine's against the float model's
     parity_engine: str | None = None  # what ran in the engine's place there; None: the engine itself
     acceptance: str = ""  # what the engine's own rules and library said of the graph
+    # Largest magnitude among integer weight codes, 0 without any; None where an older manifest does not tell.
+    # Up to 64 every processor's u8 x s8 kernels are exact (qdeploy.cpu).
+    largest_weight_code: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class Manifest:
     components: Mapping[str, ComponentInfo]
     latents: LatentInfo
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def largest_weight_codes(self) -> list[int | None]:
+        """Of each component, see ``ComponentInfo``."""
+        return [info.largest_weight_code for info in self.components.values()]
 
     @property
     def reads_text(self) -> bool:
@@ -180,7 +189,16 @@ def _component_from_document(entry: Mapping[str, Any]) -> ComponentInfo:
         "outputs": tensors(entry["outputs"]),
         "weight_bits": tuple(map(int, entry["weight_bits"])),
     }
+    fields.setdefault("largest_weight_code", code_bound(fields["weight_bits"]))
     return ComponentInfo(**fields)
+
+
+def code_bound(weight_bits: Sequence[int]) -> int | None:
+    """Largest magnitude that codes of these widths can have; None for 8 bits, which may keep to half their range."""
+    widest = max(weight_bits)
+    if widest > FULL_BITS:
+        return 0  # float
+    return None if widest == FULL_BITS else 2 ** (widest - 1)
 
 
 def _check_kind(folder: Path, manifest: Manifest) -> None:

@@ -27,6 +27,7 @@ PROMPTS = ("a cat", "rocket", "red apple", "grinning face", "flag: japan", "sunf
 SEED = 0
 GUIDANCE = 5.0
 STEPS = 25
+ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,22 @@ class DemoResult:
 
 
 def run_demo(
-    folder: Path, source: str = "builtin:emoji", samples: int = 16, on_progress: OnProgress = silent
+    folder: Path,
+    source: str = "builtin:emoji",
+    samples: int = 16,
+    on_progress: OnProgress = silent,
+    *,
+    steps: int = STEPS,
+    rounds: int = ROUNDS,
 ) -> DemoResult:
-    """Make ``folder`` hold the calibration set, the table, both bundles, the picture grid and the report."""
+    """Make ``folder`` hold the calibration set, the table, both bundles, the picture grid and the report.
+
+    samples: trajectories to calibrate on. steps: of the sampler, in calibration, pictures and measurement. rounds: of
+    the measurement.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(source)
-    recording = TimestepAware(samples=samples, guidance_scale=GUIDANCE, steps=STEPS)
+    recording = TimestepAware(samples=samples, guidance_scale=GUIDANCE, steps=steps, record=steps)
     prompts = draw_prompts(read_prompts(None, model.folder), recording.samples, recording.seed)
     calibration = record_trajectories(model, prompts, recording, on_progress)
     save_calibration(calibration, folder / "calibration.safetensors")
@@ -59,7 +70,7 @@ def run_demo(
     with load(bundles["fp32"]) as float_pipe, load(bundles["w8a8"]) as int8_pipe:
         pictures = {}
         for done, (name, pipe) in enumerate((("FP32", float_pipe), ("W8A8", int8_pipe)), start=1):
-            results = [pipe(prompt, seed=SEED, guidance_scale=GUIDANCE, steps=STEPS) for prompt in PROMPTS]
+            results = [pipe(prompt, seed=SEED, guidance_scale=GUIDANCE, steps=steps) for prompt in PROMPTS]
             pictures[name] = [result.images[0] for result in results]
             on_progress("generate: pictures", done, 2)
         sheet = grid(list(pictures.items()), PROMPTS)
@@ -67,9 +78,9 @@ def run_demo(
             sheet.save(scratch, format="PNG")
     settings = BenchSettings(
         prompt=PROMPTS[0],
-        steps=STEPS,
+        steps=steps,
         guidance_scale=GUIDANCE,
-        rounds=15,
+        rounds=rounds,
         concurrency=(),
         fresh_starts=2,
         compared=PROMPTS[:3],

@@ -27,14 +27,16 @@ def describe_audit(path: Path, engine: str | None = None, threads: int | None = 
     if (path / MANIFEST).is_file():
         bundle = open_bundle(path)
         chosen = engine_for(path, bundle.manifest.engine, engine)
-        graphs = {name: bundle.path(info.file) for name, info in bundle.manifest.components.items()}
+        components = bundle.manifest.components
+        graphs = {name: bundle.path(info.file) for name, info in components.items()}
+        codes = {name: info.largest_weight_code for name, info in components.items()}
     elif path.suffix == ".onnx" and path.is_file():
-        chosen, graphs = engine or DEFAULT_ENGINE, {path.stem: path}
+        chosen, graphs, codes = engine or DEFAULT_ENGINE, {path.stem: path}, {}
     else:
         raise UsageError(f"--audit reads a bundle or an .onnx file, and {path} is neither")
-    options = EngineOptions(threads=threads)
     facts: Facts = [("audit", f"{path}, as {chosen} runs it")]
     for name, graph in graphs.items():
+        options = EngineOptions(threads=threads, largest_weight_code=codes.get(name))
         audit = audit_graph(graph, chosen, options, example_feeds(graph))
         facts += [(name, f"{audit.integer_mac_share:.1%} of MACs in integers")]
         facts += float_facts(audit, None if every else SHOWN) + time_facts(audit, None if every else SHOWN)

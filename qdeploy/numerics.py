@@ -8,6 +8,11 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
 
+# Of weights in u8 x s8 products: two of them fit 16 bits, 255 * 64 * 2 = 32,640, which is where x86 processors
+# without VNNI add pairs up. 8-bit weights of half the range keep within it.
+HALF_RANGE_MAX = 64
+FULL_BITS = 8  # the width of weights that has a half range
+
 
 def quantize_linear(x: Floats, scale: ArrayLike, zero_point: Integers | np.integer) -> Integers:
     """ONNX QuantizeLinear: ``saturate(round_half_even(x / scale) + zero_point)``.
@@ -30,6 +35,17 @@ def integer_range(bits: int, signed: bool, narrow: bool = False) -> tuple[int, i
     if not signed:
         return 0, 2**bits - 1
     return -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
+
+
+def pair_sum_bounds(codes: Integers) -> tuple[int, int]:
+    """Least and largest sum of two u8 x s8 products with weight ``codes`` ``int[out, ...]``, activations 0..255.
+
+    What x86 without VNNI adds up in 16 bits (``vpmaddubsw``) before it goes on in 32. Which two products of an
+    output channel meet depends on the kernel's layout, so every pair counts.
+    """
+    ends = np.sort(codes.reshape(len(codes), -1).astype(np.int64), axis=1)
+    lowest, highest = np.minimum(ends[:, :2], 0).sum(axis=1), np.maximum(ends[:, -2:], 0).sum(axis=1)
+    return 255 * int(lowest.min()), 255 * int(highest.max())
 
 
 def affine_from_range(low: float, high: float, bits: int = 8) -> tuple[float, int]:

@@ -70,6 +70,8 @@ class QuantSpec:
     observer: how activation ranges are read off the histograms, and weight scales off the weights
         ("minmax" for both, otherwise weights take the MSE scale).
     equalize: per-channel ratios between each layer's input and weight, and per-channel output scales.
+    gptq: weights are rounded by GPTQ where no reconstruction learns their rounding; otherwise to nearest.
+    full_range: 8-bit weights have codes within +-127 only; otherwise within +-64 too, one table for all targets.
     noise_correction: measure PTQD's correction of the quantized UNet for the runtime.
     rewrites: exact rewrites of the UNet made first (qdeploy.models.rewrites): split_skips, timestep_table.
     float_macs: share of MACs, 0..1, that may go back to float where that helps most; needs a sensitivity pass.
@@ -86,6 +88,8 @@ class QuantSpec:
     two_passes: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(TWO_PASSES))
     observer: str = "mse"
     equalize: bool = True
+    gptq: bool = True
+    full_range: bool = False
     rewrites: tuple[str, ...] = ()
     sensitivity: bool = False
     float_macs: float = 0.0
@@ -132,6 +136,8 @@ def spec_from_options(
     act_bits: int = 8,
     observer: str = "mse",
     equalize: bool = True,
+    gptq: bool = True,
+    full_range: bool = False,
     split: bool = False,
     timestep_table: bool = False,
     keep_float: Sequence[str] = (),
@@ -161,6 +167,8 @@ def spec_from_options(
         keep_float=KEEP_FLOAT | {"unet": (*KEEP_FLOAT["unet"], *keep_float)},
         observer=observer,
         equalize=equalize,
+        gptq=gptq,
+        full_range=full_range,
         rewrites=tuple(rewrites),
         sensitivity=sensitivity,
         float_macs=float_macs,
@@ -187,6 +195,7 @@ class TargetSpec:
     """What one target's graph needs; its lowering lives in ``qdeploy/export/targets``.
 
     engine: that runs the bundle.
+    half_range_weights: 8-bit weights keep within +-64, exact and fast on every processor; otherwise within +-127.
     conv_output_quantized: ONNX Runtime makes an integer Conv only where a Q follows it; 1x1 ones become MatMul.
     signed_activations: codes are int8 around 0, without a zero point.
     two_passes: layers that the table reads in two passes are; otherwise they stay in float.
@@ -200,6 +209,7 @@ class TargetSpec:
     engine: str
     opset: int
     conv_output_quantized: bool
+    half_range_weights: bool = True
     signed_activations: bool = False
     two_passes: bool = True
     quantized_attention: bool = True
@@ -234,6 +244,7 @@ TARGETS = {
             "tensorrt",
             opset=20,  # of 19 and later, whose Q and DQ take fp16 scales, the last that ONNX Runtime reads s8 codes in
             conv_output_quantized=False,
+            half_range_weights=False,
             signed_activations=True,
             two_passes=False,
             quantized_attention=False,

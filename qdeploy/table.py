@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qdeploy.noise_correction import NoiseCorrection
 
 SCHEMA_VERSION = 2
 NOISE_CORRECTION = "noise_correction/"
+HALF_WEIGHT = "half_weight"
 OPTIONAL_ARRAYS = ("input_ratio", "output_ratio", "output_zero_point", "bias")
 
 
@@ -45,6 +46,8 @@ class LayerQuant:
     """One quantized Conv or Linear, ``y = W x + b``.
 
     weight: ``int8[out, in, ...]`` codes of ``W * input_ratio`` (4-bit weights use [-8, 7] of them).
+    half_weight: ``int8[out, in, ...]`` codes of half the range, within +-64 of 8 bits, at twice ``weight_scale``: one
+        table serves targets of both ranges. None where all targets take ``weight``.
     weight_scale: ``float32[out]``, symmetric per output channel.
     input: quantization of ``x / input_ratio``.
     output: of ``(y - offset) / output_ratio``, for engines that need Q behind the layer; None where none does.
@@ -71,8 +74,14 @@ class LayerQuant:
     passes: int = 1
     symmetric_scale: float | None = None
     first_token_float: bool = False
+    half_weight: NDArray[np.int8] | None = None
 
     def __post_init__(self) -> None:
+        half = self.half_weight
+        if half is not None and (half.dtype != np.int8 or half.shape != self.weight.shape):
+            raise TableError(
+                f"half_weight must be int8{list(self.weight.shape)} like the weight, got {half.dtype}{list(half.shape)}"
+            )
         if self.weight.dtype != np.int8 or self.weight_scale.shape != (self.weight.shape[0],):
             raise TableError(
                 f"weight must be int8[out, ...] with float32[out] scales, got {self.weight.dtype}"
@@ -86,6 +95,15 @@ class LayerQuant:
             array = getattr(self, name)
             if array is not None and array.shape != (length,):
                 raise TableError(f"{name}: got {array.dtype}{list(array.shape)}, expected [{length}]")
+
+    def in_half_range(self) -> LayerQuant:
+        """The layer with weight codes of half the range (within +-64 of 8 bits) and scales twice as large.
+
+        The layer itself where it has no such codes: below 8 bits, where the rounding was learned, or by choice.
+        """
+        if self.half_weight is None:
+            return self
+        return replace(self, weight=self.half_weight, weight_scale=2 * self.weight_scale, half_weight=None)
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,10 @@ class ComponentQuant:
     rewrites: Sequence[str] = ()  # exact rewrites of the float module, made before its layers were named
     sensitivity_db: Mapping[str, float] = field(default_factory=dict)  # output SQNR with that layer alone quantized
     attention: Mapping[str, AttentionQuant] = field(default_factory=dict)  # by Attention module; others are float
+
+    def in_half_range(self) -> ComponentQuant:
+        """The component with every layer's weight codes in half their range, as far as the table has them."""
+        return replace(self, layers={name: layer.in_half_range() for name, layer in self.layers.items()})
 
     @property
     def total_macs(self) -> int:
@@ -239,6 +261,8 @@ def _layer_arrays(layer: LayerQuant) -> dict[str, NDArray]:
     packed = pack_int4(layer.weight) if layer.weight_bits <= 4 else layer.weight
     arrays = {"weight": packed, "weight_scale": layer.weight_scale}
     arrays |= {name: array for name in OPTIONAL_ARRAYS if (array := getattr(layer, name)) is not None}
+    if layer.half_weight is not None:
+        arrays[HALF_WEIGHT] = layer.half_weight
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -252,6 +276,7 @@ def _layer_header(layer: LayerQuant, macs: int) -> dict[str, Any]:
         "passes": layer.passes,
         "symmetric_scale": layer.symmetric_scale,
         "first_token_float": layer.first_token_float,
+        HALF_WEIGHT: layer.half_weight is not None,
         "macs": macs,
     }
 
@@ -304,5 +329,6 @@ def _layer_from_header(path: str, header: Any, tensor: Any) -> LayerQuant:
         passes=header["passes"],
         symmetric_scale=header["symmetric_scale"],
         first_token_float=header.get("first_token_float", False),
+        half_weight=tensor(f"{path}/{HALF_WEIGHT}") if header.get(HALF_WEIGHT, False) else None,
         **{name: tensor(f"{path}/{name}") for name in header["arrays"]},
     )

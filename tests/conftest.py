@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from qdeploy.bundle import ComponentInfo
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
-from qdeploy.export.exporter import export_bundle
+from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
+from qdeploy.simulate.twin import on_target
 from qdeploy.spec import QuantSpec, target_named
 from qdeploy.table import QuantTable
 from tests.tiny import write_tiny_inpainting, write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
@@ -99,3 +101,37 @@ def int8_tensorrt(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_facto
 @pytest.fixture(scope="session")
 def fp16_tensorrt(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory, "tensorrt-fp16", tiny_model, None, target_named("tensorrt"))
+
+
+@pytest.fixture(scope="session")
+def int8_openvino(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory, "openvino-int8", tiny_model, table, target_named("openvino"))
+
+
+@pytest.fixture(scope="session")
+def full_range_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``int8_bundle``, with weight codes up to +-127."""
+    return exported(tmp_path_factory, "full-range", tiny_model, table, target_named("ort-cpu"), full_range=True)
+
+
+@pytest.fixture(scope="session")
+def builtin_table() -> QuantTable:
+    """The built-in model's UNet, quantized on a short recording."""
+    model = load_model("builtin:emoji")
+    recorded = record_trajectories(model, PROMPTS, TimestepAware(samples=2, steps=4, record=4, batch=2))
+    return quantize_model(model, recorded, QuantSpec(components=("unet",)))
+
+
+@pytest.fixture(scope="session")
+def builtin_unet(builtin_table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the built-in model's UNet in W8A8 for ort-cpu, gated; no whole bundle."""
+    folder = tmp_path_factory.mktemp("builtin")
+    export_unet(builtin_table, "ort-cpu", folder / "unet")
+    return folder
+
+
+def export_unet(table: QuantTable, target: str, folder: Path, full_range: bool = False) -> ComponentInfo:
+    """The UNet of the built-in model with both gates, as ``export_bundle`` makes it."""
+    spec = target_named(target)
+    quant = on_target(table.components["unet"], spec, full_range)
+    return export_component(load_model("builtin:emoji"), "unet", quant, table.probes["unet"], spec, folder)

@@ -40,6 +40,7 @@ def small_table(bits: int) -> QuantTable:
         bias=rng.random(3).astype(np.float32),
         passes=2,
         symmetric_scale=0.75,
+        half_weight=rng.integers(-64, 65, (3, 5, 3, 3)).astype(np.int8) if bits == 8 else None,
     )
     quant = ComponentQuant(
         {"block.conv": layer},

@@ -61,8 +61,8 @@ class SoftLayer(nn.Module):
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, quant: LayerQuant, settings: Reconstruction) -> None:
         super().__init__()
-        self.layer, self.quant = layer, quant
-        self.low, self.high = weight_range(quant.weight_bits)
+        self.low, self.high = weight_range(quant.weight_bits, half=quant.half_weight is not None)
+        self.layer, self.quant = layer, quant = layer, quant.in_half_range()
         ratio = torch.ones(layer.weight.shape[1]) if quant.input_ratio is None else torch.from_numpy(quant.input_ratio)
         self.register_buffer("ratio", ratio)
         self.register_buffer("weight_scale", along(torch.from_numpy(quant.weight_scale), layer.weight, 0))

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from qdeploy.calibrate.observe import ChannelStats
-from qdeploy.calibrate.weights import weight_range
+from qdeploy.calibrate.weights import CodeRange
 
 EXPONENTS = torch.linspace(0, 1, 21)
 FLOOR = 2.0**-10  # of the largest channel: dead channels must not divide by zero
 
 
-def equalizing_ratio(stats: ChannelStats, weights: Sequence[Tensor], weight_bits: int, act_bits: int = 8) -> Tensor:
+def equalizing_ratio(
+    stats: ChannelStats, weights: Sequence[Tensor], code_range: CodeRange, act_bits: int = 8
+) -> Tensor:
     """``float32[in]`` for all layers that read this input; ``weights`` are ``float32[out, in, ...]``.
 
     Searches r = absmax^a over a in 0..1, normalized to a geometric mean of 1; a = 0 leaves the layer alone.
     """
     absmax = stats.absmax.clamp(min=float(stats.absmax.max()) * FLOOR)
-    shapes = [WeightShape.of(weight.detach(), weight_bits) for weight in weights]
+    shapes = [WeightShape.of(weight.detach(), code_range) for weight in weights]
     best, best_noise = torch.ones_like(absmax), torch.inf
     for exponent in EXPONENTS:
         ratio = absmax**exponent
@@ -51,9 +53,9 @@ class WeightShape:
     taps: int
 
     @classmethod
-    def of(cls, weight: Tensor, bits: int) -> WeightShape:
+    def of(cls, weight: Tensor, code_range: CodeRange) -> WeightShape:
         flat = weight.reshape(*weight.shape[:2], -1)
-        return cls(flat.square().sum(dim=(0, 2)), flat.abs().amax(dim=2) / weight_range(bits)[1], flat.shape[2])
+        return cls(flat.square().sum(dim=(0, 2)), flat.abs().amax(dim=2) / code_range[1], flat.shape[2])
 
 
 def expected_noise(ratio: Tensor, stats: ChannelStats, weights: Sequence[WeightShape], act_bits: int) -> float:

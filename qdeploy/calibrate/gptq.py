@@ -15,13 +15,17 @@ BLOCK = 128  # inputs whose errors are passed on together, Section 3.3 Step 2
 MOST_INPUTS = 12_288  # of a layer: its Hessian is that number squared, in float32 0.6 GB
 
 
+def input_rows(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    """X ``float32[N, K]`` of the inputs ``x`` of ``layer``: a row for each output, K = in * kernel height * width."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])
+    columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
 def hessian_of(layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple[Tensor, int]:
-    """``(X^T X float32[K, K], rows of X)`` of the inputs ``x`` of ``layer``, K = in * kernel height * kernel width."""
-    if isinstance(layer, nn.Conv2d):
-        columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-        rows = columns.transpose(1, 2).reshape(-1, columns.shape[1])
-    else:
-        rows = x.reshape(-1, x.shape[-1])
+    """``(X^T X float32[K, K], rows of X)`` of the inputs ``x`` of ``layer``."""
+    rows = input_rows(layer, x)
     return rows.T @ rows, len(rows)
 
 

@@ -20,12 +20,14 @@ from qdeploy.calibrate.noise_correction import measure_noise_correction
 from qdeploy.calibrate.observe import ChannelStats, channel_stats, histograms, needs_output_range, sharing_groups
 from qdeploy.calibrate.ranges import StreamingHistogram, affine_of, symmetric_scale_of
 from qdeploy.calibrate.reconstruct import reconstruct
+from qdeploy.calibrate.round_gptq import round_by_gptq
 from qdeploy.calibrate.sensitivity import measure_sensitivity
-from qdeploy.calibrate.weights import minmax_scale, mse_scale, nearest_codes
+from qdeploy.calibrate.weights import minmax_scale, mse_scale, nearest_codes, weight_range
 from qdeploy.errors import UsageError
 from qdeploy.models.components import Component, LayerCall, called_layers
 from qdeploy.models.rewrites import apply_rewrite, copy_of
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.numerics import FULL_BITS
 from qdeploy.progress import OnProgress, silent
 from qdeploy.simulate.twin import quantized_twin
 from qdeploy.spec import READ_TEXT, QuantSpec, graph_batch
@@ -62,7 +64,7 @@ def quantize_model(
     probes = {name: probes_of(calibration, name) for name in names}
     correction = None
     if spec.noise_correction and "unet" in components:
-        twin = quantized_twin(model.unet, components["unet"], conv_output_quantized=False)
+        twin = quantized_twin(model.unet, components["unet"].in_half_range(), conv_output_quantized=False)
         correction = measure_noise_correction(model.unet, twin, calibration, on_progress)
     return QuantTable(components, model.source, model.sha256, provenance, probes, correction)
 
@@ -135,6 +137,12 @@ def quantize_component(
     else:
         quant = nearest_quant(ready, calibration, spec, on_progress, bool(spec.sensitivity or spec.float_macs))
         quant = layers_back_to_float(quant, spec.float_macs)
+    if spec.reconstruction is None and spec.gptq:
+        groups = [[call for call in group if call.name in quant.layers] for group in ready.groups]
+        layers = round_by_gptq(
+            ready.component, quant.layers, [group for group in groups if group], calibration, name, on_progress
+        )
+        quant = replace(quant, layers=layers)
     if spec.reconstruction is not None:
         folder = None if work is None else work / name
         quant = reconstruct(ready.component, quant, calibration, name, spec.reconstruction, on_progress, folder)
@@ -204,7 +212,8 @@ def input_ratios(
     """One equalizing ratio for each group of layers that share their input."""
     ratios = {}
     for group in groups:
-        ratio = equalizing_ratio(stats[group[0].name], [call.module.weight for call in group], spec.weight_bits)
+        code_range = weight_range(spec.weight_bits, half=not spec.full_range)
+        ratio = equalizing_ratio(stats[group[0].name], [call.module.weight for call in group], code_range)
         ratios.update({call.name: ratio for call in group})
     return ratios
 
@@ -224,10 +233,17 @@ def nearest_layer(
     weight = call.module.weight.detach()
     if ratio is not None:
         weight = weight * ratio.reshape(1, -1, *[1] * (weight.dim() - 2))
-    scale = (minmax_scale if spec.observer == "minmax" else mse_scale)(weight, spec.weight_bits)
+    code_range = weight_range(spec.weight_bits, half=not spec.full_range)
+    scale = (minmax_scale if spec.observer == "minmax" else mse_scale)(weight, code_range)
+    half_weight = None
+    if (
+        spec.weight_bits == FULL_BITS and not spec.full_range
+    ):  # the full range at half the scale, so that one serves both
+        half_weight, scale = nearest_codes(weight, scale, code_range), scale / 2
     observer = "minmax" if two_passes else spec.observer  # a second pass mends what was rounded, not clipped
     return LayerQuant(
-        weight=nearest_codes(weight, scale, spec.weight_bits),
+        weight=nearest_codes(weight, scale, weight_range(spec.weight_bits)),
+        half_weight=half_weight,
         weight_scale=scale.numpy(),
         weight_bits=spec.weight_bits,
         input=affine_of(inputs, observer, spec.act_bits),

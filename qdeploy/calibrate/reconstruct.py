@@ -46,7 +46,7 @@ def reconstruct(
     units = units_of(component.inner, quant.layers)
     feeds = list(spread(calibration, name, settings.samples))
     done_folder = None if work is None else work / digest(quant, settings, calibration)
-    twin = quantized_twin(component, quant, conv_output_quantized=False)
+    twin = quantized_twin(component, quant.in_half_range(), conv_output_quantized=False)
     layers = dict(quant.layers)
     with scratch_folder(work) as scratch:
         targets = Targets(component, units, feeds, settings.cache_gb / 2, scratch)

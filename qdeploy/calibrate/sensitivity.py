@@ -29,7 +29,7 @@ def measure_sensitivity(
     found = {}
     for done, (layer, layer_quant) in enumerate(quant.layers.items(), start=1):
         original = twin.inner.get_submodule(layer)
-        put_into(twin, component, {layer: layer_quant})
+        put_into(twin, component, {layer: layer_quant.in_half_range()})
         pairs = zip(reference, outputs_of(twin, feeds), strict=True)
         found[layer] = float(np.mean([sqnr_db(expected, output) for expected, output in pairs]))
         replace_module(twin.inner, layer, original)

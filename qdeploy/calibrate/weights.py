@@ -8,49 +8,58 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qdeploy.calibrate.ranges import MSE_POWER
-from qdeploy.numerics import integer_range
+from qdeploy.numerics import FULL_BITS, HALF_RANGE_MAX, integer_range
 
 COARSE = torch.linspace(0.4, 1.0, 13)
 FINE = torch.linspace(-0.04, 0.04, 9)  # around the best coarse factor: together as good as 80 even ones
 
 
-def weight_range(bits: int) -> tuple[int, int]:
-    """[-127, 127] for 8 bits, so that u8 x s8 sums stay symmetric; the full two's-complement range below."""
-    return integer_range(bits, signed=True, narrow=bits == 8)
+CodeRange = tuple[int, int]  # smallest and largest weight code
 
 
-def minmax_scale(weight: Tensor, bits: int) -> Tensor:
+def weight_range(bits: int, half: bool = False) -> CodeRange:
+    """[-127, 127] for 8 bits, so that u8 x s8 sums stay symmetric; the full two's-complement range below.
+
+    ``half``: 8-bit weights in [-64, 64], whose products processors without VNNI add up exactly; others are narrower
+    already.
+    """
+    if half and bits == FULL_BITS:
+        return -HALF_RANGE_MAX, HALF_RANGE_MAX
+    return integer_range(bits, signed=True, narrow=bits == FULL_BITS)
+
+
+def minmax_scale(weight: Tensor, code_range: CodeRange) -> Tensor:
     """``float32[out]``: the scale that just covers each output channel of ``weight`` ``float32[out, ...]``."""
-    high = weight_range(bits)[1]
+    high = code_range[1]
     return weight.flatten(1).abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny * high) / high
 
 
-def mse_scale(weight: Tensor, bits: int) -> Tensor:
+def mse_scale(weight: Tensor, code_range: CodeRange) -> Tensor:
     """``float32[out]``: scale per output channel of ``weight`` ``float32[out, ...]``."""
     flat = weight.flatten(1)
-    full = minmax_scale(weight, bits)
+    full = minmax_scale(weight, code_range)
     shrink = torch.ones_like(full)
     loss = torch.full_like(full, torch.inf)
     for factor in COARSE.flip(0):
-        shrink, loss = _better(flat, full, bits, shrink, loss, factor.expand_as(full))
+        shrink, loss = _better(flat, full, code_range, shrink, loss, factor.expand_as(full))
     center = shrink.clone()
     for offset in FINE:
-        shrink, loss = _better(flat, full, bits, shrink, loss, (center + offset).clamp(max=1.0))
+        shrink, loss = _better(flat, full, code_range, shrink, loss, (center + offset).clamp(max=1.0))
     return full * shrink
 
 
-def nearest_codes(weight: Tensor, scale: Tensor, bits: int) -> NDArray[np.int8]:
+def nearest_codes(weight: Tensor, scale: Tensor, code_range: CodeRange) -> NDArray[np.int8]:
     """``int8`` codes of ``weight`` by rounding to nearest."""
-    low, high = weight_range(bits)
+    low, high = code_range
     per_channel = scale.reshape(-1, *[1] * (weight.dim() - 1))
     return (weight / per_channel).round().clamp(low, high).to(torch.int8).numpy()
 
 
 def _better(
-    flat: Tensor, full: Tensor, bits: int, shrink: Tensor, loss: Tensor, factor: Tensor
+    flat: Tensor, full: Tensor, code_range: CodeRange, shrink: Tensor, loss: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Per channel the better of ``shrink`` and ``factor``, and its loss."""
-    low, high = weight_range(bits)
+    low, high = code_range
     scale = (full * factor)[:, None]
     error = (flat / scale).round_().clamp_(low, high).mul_(scale).sub_(flat)
     found = error.abs_().pow_(MSE_POWER).sum(dim=1)

@@ -61,6 +61,8 @@ def bench(
     from qdeploy.bench.plan import BenchSettings, contenders, levels_from_text
     from qdeploy.bench.report import HOW_TO_READ, changes, latency, overview, print_table
     from qdeploy.bench.store import read_measurement, write_measurement
+    from qdeploy.bundle import open_bundle
+    from qdeploy.cpu import slow_weights_note
     from qdeploy.page import check_packages, write_page
     from qdeploy.progress import shown
 
@@ -71,8 +73,14 @@ def bench(
     old = None if old_path is None else read_measurement(old_path)
     if html_path is not None:
         check_packages()  # before minutes of measuring
+    asked = contenders(bundles, engines)
+    for contender in asked:
+        manifest = open_bundle(contender.path, verify=False).manifest
+        note = slow_weights_note(contender.engine or manifest.engine, manifest.largest_weight_codes)
+        if note is not None:
+            click.echo(f"{contender.bundle}: {note}", err=True)
     with shown(ctx.obj) as on_progress:
-        run = measure(contenders(bundles, engines), settings, on_progress)
+        run = measure(asked, settings, on_progress)
     if json_path is not None:
         write_measurement(json_path, run)
         click.echo(f"wrote {json_path}")

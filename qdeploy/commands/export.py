@@ -38,11 +38,16 @@ if TYPE_CHECKING:
     metavar="SIZES",
     help="For graphs with open shapes: batch=MIN:OPT:MAX,height=…,width=… (rows of a UNet call, pixels).",
 )
+@click.option(
+    "--full-range",
+    is_flag=True,
+    help="Weight codes up to ±127 where CPU targets take those within ±64: slow or refused on CPUs without VNNI.",
+)
 @loading_options
 @click.pass_obj
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
-    dynamic: str | None, build: bool, profile: str | None, loading: ModelOptions,
+    dynamic: str | None, build: bool, profile: str | None, full_range: bool, loading: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
@@ -86,7 +91,7 @@ def export(
     with shown(show) as on_progress:
         manifest = export_bundle(
             loaded, table, spec, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
-            build=build,
+            build=build, full_range=full_range,
         )  # fmt: skip
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:

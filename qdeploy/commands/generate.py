@@ -53,6 +53,7 @@ def generate(
       qdeploy generate bundle "a hat" --image cat.png --mask head.png
     """
     from qdeploy.bundle import open_bundle
+    from qdeploy.cpu import slow_weights_note
     from qdeploy.files import staged_file
     from qdeploy.progress import shown
     from qdeploy.runtime.image import read_pictures
@@ -72,6 +73,9 @@ def generate(
             width=width, height=height, scheduler=scheduler, eta=eta,
             callback=lambda step: on_progress("steps", step.index + 1, step.count),
         )  # fmt: skip
+    note = slow_weights_note(engine or manifest.engine, manifest.largest_weight_codes)
+    if note is not None:
+        click.echo(note, err=True)
     for number, made in enumerate(result.images):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")
         with staged_file(path) as scratch:

@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 @click.option(
     "--equalize/--no-equalize", default=True, show_default=True, help="Per-channel ratios between input and weight."
 )
+@click.option(
+    "--gptq/--no-gptq",
+    default=True,
+    show_default=True,
+    help="Round weights for the least error of a layer's output, not of the weight; --adaround has its own way.",
+)
+@click.option(
+    "--full-range",
+    is_flag=True,
+    help="Choose 8-bit weights for codes up to ±127 only, not for ±64 too; for tables that go to GPUs alone.",
+)
 @click.option("--split/--no-split", default=False, show_default=True, help="Split convolutions behind a concatenation.")
 @click.option(
     "--timestep-table/--no-timestep-table", default=False, show_default=True,

@@ -33,11 +33,17 @@ class EngineOptions:
     threads: of one call; None leaves them to the engine, which takes all cores.
     providers: ONNX Runtime's execution providers in order of preference; None takes the engine's own.
     cuda_graph: NVIDIA's engines record a call's kernels once and replay them, where shapes are static.
+    largest_weight_code: of the graph's integer weights, in magnitude, 0 without any; None where it is not known, and
+        then CPU engines take the way that is exact for any.
+    simulate_qdq: ONNX Runtime's CPU provider computes QuantizeLinear and DequantizeLinear one by one around float
+        products: the same numbers on every processor, at float's speed.
     """
 
     threads: int | None = None
     providers: tuple[str, ...] | None = None
     cuda_graph: bool = True
+    largest_weight_code: int | None = None
+    simulate_qdq: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

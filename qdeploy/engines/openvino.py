@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.cpu import integer_arithmetic
 from qdeploy.engines.base import OPEN, TIMED_RUNS, EngineOptions, Kernel, Port, check_feeds, imported
 from qdeploy.errors import EngineError
+from qdeploy.numerics import HALF_RANGE_MAX
 
 if TYPE_CHECKING:
     import openvino
 
 RUNTIME_FACTS = ("layerType", "primitiveType", "originalLayersNames")
 NOT_COMPUTED = ("Const", "Input", "Output")
+SIGNED_CODES = ("i8", "i4")  # element types of integer weights
 INTEGER_KERNEL = "_I8"  # what names of oneDNN's integer kernels end with
 CONVOLUTION_ITSELF = "/WithoutBiases"  # what the plugin appends where it splits a bias off
 
@@ -103,9 +106,39 @@ def _compile(path: Path, options: EngineOptions, **more: bool) -> openvino.Compi
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:
         core = ov.Core()
-        return core.compile_model(core.read_model(path), "CPU", config)
+        model = core.read_model(path)
+        if not integer_arithmetic().is_exact_for(options.largest_weight_code):
+            check_codes(path, _largest_code(model))
+        return core.compile_model(model, "CPU", config)
+    except EngineError:
+        raise
     except Exception as exc:
         raise EngineError(f"OpenVINO cannot load {path}: {exc}") from exc
+
+
+def check_codes(path: Path, largest_code: int | None) -> None:
+    """EngineError where OpenVINO's kernels on this processor would saturate, which no setting of it prevents.
+
+    largest_code: in magnitude, of the graph's integer weights; None where it is not known.
+    """
+    if integer_arithmetic().is_exact_for(largest_code):
+        return
+    reach = "a range that the bundle does not tell" if largest_code is None else f"codes up to {largest_code}"
+    raise EngineError(
+        f"{path} has integer weights with {reach}, and on this processor OpenVINO adds pairs of products in 16 bits "
+        f"(no VNNI), which is exact for codes within {-HALF_RANGE_MAX}..{HALF_RANGE_MAX} only and silently wrong "
+        "beyond. Export the bundle again without --full-range, or run it with --engine ort-cpu, which is slow and exact"
+    )
+
+
+def _largest_code(model: openvino.Model) -> int:
+    """Largest magnitude among the model's constants of 8 or 4 signed bits; 0 without any."""
+    ends = [0]
+    for op in model.get_ordered_ops():
+        if op.get_type_name() == "Constant" and op.get_element_type().get_type_name() in SIGNED_CODES:
+            is_byte = op.get_element_type().get_type_name() == "i8"
+            ends += [int(op.get_data().max()), -int(op.get_data().min())] if is_byte else [8]
+    return max(ends)
 
 
 def _openvino() -> ModuleType:

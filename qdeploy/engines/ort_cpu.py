@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
-from qdeploy.cpu import has_vnni
+from qdeploy.cpu import integer_arithmetic
 from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, imported
 from qdeploy.errors import EngineError
 
@@ -117,9 +117,11 @@ def graph_kernels(
 def _settings(options: EngineOptions) -> onnxruntime.SessionOptions:
     settings = _onnxruntime().SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
-    if not has_vnni():
-        # There ORT's u8 x s8 kernels add two 16-bit products and saturate: silently wrong results.
-        # This makes it use u8 x u8. Never set it where VNNI is present: it costs 3.6x of a conv's speed.
+    if options.simulate_qdq:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    elif not integer_arithmetic().is_exact_for(options.largest_weight_code):
+        # ORT's u8 x s8 kernels would add pairs in 16 bits and saturate: silently wrong results. This makes it use
+        # u8 x u8, which is exact and slower than float32; so never where the codes or the processor do without.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads

@@ -30,6 +30,7 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
     """Load ``path`` for OpenVINO's CPU plugin; EngineError when it does not take the whole graph."""
     options.check_providers("ort-openvino", (PROVIDER,))
     ort = _onnxruntime()
+    openvino.check_codes(path, options.largest_weight_code)
     settings = ort.SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
     # OpenVINO optimizes by itself, and what ONNX Runtime fuses for its own kernels it would not know.

@@ -30,6 +30,7 @@ from qdeploy.export.parity import (
     expected_outputs,
     measure_parity,
 )
+from qdeploy.export.passes.edit import largest_weight_code
 from qdeploy.export.plans import build_plans, check_buildable, check_profile, write_component_profile
 from qdeploy.export.release import release_memory
 from qdeploy.export.targets import check_file, lower
@@ -57,12 +58,14 @@ def export_bundle(
     open_dims: OpenDims = STATIC,
     sizes: Sizes | None = None,
     build: bool = False,
+    full_range: bool = False,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
     ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``open_dims`` says which
     dimensions the graphs leave open, and ``sizes`` TensorRT's profile of those. ``build`` adds TensorRT's engines for
-    this machine's GPU. ``out`` appears only when everything, gates included, has passed. Raises ExportError
+    this machine's GPU. ``full_range`` keeps 8-bit weight codes up to +-127 where the target would take those within
+    +-64. ``out`` appears only when everything, gates included, has passed. Raises ExportError
     (AuditError, ParityError) and TableError, and EngineUnavailableError at once where engines cannot be built here.
     """
     check_profile(target, open_dims, sizes)
@@ -79,6 +82,7 @@ def export_bundle(
         for done, name in enumerate(names):
             on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
+            quant = None if quant is None else on_target(quant, target, full_range)
             probes = [] if table is None else table.probes.get(name, [])
             infos[name] = export_component(model, name, quant, probes, target, folder / name, open_dims, sizes)
         if build:
@@ -113,11 +117,13 @@ def export_component(
     open_dims: OpenDims = STATIC,
     sizes: Sizes | None = None,
 ) -> ComponentInfo:
-    """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
+    """Trace, lower and save one component to ``folder``; audit it and compare it when quantized.
+
+    ``quant`` is what the target computes of the table.
+    """
     float_component = model.component(name)
     component = float_component
     if quant is not None:
-        quant = on_target(quant, target)
         component = quantized_twin(float_component, quant, target.conv_output_quantized, target.signed_activations)
     # an open batch is traced at 2, for the exporter takes 1 for a constant
     example = model.example(name, 2 if open_dims.batch else graph_batch(name, model.reads_text))
@@ -139,6 +145,7 @@ def export_component(
         weight_bits=(FLOAT_BITS[target.float_type],) if quant is None else quant.weight_bits,
         act_bits=FLOAT_BITS[target.float_type] if quant is None else 8,
         parity_engine=stand_in(target),
+        largest_weight_code=largest_weight_code(graph),
     )
     del graph
     release_memory()
@@ -167,7 +174,8 @@ def stand_in(target: TargetSpec) -> str | None:
 
 def audited(info: ComponentInfo, path: Path, target: TargetSpec, quant: ComponentQuant) -> ComponentInfo:
     """``info`` with the share of MACs in integers; AuditError where a layer of ``quant`` is not."""
-    audit = audit_graph(path, target.engine) if target.parity_engine is None else audit_file(path)
+    options = EngineOptions(largest_weight_code=info.largest_weight_code)
+    audit = audit_graph(path, target.engine, options) if target.parity_engine is None else audit_file(path)
     release_memory()
     audit.check(path.parent.name, quant)
     return replace(info, integer_mac_share=audit.integer_mac_share)
@@ -180,7 +188,9 @@ def compared(
 
     Every one of ``expected``, of a shape each, must pass; of the first one the manifest tells.
     """
-    session = engine_named(info.parity_engine or target.engine).open_session(path, EngineOptions())
+    # A stand-in reads another engine's form of QDQ; one by one that is right on every processor.
+    options = EngineOptions(largest_weight_code=info.largest_weight_code, simulate_qdq=info.parity_engine is not None)
+    session = engine_named(info.parity_engine or target.engine).open_session(path, options)
     try:
         parities = [measure_parity(one, session) for one in expected]
     finally:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,7 +143,8 @@ class LoadedBundle:
 
     def __init__(self, bundle: Bundle, engine: Engine, options: EngineOptions, low_memory: bool = False) -> None:
         def opener(info: ComponentInfo) -> Callable[[], Session]:
-            return lambda: engine.open_session(bundle.path(info.file), options)
+            settings = replace(options, largest_weight_code=info.largest_weight_code)
+            return lambda: engine.open_session(bundle.path(info.file), settings)
 
         self.bundle = bundle
         turn = Turn(exclusive=low_memory)

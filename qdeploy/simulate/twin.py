@@ -34,8 +34,13 @@ def quantized_layer(
     return QuantConv2d(original, layer, conv_output_quantized, signed_activations)
 
 
-def on_target(quant: ComponentQuant, target: TargetSpec) -> ComponentQuant:
-    """What ``target`` computes of ``quant``: layers and attentions that it has no integer form for stay in float."""
+def on_target(quant: ComponentQuant, target: TargetSpec, full_range: bool = False) -> ComponentQuant:
+    """What ``target`` computes of ``quant``: layers and attentions that it has no integer form for stay in float.
+
+    ``full_range``: 8-bit weights keep codes up to +-127 where the target would take those within +-64.
+    """
+    if target.half_range_weights and not full_range:
+        quant = quant.in_half_range()
     left = {} if target.two_passes else {name: layer for name, layer in quant.layers.items() if layer.passes == 2}
     reason = f"read in two passes, which {target.name} does in {target.float_type}"
     return replace(

@@ -68,19 +68,29 @@ def test_nan_is_refused() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weight_scale_is_no_worse_than_abs_max(bits: int) -> None:
     weight = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0)) ** 3
-    high = weight_range(bits)[1]
+    code_range = weight_range(bits)
+    high = code_range[1]
     full = weight.abs().amax(dim=(1, 2, 3)) / high
 
     def error(scale: torch.Tensor) -> torch.Tensor:
-        codes = torch.from_numpy(nearest_codes(weight, scale, bits)).float()
+        codes = torch.from_numpy(nearest_codes(weight, scale, code_range)).float()
         return ((codes * scale[:, None, None, None] - weight).abs() ** MSE_POWER).sum(dim=(1, 2, 3))
 
-    assert (error(mse_scale(weight, bits)) <= error(full) * (1 + 1e-5)).all()
-    assert error(mse_scale(weight, 4)).sum() < error(weight.abs().amax(dim=(1, 2, 3)) / 7).sum()
+    assert (error(mse_scale(weight, code_range)) <= error(full) * (1 + 1e-5)).all()
+    code_range = weight_range(4)
+    assert error(mse_scale(weight, code_range)).sum() < error(weight.abs().amax(dim=(1, 2, 3)) / 7).sum()
 
 
 def test_codes_stay_in_range() -> None:
     weight = torch.randn(4, 100) * 10
-    assert np.abs(nearest_codes(weight, torch.full((4,), 0.01), 8)).max() == 127
-    codes = nearest_codes(weight, torch.full((4,), 0.01), 4)
+    assert np.abs(nearest_codes(weight, torch.full((4,), 0.01), weight_range(8))).max() == 127
+    codes = nearest_codes(weight, torch.full((4,), 0.01), weight_range(4))
     assert (codes.min(), codes.max()) == (-8, 7)
+
+
+def test_half_the_range_is_that_of_8_bits_only() -> None:
+    weight = torch.randn(16, 200, generator=torch.Generator().manual_seed(1)) * 2
+    half_range = weight_range(8, half=True)
+    assert half_range == (-64, 64)
+    assert np.abs(nearest_codes(weight, mse_scale(weight, half_range), half_range)).max() == 64
+    assert [weight_range(bits, half=True) for bits in (7, 4)] == [weight_range(7), weight_range(4)]

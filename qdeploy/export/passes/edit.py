@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+SIGNED_CODES = (ir.DataType.INT8, ir.DataType.INT4)
 CONTRIB = "com.microsoft"  # domain of ONNX Runtime's own operators
 Side = int | str  # a dimension: its size, or an open one's expression
 UNKNOWN = "?"  # what the expression of one that the exporter could not tell begins with
@@ -36,6 +38,17 @@ def store_as(graph: ir.Graph, value: ir.Value, tensor: ir.Tensor) -> None:
     output.name, output.shape, output.type = name, value.shape, ir.TensorType(kind)
     ir.convenience.replace_all_uses_with(value, output)
     graph.insert_before(graph[0], cast)
+
+
+def largest_weight_code(model: ir.Model) -> int:
+    """Largest magnitude among the initializers of 8 or 4 signed bits: 127 or 64 in W8, 8 in W4; 0 without any."""
+    ends = [0]
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in SIGNED_CODES and tensor.size:
+            codes = tensor.numpy().astype(np.int16)
+            ends += [int(codes.max()), -int(codes.min())]
+    return max(ends)
 
 
 def array_of(value: ir.Value | None) -> NDArray | None:

@@ -19,6 +19,7 @@ from qdeploy.export.passes.share_quantize import share_quantize
 from qdeploy.export.passes.split_gate import split_gate
 from qdeploy.export.passes.store_fp16 import store_fp16
 from qdeploy.export.passes.store_int4 import store_int4
+from qdeploy.export.passes.unshare_weights import check_unshared, unshare_weights
 
 
 def lower(model: ir.Model) -> None:
@@ -31,5 +32,7 @@ def lower(model: ir.Model) -> None:
     fold_offset(model)
     split_gate(model)
     fuse_linear(model)
+    unshare_weights(model)
     store_fp16(model)
     store_int4(model)
+    check_unshared(model)

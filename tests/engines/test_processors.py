@@ -1,0 +1,148 @@
+"""The engines' ways on processors with and without VNNI, on whatever machine this runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx.numpy_helper import to_array
+
+from qdeploy.engines import openvino, ort_cpu
+from qdeploy.engines.base import EngineOptions, engine_named
+from qdeploy.errors import EngineError
+from qdeploy.numerics import HALF_RANGE_MAX, pair_sum_bounds
+from tests.engines.test_contract import saved, tensor
+from tests.processors import every_processor, pretend, without_vnni
+
+PRECISION = "session.x64quantprecision"
+INT16 = np.iinfo(np.int16)
+K = 64
+RTOL = 1e-5  # float32 rounding of the scales' product
+
+
+def integer_graph(path: Path, code: int) -> Path:
+    """``y = x @ W`` with u8 activations and every weight code ``code``; the sums need more than 16 bits."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["x_codes"]),
+        helper.make_node("DequantizeLinear", ["x_codes", "x_scale", "x_zero"], ["x_real"]),
+        helper.make_node("DequantizeLinear", ["codes", "w_scale"], ["weight"], axis=1),
+        helper.make_node("MatMul", ["x_real", "weight"], ["y"], name="product"),
+    ]
+    constants = {
+        "x_scale": np.float32(1 / 255),
+        "x_zero": np.uint8(0),
+        "codes": np.full((K, 16), code, np.int8),
+        "w_scale": np.full(16, 0.01, np.float32),
+    }
+    inputs, outputs = [tensor("x", TensorProto.FLOAT, [1, 4, K])], [tensor("y", TensorProto.FLOAT, [1, 4, 16])]
+    return saved(nodes, inputs, outputs, constants, path)
+
+
+def precision_option(options: EngineOptions) -> bool:
+    try:
+        return ort_cpu._settings(options).get_session_config_entry(PRECISION) == "1"
+    except RuntimeError:  # ONNX Runtime raises where an entry was not made
+        return False
+
+
+@every_processor
+@pytest.mark.parametrize(("code", "needed_without"), [(0, False), (8, False), (64, False), (65, True), (None, True)])
+def test_the_slow_option_is_set_only_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, processor: str, code: int | None, needed_without: bool
+) -> None:
+    pretend(monkeypatch, processor)
+    assert precision_option(EngineOptions(largest_weight_code=code)) == (needed_without and processor != "vnni")
+
+
+def test_simulated_qdq_needs_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "no-vnni")
+    assert not precision_option(EngineOptions(simulate_qdq=True))
+
+
+@every_processor
+@pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(simulate_qdq=True)])
+@pytest.mark.parametrize("code", [HALF_RANGE_MAX, 127, -127])
+def test_onnx_runtime_is_exact_on_every_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str, options: EngineOptions, code: int
+) -> None:
+    pretend(monkeypatch, processor)
+    session = engine_named("ort-cpu").open_session(integer_graph(tmp_path / "m.onnx", code), options)
+    y = session.run({"x": np.ones((1, 4, K), np.float32)})["y"]
+    np.testing.assert_allclose(y, np.full((1, 4, 16), K * code * 0.01, np.float32), rtol=RTOL)
+
+
+@without_vnni
+@pytest.mark.parametrize("known", [True, False])
+def test_openvino_refuses_what_it_would_saturate(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str, known: bool
+) -> None:
+    """By the manifest's word, and by the file itself where there is none."""
+    pretend(monkeypatch, processor)
+    with pytest.raises(EngineError, match=r"codes up to 65.*without --full-range"):
+        openvino.open_session(
+            integer_graph(tmp_path / "m.onnx", HALF_RANGE_MAX + 1),
+            EngineOptions(largest_weight_code=HALF_RANGE_MAX + 1 if known else None),
+        )
+
+
+@every_processor
+@pytest.mark.parametrize("known", [True, False])
+def test_openvino_runs_half_the_range(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str, known: bool
+) -> None:
+    pretend(monkeypatch, processor)
+    options = EngineOptions(largest_weight_code=HALF_RANGE_MAX if known else None)
+    session = openvino.open_session(integer_graph(tmp_path / "m.onnx", HALF_RANGE_MAX), options)
+    y = session.run({"x": np.ones((1, 4, K), np.float32)})["y"]
+    np.testing.assert_allclose(y, np.full((1, 4, 16), K * HALF_RANGE_MAX * 0.01, np.float32), rtol=RTOL)
+
+
+def test_openvino_reads_the_largest_code_off_int4_too(int4_graph: Path) -> None:
+    import openvino as ov
+
+    assert openvino._largest_code(ov.Core().read_model(int4_graph)) == 8
+
+
+@pytest.fixture
+def int4_graph(tmp_path: Path) -> Path:
+    weight = helper.make_tensor("codes", TensorProto.INT4, [K, 2], [7, -8] * K)
+    nodes = [
+        helper.make_node("Cast", ["codes"], ["int8"], to=TensorProto.INT8),
+        helper.make_node("DequantizeLinear", ["int8", "scale"], ["weight"], axis=1),
+        helper.make_node("MatMul", ["x", "weight"], ["y"]),
+    ]
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [2], [0.5, 0.5])
+    inputs, outputs = [tensor("x", TensorProto.FLOAT, [1, K])], [tensor("y", TensorProto.FLOAT, [1, 2])]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, [weight, scale])
+    path = tmp_path / "int4.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+def weight_codes(bundle: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and ``int8`` codes, output channels first, of every integer weight of a bundle."""
+    for path in sorted(bundle.glob("*/model.onnx")):
+        graph = onnx.load(path).graph
+        columns = {node.input[1] for node in graph.node if node.op_type == "MatMulIntegerToFloat"}
+        for initializer in graph.initializer:
+            if initializer.data_type in (TensorProto.INT8, TensorProto.INT4):
+                codes = to_array(initializer).astype(np.int8)
+                yield initializer.name, codes.T if initializer.name in columns else codes
+
+
+@pytest.mark.parametrize("bundle", ["int8_bundle", "int8_openvino", "builtin_unet"])
+def test_no_weight_of_a_default_bundle_can_saturate(bundle: str, request: pytest.FixtureRequest) -> None:
+    """16-bit pair sums, for every pair of weights of an output channel and the worst activations."""
+    weights = list(weight_codes(request.getfixturevalue(bundle)))
+    assert len(weights) > 20
+    for name, codes in weights:
+        low, high = pair_sum_bounds(codes if codes.ndim > 1 else codes[None])
+        assert INT16.min <= low <= high <= INT16.max, name
+
+
+def test_the_check_would_see_a_full_range_bundle(full_range_bundle: Path) -> None:
+    assert any(pair_sum_bounds(codes)[1] > INT16.max for _, codes in weight_codes(full_range_bundle) if codes.ndim > 1)

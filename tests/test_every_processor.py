@@ -1,0 +1,155 @@
+"""The whole way on processors with and without VNNI, whatever machine this runs on, and the demo itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner, Result
+
+from qdeploy.bundle import MANIFEST, open_bundle
+from qdeploy.cli import main
+from qdeploy.errors import EngineError, ExportError
+from qdeploy.export.exporter import export_bundle
+from qdeploy.export.passes.unshare_weights import check_unshared
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.numerics import sqnr_db
+from qdeploy.runtime.pipeline import load
+from qdeploy.spec import target_named
+from qdeploy.table import LayerQuant, QuantTable
+from tests.conftest import export_unet
+from tests.processors import every_processor, pretend, without_vnni
+
+LEAST_BETWEEN_DB = 25  # both ranges stand for one weight, 7 bits of it at least
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, ["--quiet", *arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@every_processor
+def test_the_whole_way(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, processor: str) -> None:
+    pretend(monkeypatch, processor)
+    calib, table, bundle = (str(tmp_path / name) for name in ("calib.safetensors", "table.safetensors", "bundle"))
+    run("calibrate", str(tiny_folder), "-o", calib, "--samples", "2", "--steps", "3")
+    run("quantize", str(tiny_folder), "--calib", calib, "-o", table)
+    run("export", table, "-o", bundle)
+    for path in (bundle, str(tmp_path / "full")):
+        if path != bundle:
+            run("export", table, "-o", path, "--full-range")
+        made = run("generate", path, "a cat", "-o", str(tmp_path / "cat.png"), "--steps", "2")
+        assert ("note: this bundle has weight codes beyond" in made.output) == (path != bundle and processor != "vnni")
+    run("bench", bundle, "--steps", "2", "--rounds", "1", "--fresh-starts", "1", "--concurrency", "none")
+    codes = {name: open_bundle(tmp_path / name).manifest.largest_weight_codes for name in ("bundle", "full")}
+    assert max(codes["bundle"]) <= 64 < max(codes["full"])
+
+
+@every_processor
+@pytest.mark.parametrize("full_range", [False, True])
+def test_the_built_in_unet_passes_both_gates(
+    monkeypatch: pytest.MonkeyPatch, builtin_table: QuantTable, tmp_path: Path, processor: str, full_range: bool
+) -> None:
+    pretend(monkeypatch, processor)
+    info = export_unet(builtin_table, "ort-cpu", tmp_path / "unet", full_range)
+    assert info.integer_mac_share > 0.95
+    assert info.largest_weight_code == (127 if full_range else 64)
+
+
+@without_vnni
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_other_targets_pass_their_gates(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: LatentDiffusion,
+    table: QuantTable,
+    tmp_path: Path,
+    processor: str,
+    target: str,
+) -> None:
+    pretend(monkeypatch, processor)
+    manifest = export_bundle(tiny_model, table, target_named(target), tmp_path / "bundle")
+    assert max(manifest.largest_weight_codes) == (64 if target == "openvino" else 127)  # GPUs keep the full range
+
+
+@without_vnni
+def test_openvino_refuses_a_full_range_bundle_at_export_and_at_load(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: LatentDiffusion,
+    table: QuantTable,
+    int8_openvino: Path,
+    tmp_path: Path,
+    processor: str,
+) -> None:
+    pretend(monkeypatch, processor)
+    with pytest.raises(EngineError, match="without --full-range"):
+        export_bundle(tiny_model, table, target_named("openvino"), tmp_path / "b", full_range=True)
+    assert not (tmp_path / "b").exists()
+    load(int8_openvino).close()
+
+
+@every_processor
+def test_an_older_manifest_takes_the_safe_way(
+    monkeypatch: pytest.MonkeyPatch, full_range_bundle: Path, tmp_path: Path, processor: str
+) -> None:
+    import shutil
+
+    pretend(monkeypatch, processor)
+    old = tmp_path / "old"
+    shutil.copytree(full_range_bundle, old)
+    document = json.loads((old / MANIFEST).read_text())
+    for entry in document["components"].values():
+        del entry["largest_weight_code"]
+    (old / MANIFEST).write_text(json.dumps(document))
+    assert set(open_bundle(old).manifest.largest_weight_codes) == {None}
+    with load(full_range_bundle) as new_pipe, load(old) as old_pipe:
+        latents = [pipe("a cat", steps=2, seed=1).latents for pipe in (new_pipe, old_pipe)]
+    assert (latents[0] == latents[1]).all()
+
+
+def test_an_older_manifest_of_four_bits_or_float_needs_no_option() -> None:
+    from qdeploy.bundle import code_bound
+
+    assert [code_bound(bits) for bits in ((8,), (8, 4), (7,), (4,), (32,), (16,))] == [None, None, 64, 8, 0, 0]
+
+
+def test_two_products_on_one_weight_are_named(int8_bundle: Path) -> None:
+    model = ir.load(int8_bundle / "unet" / "model.onnx")
+    check_unshared(model)
+    reshapes = [node for node in model.graph if node.op_type == "Reshape" and "_again" in str(node.name)]
+    assert reshapes
+    for node in reshapes:
+        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+        model.graph.remove(node, safe=True)
+    with pytest.raises(ExportError, match="read by two integer products"):
+        check_unshared(model)
+
+
+def test_one_table_serves_both_ranges(table: QuantTable) -> None:
+    for quant in table.components.values():
+        for name, layer in quant.layers.items():
+            half = layer.in_half_range()
+            assert np.abs(half.weight.astype(int)).max() <= 64, name
+            assert (half.weight_scale == 2 * layer.weight_scale).all()
+            assert half.in_half_range() is half
+            both = [codes * scale[(...,) + (None,) * (codes.ndim - 1)] for codes, scale in pairs_of(layer, half)]
+            assert sqnr_db(*both) > LEAST_BETWEEN_DB, name
+
+
+def pairs_of(layer: LayerQuant, half: LayerQuant) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(one.weight.astype(np.float32), one.weight_scale) for one in (layer, half)]
+
+
+@pytest.mark.parametrize("processor", ["vnni", "no-vnni"])
+def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str) -> None:
+    """What a newcomer runs first, at small settings."""
+    pretend(monkeypatch, processor)
+    small = ("--samples", "2", "--steps", "3", "--rounds", "2")
+    output = run("demo", "-o", str(tmp_path / "demo"), *small).output
+    assert "UNet MACs in int8" in output
+    assert {"grid.png", "report.md", "bench.json", "fp32", "w8a8"} <= {
+        path.name for path in (tmp_path / "demo").iterdir()
+    }
