@@ -104,11 +104,6 @@ def fp16_tensorrt(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def int8_openvino(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory, "openvino-int8", tiny_model, table, target_named("openvino"))
-
-
-@pytest.fixture(scope="session")
 def full_range_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``int8_bundle``, with weight codes up to +-127."""
     return exported(tmp_path_factory, "full-range", tiny_model, table, target_named("ort-cpu"), full_range=True)
@@ -120,14 +115,6 @@ def builtin_table() -> QuantTable:
     model = load_model("builtin:emoji")
     recorded = record_trajectories(model, PROMPTS, TimestepAware(samples=2, steps=4, record=4, batch=2))
     return quantize_model(model, recorded, QuantSpec(components=("unet",)))
-
-
-@pytest.fixture(scope="session")
-def builtin_unet(builtin_table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the built-in model's UNet in W8A8 for ort-cpu, gated; no whole bundle."""
-    folder = tmp_path_factory.mktemp("builtin")
-    export_unet(builtin_table, "ort-cpu", folder / "unet")
-    return folder
 
 
 def export_unet(table: QuantTable, target: str, folder: Path, full_range: bool = False) -> ComponentInfo:

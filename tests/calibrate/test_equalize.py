@@ -7,6 +7,7 @@ import torch
 
 from qdeploy.calibrate.equalize import WeightShape, equalizing_ratio, expected_noise
 from qdeploy.calibrate.observe import ChannelStats
+from qdeploy.calibrate.weights import weight_range
 
 
 def stats_of(x: torch.Tensor) -> ChannelStats:
@@ -38,8 +39,8 @@ def test_expected_noise_never_rises(bits: int) -> None:
     torch.manual_seed(bits)
     x = torch.randn(200, 32) * torch.logspace(-2, 1, 32)
     weight = torch.randn(16, 32)
-    stats, shapes = stats_of(x), [WeightShape.of(weight, bits)]
-    ratio = equalizing_ratio(stats, [weight], bits)
+    stats, shapes = stats_of(x), [WeightShape.of(weight, weight_range(bits))]
+    ratio = equalizing_ratio(stats, [weight], weight_range(bits))
     assert expected_noise(ratio, stats, shapes, 8) <= expected_noise(torch.ones(32), stats, shapes, 8)
 
 
@@ -51,19 +52,21 @@ def test_the_expected_noise_is_what_rounding_really_does() -> None:
     w_step = weight.abs().amax(dim=1, keepdim=True) / 127
     error = torch.round(x / step) * step @ (torch.round(weight / w_step) * w_step).T - x @ weight.T
     measured = float(error.square().mean(dim=0).sum())
-    assert expected_noise(torch.ones(32), stats, [WeightShape.of(weight, 8)], 8) == pytest.approx(measured, rel=0.15)
+    assert expected_noise(torch.ones(32), stats, [WeightShape.of(weight, weight_range(8))], 8) == pytest.approx(
+        measured, rel=0.15
+    )
 
 
 def test_uneven_channels_are_evened() -> None:
     torch.manual_seed(0)
     size = torch.logspace(-2, 1, 32)
-    ratio = equalizing_ratio(stats_of(torch.randn(500, 32) * size), [torch.randn(16, 32) / size], 8)
+    ratio = equalizing_ratio(stats_of(torch.randn(500, 32) * size), [torch.randn(16, 32) / size], weight_range(8))
     assert float(ratio[-1] / ratio[0]) > 30
 
 
 def test_a_dead_channel_divides_by_nothing() -> None:
     x = torch.randn(100, 4)
     x[:, 2] = 0
-    ratio = equalizing_ratio(stats_of(x), [torch.randn(8, 4)], 8)
+    ratio = equalizing_ratio(stats_of(x), [torch.randn(8, 4)], weight_range(8))
     assert torch.isfinite(ratio).all()
     assert (ratio > 0).all()

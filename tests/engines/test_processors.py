@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from onnx.numpy_helper import to_array
 
 from qdeploy.engines import openvino, ort_cpu
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import EngineError
-from qdeploy.numerics import HALF_RANGE_MAX, pair_sum_bounds
+from qdeploy.numerics import HALF_RANGE_MAX
 from tests.engines.test_contract import saved, tensor
 from tests.processors import every_processor, pretend, without_vnni
 
 PRECISION = "session.x64quantprecision"
-INT16 = np.iinfo(np.int16)
 K = 64
 RTOL = 1e-5  # float32 rounding of the scales' product
 
@@ -121,28 +118,3 @@ def int4_graph(tmp_path: Path) -> Path:
     path = tmp_path / "int4.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
-
-
-def weight_codes(bundle: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and ``int8`` codes, output channels first, of every integer weight of a bundle."""
-    for path in sorted(bundle.glob("*/model.onnx")):
-        graph = onnx.load(path).graph
-        columns = {node.input[1] for node in graph.node if node.op_type == "MatMulIntegerToFloat"}
-        for initializer in graph.initializer:
-            if initializer.data_type in (TensorProto.INT8, TensorProto.INT4):
-                codes = to_array(initializer).astype(np.int8)
-                yield initializer.name, codes.T if initializer.name in columns else codes
-
-
-@pytest.mark.parametrize("bundle", ["int8_bundle", "int8_openvino", "builtin_unet"])
-def test_no_weight_of_a_default_bundle_can_saturate(bundle: str, request: pytest.FixtureRequest) -> None:
-    """16-bit pair sums, for every pair of weights of an output channel and the worst activations."""
-    weights = list(weight_codes(request.getfixturevalue(bundle)))
-    assert len(weights) > 20
-    for name, codes in weights:
-        low, high = pair_sum_bounds(codes if codes.ndim > 1 else codes[None])
-        assert INT16.min <= low <= high <= INT16.max, name
-
-
-def test_the_check_would_see_a_full_range_bundle(full_range_bundle: Path) -> None:
-    assert any(pair_sum_bounds(codes)[1] > INT16.max for _, codes in weight_codes(full_range_bundle) if codes.ndim > 1)
