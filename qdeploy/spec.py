@@ -10,11 +10,11 @@ from qdeploy.errors import UsageError
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 
 # Kept in float because an error here is spread by every later step while the layers hold a
-# fraction of a percent of the MACs (QUANT.md; Q-Diffusion, section 4.1). Matched as the last
-# dotted names of a module path.
+# fraction of a percent of the MACs (Q-Diffusion, section 4.1); a decoder's 1x1 shortcuts because the
+# transposes around their integer product cost more than it saves. Matched as the last dotted names of a module path.
 KEEP_FLOAT = {
     "unet": ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "time_emb_proj"),
-    "vae_decoder": ("post_quant_conv", "conv_in", "conv_out"),
+    "vae_decoder": ("post_quant_conv", "conv_in", "conv_out", "conv_shortcut"),
     "text_encoder": (),
 }
 
