@@ -5,14 +5,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tested
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo check test test-fast test-slow lint format clean
 
 demo: $(STAMP)
 	$(BIN)/qdeploy demo -o demo
 
 # One thread a worker: tests run on tiny models, whose threads would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
+
+# What a change is tried with first, in one and a half minutes.
+check: $(TESTED)
+	$(MAKE) --jobs 2 lint test-fast
+
 test: lint $(TESTED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) $(WORKERS)
+
+# Three of four tests: all that trace no graph and read none that another has traced.
+test-fast: $(TESTED)
+	$(PYTEST) $(WORKERS) -m 'not exports and not slow and not gpu'
 
 test-slow: $(TESTED)
 	$(BIN)/python -m pytest -m slow

@@ -1,14 +1,19 @@
-"""Tiny random models, and what the way makes of the first one, shared by the whole run."""
+"""Tiny random models, what the way makes of the first one, and which tests trace graphs."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+import torch
 
 from qdeploy.bundle import ComponentInfo
-from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
 from qdeploy.export.exporter import export_bundle, export_component
@@ -16,25 +21,101 @@ from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.twin import on_target
 from qdeploy.spec import QuantSpec, target_named
-from qdeploy.table import QuantTable
+from qdeploy.table import QuantTable, load_table, save_table
+from tests.artifacts import BUILDS, Artifacts, built_once, remove_stale, sources_key
 from tests.tiny import write_tiny_inpainting, write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
 
 PROMPTS = ["a cat", "a red house", "rocket"]
+CACHE, KEY = "QDEPLOY_TEST_CACHE", "QDEPLOY_TEST_KEY"  # the second goes from a run to its workers
+STORE = pytest.StashKey[Artifacts]()
+RUNNING = pytest.StashKey[pytest.Item]()
+EXPORTS = "exports"  # the mark of what traces a graph or reads a traced one, which `make check` leaves out
+LEFT_OUT = (EXPORTS, "slow", "gpu")
+
+# A machine that others use too is slow at times; what takes long shows in --durations.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = Path(os.environ.get(CACHE) or config.rootpath / ".pytest_cache" / "artifacts").absolute()
+    if not hasattr(config, "workerinput"):
+        if config.getoption("cacheclear"):
+            shutil.rmtree(folder, ignore_errors=True)
+        remove_stale(folder)
+        os.environ[KEY] = sources_key()
+    config.stash[STORE] = Artifacts(folder, os.environ[KEY])
+    torch.onnx.export = marked_export(config, torch.onnx.export)
+
+
+def marked_export(config: pytest.Config, export: Callable[..., Any]) -> Callable[..., Any]:
+    """Fail a test that traces a graph without a mark; the first user of an artifact traces for all of its users."""
+
+    def traced(*args: Any, **options: Any) -> Any:
+        item = config.stash[RUNNING]
+        if not config.stash[STORE].building and not any(map(item.get_closest_marker, LEFT_OUT)):
+            pytest.fail(f"{item.nodeid} traces a graph: add @pytest.mark.{EXPORTS}, or use an artifact of conftest.py")
+        return export(*args, **options)
+
+    return traced
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    item.config.stash[RUNNING] = item
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what reads a traced graph, before ``-m`` selects; files with such tests go first, for none may be last."""
+    for item in items:
+        if any(BUILDS[name].traces for name in names_of_artifacts(item)):
+            item.add_marker(EXPORTS)
+    long = {item.path for item in items if item.get_closest_marker(EXPORTS)}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    names = (name for item in session.items for name in names_of_artifacts(item))
+    session.config.stash[STORE].wanted = list(dict.fromkeys(names))
+
+
+def names_of_artifacts(item: pytest.Item) -> list[str]:
+    return [name for name in getattr(item, "fixturenames", ()) if name in BUILDS]
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+def artifacts(pytestconfig: pytest.Config) -> Iterator[Artifacts]:
+    store = pytestconfig.stash[STORE]
+    yield store
+    store.check_unchanged()
 
 
-@pytest.fixture(scope="session")
-def unconditional_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_unconditional(tmp_path_factory.mktemp("unconditional") / "model")
+# ------------------------------------------------------------------------------------------------------ model folders
 
 
-@pytest.fixture(scope="session")
-def ldm_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_ldm_text(tmp_path_factory.mktemp("ldm-text") / "model")
+@built_once("model", traces=False)
+def tiny_folder(out: Path) -> None:
+    write_tiny_model(out)
+
+
+@built_once("model", traces=False)
+def unconditional_folder(out: Path) -> None:
+    write_tiny_unconditional(out)
+
+
+@built_once("model", traces=False)
+def ldm_text_folder(out: Path) -> None:
+    write_tiny_ldm_text(out)
+
+
+@built_once("model", traces=False)
+def inpainting_folder(out: Path) -> None:
+    write_tiny_inpainting(out)
+
+
+# ------------------------------------------------------------------------------- the tiny model's, each worker its own
 
 
 @pytest.fixture(scope="session")
@@ -42,79 +123,93 @@ def tiny_model(tiny_folder: Path) -> LatentDiffusion:
     return load_model(str(tiny_folder))
 
 
-@pytest.fixture(scope="session")
-def calibration(tiny_model: LatentDiffusion) -> CalibrationSet:
-    return record_trajectories(tiny_model, PROMPTS, TimestepAware(samples=3, steps=6, record=6, batch=2))
+@built_once("c.safetensors", traces=False)
+def calibration_file(out: Path, tiny_folder: Path) -> None:
+    settings = TimestepAware(samples=3, steps=6, record=6, batch=2)
+    save_calibration(record_trajectories(load_model(str(tiny_folder)), PROMPTS, settings), out)
 
 
 @pytest.fixture(scope="session")
-def table(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> QuantTable:
-    return quantize_model(tiny_model, calibration, QuantSpec())
+def calibration(calibration_file: Path) -> CalibrationSet:
+    return load_calibration(calibration_file)
 
 
-def exported(factory: pytest.TempPathFactory, name: str, *what: Any, **options: Any) -> Path:
-    """The bundle of that name; ``what`` is model, table and target."""
-    folder = factory.mktemp("bundles") / name
-    export_bundle(*what, folder, **options)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def float_bundle(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory, "fp32", tiny_model, None, target_named("ort-cpu"))
+@built_once("w8a8.safetensors", traces=False)
+def table_file(out: Path, tiny_folder: Path, calibration_file: Path) -> None:
+    save_table(quantize_model(load_model(str(tiny_folder)), load_calibration(calibration_file), QuantSpec()), out)
 
 
 @pytest.fixture(scope="session")
-def encoder_bundle(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory, "with-encoder", tiny_model, None, target_named("ort-cpu"), with_encoder=True)
+def table(table_file: Path) -> QuantTable:
+    return load_table(table_file)
 
 
-@pytest.fixture(scope="session")
-def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_inpainting(tmp_path_factory.mktemp("inpainting") / "model")
+# ------------------------------------------------------------------------------------- its bundles, which are only read
 
 
-@pytest.fixture(scope="session")
-def int8_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory, "w8a8", tiny_model, table, target_named("ort-cpu"))
+def export_tiny(out: Path, folder: Path, table: Path | None, target: str = "ort-cpu", **options: Any) -> None:
+    """Write the bundle of the model in ``folder``, as the table in a file says or in float."""
+    quant = None if table is None else load_table(table)
+    export_bundle(load_model(str(folder)), quant, target_named(target), out, **options)
 
 
-@pytest.fixture(scope="session")
-def open_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@built_once("fp32", traces=True)
+def float_bundle(out: Path, tiny_folder: Path) -> None:
+    export_tiny(out, tiny_folder, None)
+
+
+@built_once("with-encoder", traces=True)
+def encoder_bundle(out: Path, tiny_folder: Path) -> None:
+    export_tiny(out, tiny_folder, None, with_encoder=True)
+
+
+@built_once("w8a8", traces=True)
+def int8_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
+    export_tiny(out, tiny_folder, table_file)
+
+
+@built_once("open", traces=True)
+def open_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
     """As ``int8_bundle``, with the encoder and for every batch and size."""
-    return exported(
-        tmp_path_factory,
-        "open",
-        tiny_model,
-        table,
-        target_named("ort-cpu"),
-        with_encoder=True,
-        open_dims=OpenDims(batch=True, size=True),
-    )
+    export_tiny(out, tiny_folder, table_file, with_encoder=True, open_dims=OpenDims(batch=True, size=True))
 
 
-@pytest.fixture(scope="session")
-def int8_tensorrt(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory, "tensorrt-int8", tiny_model, table, target_named("tensorrt"))
+@built_once("tensorrt-int8", traces=True)
+def int8_tensorrt(out: Path, tiny_folder: Path, table_file: Path) -> None:
+    export_tiny(out, tiny_folder, table_file, "tensorrt")
 
 
-@pytest.fixture(scope="session")
-def fp16_tensorrt(tiny_model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory, "tensorrt-fp16", tiny_model, None, target_named("tensorrt"))
+@built_once("tensorrt-fp16", traces=True)
+def fp16_tensorrt(out: Path, tiny_folder: Path) -> None:
+    export_tiny(out, tiny_folder, None, "tensorrt")
 
 
-@pytest.fixture(scope="session")
-def full_range_bundle(tiny_model: LatentDiffusion, table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@built_once("codebook", traces=True)
+def codebook_tensorrt(out: Path, unconditional_folder: Path) -> None:
+    """A VQ first stage's."""
+    export_tiny(out, unconditional_folder, None, "tensorrt")
+
+
+@built_once("full-range", traces=True)
+def full_range_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
     """As ``int8_bundle``, with weight codes up to +-127."""
-    return exported(tmp_path_factory, "full-range", tiny_model, table, target_named("ort-cpu"), full_range=True)
+    export_tiny(out, tiny_folder, table_file, full_range=True)
 
 
-@pytest.fixture(scope="session")
-def builtin_table() -> QuantTable:
-    """The built-in model's UNet, quantized on a short recording."""
+# ------------------------------------------------------------------------------------------------- the built-in model
+
+
+@built_once("builtin.safetensors", traces=False)
+def builtin_table_file(out: Path) -> None:
+    """Its UNet, quantized on a short recording."""
     model = load_model("builtin:emoji")
     recorded = record_trajectories(model, PROMPTS, TimestepAware(samples=2, steps=4, record=4, batch=2))
-    return quantize_model(model, recorded, QuantSpec(components=("unet",)))
+    save_table(quantize_model(model, recorded, QuantSpec(components=("unet",))), out)
+
+
+@pytest.fixture(scope="session")
+def builtin_table(builtin_table_file: Path) -> QuantTable:
+    return load_table(builtin_table_file)
 
 
 def export_unet(table: QuantTable, target: str, folder: Path, full_range: bool = False) -> ComponentInfo:

@@ -9,18 +9,19 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset import CalibrationSet, load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.errors import AuditError, ExportError, TableError, UsageError
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.passes.name_by_layer import PRODUCTS
-from qdeploy.models.source import LatentDiffusion
+from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.numerics import affine_from_range, sqnr_db
 from qdeploy.simulate.attention import QuantAttnProcessor
 from qdeploy.simulate.twin import quantized_twin
 from qdeploy.spec import QuantSpec, target_named
 from qdeploy.table import Affine, AttentionQuant, QuantTable, load_table, save_table
+from tests.artifacts import built_once
 
 TARGET = target_named("ort-cpu")
 
@@ -66,9 +67,15 @@ def test_many_keys_share_each_query() -> None:
     assert attention_error_db(attention, 8, torch.randn(1, 4096, 8)) > 20
 
 
+@built_once("eight.safetensors", traces=False)
+def eight_bits_file(out: Path, tiny_folder: Path, calibration_file: Path) -> None:
+    spec = QuantSpec(components=("unet", "vae_decoder"), attention_bits=8)
+    save_table(quantize_model(load_model(str(tiny_folder)), load_calibration(calibration_file), spec), out)
+
+
 @pytest.fixture(scope="module")
-def eight_bits(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> QuantTable:
-    return quantize_model(tiny_model, calibration, QuantSpec(components=("unet", "vae_decoder"), attention_bits=8))
+def eight_bits(eight_bits_file: Path) -> QuantTable:
+    return load_table(eight_bits_file)
 
 
 def test_the_table_keeps_it(eight_bits: QuantTable, tmp_path: Path) -> None:
@@ -84,6 +91,7 @@ def test_it_is_off_by_default(table: QuantTable) -> None:
     assert not any(quant.attention for quant in table.components.values())
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("name", ["unet", "vae_decoder"])
 def test_the_export_runs_it_in_integers_and_passes_the_gates(
     tiny_model: LatentDiffusion, eight_bits: QuantTable, tmp_path: Path, name: str

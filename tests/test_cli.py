@@ -19,6 +19,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["--quiet", *map(str, arguments)])
 
 
+@pytest.mark.exports
 def test_the_whole_way(tiny_folder: Path, tmp_path: Path) -> None:
     calib, quant, bundle = tmp_path / "c.safetensors", tmp_path / "q.safetensors", tmp_path / "bundle"
     prompts = tmp_path / "prompts.txt"

@@ -44,11 +44,12 @@ FULL_DISK = """
 import resource, signal, sys
 from qdeploy.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                  # make the write fail instead of the process
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # as a disk with no room for a larger file does
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a disk with no room for a larger file does
 main(["--quiet", "export", sys.argv[1], "-o", sys.argv[2]])
 """
 
 
+@pytest.mark.exports
 def test_a_disk_that_fills_during_export_is_one_paragraph_and_leaves_nothing(tmp_path: Path, tiny_folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tiny_folder), str(tmp_path / "bundle")],

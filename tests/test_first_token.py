@@ -88,6 +88,7 @@ def test_a_model_without_text_tokens_is_refused(context_shape: tuple[int, int] |
         check_first_token([], context_shape)
 
 
+@pytest.mark.exports
 def test_ranges_leave_the_first_token_out_and_the_export_passes_its_gates(
     tiny_model: LatentDiffusion, calibration: CalibrationSet, table: QuantTable, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from qdeploy.export.exporter import export_bundle
 from qdeploy.export.passes.name_by_layer import PRODUCTS
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.spec import QuantSpec, target_named
+from tests.artifacts import built_once
 from tests.test_imports import run_blocked
 
 TARGET = target_named("ort-cpu")
@@ -29,16 +30,14 @@ def model(ldm_text_folder: Path) -> LatentDiffusion:
     return load_model(str(ldm_text_folder))
 
 
-@pytest.fixture(scope="module")
-def bundle(model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ldm-text") / "fp32"
-    export_bundle(model, None, TARGET, folder)
-    return folder
+@built_once("fp32", traces=True)
+def ldm_text_bundle(out: Path, ldm_text_folder: Path) -> None:
+    export_bundle(load_model(str(ldm_text_folder)), None, TARGET, out)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_same_picture_as_diffusers_within_one_grey_level(
-    bundle: Path, ldm_text_folder: Path, guidance_scale: float
+    ldm_text_bundle: Path, ldm_text_folder: Path, guidance_scale: float
 ) -> None:
     from diffusers import LDMTextToImagePipeline
 
@@ -49,20 +48,21 @@ def test_same_picture_as_diffusers_within_one_grey_level(
         ["a red cat"], num_inference_steps=6, guidance_scale=guidance_scale, latents=latents, output_type="np",
         height=64, width=64,  # the pipeline takes every first stage for one of factor 8
     ).images  # fmt: skip
-    with qdeploy.load(bundle) as pipe:
+    with qdeploy.load(ldm_text_bundle) as pipe:
         found = pipe("a red cat", steps=6, guidance_scale=guidance_scale, latents=latents.numpy())
     assert np.abs(found.pixels.astype(int) - np.rint(expected * 255)).max() <= 1
 
 
-def test_tokens_equal_transformers(bundle: Path, ldm_text_folder: Path) -> None:
+def test_tokens_equal_transformers(ldm_text_bundle: Path, ldm_text_folder: Path) -> None:
     from transformers import BertTokenizer
 
     reference = BertTokenizer.from_pretrained(ldm_text_folder / "tokenizer")
     expected = reference(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="np").input_ids
-    with qdeploy.load(bundle) as pipe:
+    with qdeploy.load(ldm_text_bundle) as pipe:
         assert np.array_equal(pipe.tokenizer(PROMPTS), expected)
 
 
+@pytest.mark.exports
 def test_w8a8_the_whole_way_and_generate_without_torch(model: LatentDiffusion, tmp_path: Path) -> None:
     calibration = record_trajectories(model, PROMPTS[:3], TimestepAware(samples=3, steps=5, record=5, batch=3))
     table = quantize_model(model, calibration, QuantSpec())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qdeploy.recipe.tiny import shrunk
 from qdeploy.sample.job import runs
 from qdeploy.spec import QuantSpec, spec_from_options
 from qdeploy.table import load_table
+from tests.artifacts import built_once
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 # Half a minute each on one thread. These three have between them every architecture, calibration and precision.
@@ -124,6 +126,7 @@ def test_tiny_changes_sizes_alone(path: Path) -> None:
     assert (full.target, full.given, full.model) == (tiny.target, tiny.given, tiny.model)
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("path", BY_SPEED)
 def test_a_recipe_runs_at_tiny_scale(path: Path, tmp_path: Path) -> None:
     expected = EXPECTED[path.stem]
@@ -204,19 +207,19 @@ batch = 2
 """
 
 
+def small_recipe(model: Path, folder: Path, **replaced: str) -> Recipe:
+    """The small recipe, with lines of it replaced, in a file in ``folder``."""
+    text = SMALL.format(model=model.as_posix())
+    for old, new in replaced.items():
+        text = text.replace(line_of(text, old), new)
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return read_recipe(path)
+
+
 @pytest.fixture(scope="module")
 def small(unconditional_folder: Path) -> Callable[..., Recipe]:
-    """Makes the small recipe, with lines of it replaced."""
-
-    def made(folder: Path, **replaced: str) -> Recipe:
-        text = SMALL.format(model=unconditional_folder.as_posix())
-        for old, new in replaced.items():
-            text = text.replace(line_of(text, old), new)
-        path = folder / "recipe.toml"
-        path.write_text(text)
-        return read_recipe(path)
-
-    return made
+    return partial(small_recipe, unconditional_folder)
 
 
 def line_of(text: str, key: str) -> str:
@@ -226,12 +229,10 @@ def line_of(text: str, key: str) -> str:
     return next(line for line in text[start:].splitlines() if line.startswith(f"{key} ="))
 
 
-@pytest.fixture(scope="module")
-def finished(small: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+@built_once("run", traces=True)
+def finished(out: Path, unconditional_folder: Path) -> None:
     """A folder in which the small recipe ran without interruption."""
-    folder = tmp_path_factory.mktemp("finished")
-    run_full(small(folder), folder / "run")
-    return folder / "run"
+    run_full(small_recipe(unconditional_folder, out.parent), out)
 
 
 @pytest.fixture
@@ -503,6 +504,7 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
         assert meant(**{key: typed[key] for key in SECTIONS[name]}) == getattr(recipe, name)
 
 
+@pytest.mark.exports
 def test_a_recipe_exports_the_encoder_on_demand(small: Callable[..., Recipe], tmp_path: Path) -> None:
     assert not small(tmp_path).with_encoder
     recipe = small(tmp_path, sample_batch="batch = 2\n[export]\nwith_encoder = true")

@@ -15,6 +15,7 @@ from qdeploy.bench.fidelity import compare
 from qdeploy.bundle import open_bundle
 from qdeploy.cli import main
 from qdeploy.errors import BundleError, UsageError
+from tests.artifacts import built_once
 
 STEPS = 6
 
@@ -29,20 +30,19 @@ def passed(*arguments: object) -> str:
     return result.output
 
 
-@pytest.fixture(scope="module")
-def made(unconditional_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@built_once("made", traces=True)
+def unconditional_made(out: Path, unconditional_folder: Path) -> None:
     """A folder with the calibration set, the table and both bundles, made by the commands."""
-    folder = tmp_path_factory.mktemp("unconditional-made")
-    calib, table = folder / "c.safetensors", folder / "q.safetensors"
+    out.mkdir()
+    calib, table = out / "c.safetensors", out / "q.safetensors"
     passed("calibrate", unconditional_folder, "-o", calib, "--samples", 4, "--steps", STEPS, "--record", STEPS)
     said = passed("quantize", unconditional_folder, "--calib", calib, "-o", table)
     assert "text_encoder" not in said
-    passed("export", table, "-o", folder / "w8a8")
-    passed("export", unconditional_folder, "-o", folder / "fp32")
-    return folder
+    passed("export", table, "-o", out / "w8a8")
+    passed("export", unconditional_folder, "-o", out / "fp32")
 
 
-def test_same_pictures_as_diffusers_within_one_grey_level(made: Path, unconditional_folder: Path) -> None:
+def test_same_pictures_as_diffusers_within_one_grey_level(unconditional_made: Path, unconditional_folder: Path) -> None:
     from diffusers import LDMPipeline
 
     reference = LDMPipeline.from_pretrained(unconditional_folder)
@@ -50,19 +50,19 @@ def test_same_pictures_as_diffusers_within_one_grey_level(made: Path, unconditio
     options = dict(num_inference_steps=STEPS, output_type="np")
     expected = reference(batch_size=2, generator=torch.manual_seed(3), **options).images
     latents = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(3)).numpy()
-    with qdeploy.load(made / "fp32") as pipe:
+    with qdeploy.load(unconditional_made / "fp32") as pipe:
         found = pipe(count=2, steps=STEPS, latents=latents)
     assert np.abs(found.pixels.astype(int) - np.rint(expected * 255)).max() <= 1
 
 
-def test_one_unet_call_a_step_and_seeds(made: Path) -> None:
-    manifest = open_bundle(made / "w8a8").manifest
+def test_one_unet_call_a_step_and_seeds(unconditional_made: Path) -> None:
+    manifest = open_bundle(unconditional_made / "w8a8").manifest
     assert manifest.kind == "unconditional"
     assert set(manifest.components) == {"unet", "vae_decoder"}
     assert set(manifest.components["unet"].inputs) == {"sample", "timestep"}
     assert manifest.components["unet"].inputs["sample"].shape[0] == 1
-    assert not (made / "w8a8" / "tokenizer").exists()
-    with qdeploy.load(made / "w8a8") as pipe:
+    assert not (unconditional_made / "w8a8" / "tokenizer").exists()
+    with qdeploy.load(unconditional_made / "w8a8") as pipe:
         several = pipe(count=3, steps=3, seed=7)
         assert several.seeds == ((7, 0), (7, 1), (7, 2))
         assert np.array_equal(several.pixels[:1], pipe(steps=3, seed=7).pixels)
@@ -72,8 +72,8 @@ def test_one_unet_call_a_step_and_seeds(made: Path) -> None:
             pipe.encode([""])
 
 
-def test_int8_is_near_its_float_twin(made: Path, float_bundle: Path) -> None:
-    with qdeploy.load(made / "fp32") as reference, qdeploy.load(made / "w8a8") as tested:
+def test_int8_is_near_its_float_twin(unconditional_made: Path, float_bundle: Path) -> None:
+    with qdeploy.load(unconditional_made / "fp32") as reference, qdeploy.load(unconditional_made / "w8a8") as tested:
         fidelity = compare(reference, tested, ["not read"], steps=4)
         with qdeploy.load(float_bundle) as other, pytest.raises(BundleError, match="not of one model"):
             compare(reference, other, ["a cat"], steps=1)
@@ -81,12 +81,12 @@ def test_int8_is_near_its_float_twin(made: Path, float_bundle: Path) -> None:
     assert min(fidelity.step_sqnr_db) > 15
 
 
-def test_generate_and_bench(made: Path, tmp_path: Path) -> None:
-    passed("generate", made / "w8a8", "-o", tmp_path / "out.png", "--count", 4, "--steps", 2, "--eta", 1)
+def test_generate_and_bench(unconditional_made: Path, tmp_path: Path) -> None:
+    passed("generate", unconditional_made / "w8a8", "-o", tmp_path / "out.png", "--count", 4, "--steps", 2, "--eta", 1)
     assert all((tmp_path / f"out-{number}.png").stat().st_size > 0 for number in range(4))
     report = tmp_path / "bench.json"
     quick = ("--rounds", 3, "--pictures", 1, "--steps", 2, "--fresh-starts", 1, "--concurrency", 2)
-    passed("bench", made / "fp32", made / "w8a8", *quick, "--json", report)
+    passed("bench", unconditional_made / "fp32", unconditional_made / "w8a8", *quick, "--json", report)
     w8a8 = json.loads(report.read_text())["contenders"][1]
     assert list(w8a8["samples"]) == ["unet step", "vae decode", "picture"]
     assert len(w8a8["pictures_per_s"]["2"]) == 5
@@ -94,9 +94,9 @@ def test_generate_and_bench(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "words"), [("c.safetensors", "unconditional"), ("q.safetensors", "conv_in")])
-def test_inspect(made: Path, name: str, words: str) -> None:
-    assert words in passed("inspect", made / name)
-    assert "text_encoder" not in passed("inspect", made / "w8a8")
+def test_inspect(unconditional_made: Path, name: str, words: str) -> None:
+    assert words in passed("inspect", unconditional_made / name)
+    assert "text_encoder" not in passed("inspect", unconditional_made / "w8a8")
 
 
 def test_inspect_the_model(unconditional_folder: Path) -> None:
@@ -113,10 +113,12 @@ def test_inspect_the_model(unconditional_folder: Path) -> None:
         (("a cat", "--negative-prompt", "dog"), "got a prompt, --negative, expected none"),
     ],
 )
-def test_text_for_an_unconditional_bundle(made: Path, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
-    result = run("generate", made / "w8a8", *arguments, "-o", tmp_path / "x.png")
+def test_text_for_an_unconditional_bundle(
+    unconditional_made: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    result = run("generate", unconditional_made / "w8a8", *arguments, "-o", tmp_path / "x.png")
     assert (result.exit_code, words in result.output) == (2, True), result.output
-    with qdeploy.load(made / "fp32") as pipe, pytest.raises(UsageError, match="expected none"):
+    with qdeploy.load(unconditional_made / "fp32") as pipe, pytest.raises(UsageError, match="expected none"):
         pipe("a cat")
 
 
@@ -133,10 +135,10 @@ def test_calibrating_with_text_options(unconditional_folder: Path, tmp_path: Pat
     assert (result.exit_code, "is unconditional" in result.output) == (2, True), result.output
 
 
-def test_a_bundle_of_another_kind(made: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_another_kind(unconditional_made: Path, tmp_path: Path) -> None:
     import shutil
 
-    folder = shutil.copytree(made / "fp32", tmp_path / "bundle")
+    folder = shutil.copytree(unconditional_made / "fp32", tmp_path / "bundle")
     document = json.loads((folder / "manifest.json").read_text())
     for kind, words in (("video", "kind 'video'"), ("text-to-image", "without text_encoder")):
         (folder / "manifest.json").write_text(json.dumps(document | {"kind": kind}))

@@ -20,28 +20,28 @@ from benchmarks.gpu_shells import DRAWING, KEPT, KEPT_BYTES, Piece, drawn, fill
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.engines.nvidia.machine import found_here
 from qdeploy.export import exporter
-from qdeploy.models.source import LatentDiffusion
+from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.spec import TargetSpec
-from qdeploy.table import QuantTable
+from qdeploy.table import QuantTable, load_table
+from tests.artifacts import built_once
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gpu_check"
 
 
+@built_once("shell", traces=True)
+def gpu_shell(out: Path, tiny_folder: Path, table_file: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "BUNDLES", {"tensorrt-int8": gpu.BUNDLES["tensorrt-int8"]})
+        make_shells(load_model(str(tiny_folder)), load_table(table_file), out)
+
+
 @pytest.fixture(scope="module")
-def made(
-    tiny_model: LatentDiffusion,
-    table: QuantTable,
-    float_bundle: Path,
-    int8_bundle: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def made(float_bundle: Path, int8_bundle: Path, gpu_shell: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What --make writes, as far as it takes seconds: bundles of the CPU's play two parts, one shell is whole."""
     folder = tmp_path_factory.mktemp("gpu")
     shutil.copytree(float_bundle, folder / "tiny" / "fp32")
     shutil.copytree(int8_bundle, folder / "tiny" / "tensorrt-int8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "BUNDLES", {"tensorrt-int8": gpu.BUNDLES["tensorrt-int8"]})
-        make_shells(tiny_model, table, folder / "shell")
+    shutil.copytree(gpu_shell, folder / "shell")
     return folder
 
 

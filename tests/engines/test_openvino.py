@@ -35,11 +35,14 @@ def _installed() -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("settings", [{}, {"equalize": False, "two_passes": {"unet": ()}}], ids=["default", "plain"])
 def test_it_computes_what_the_simulator_says(
-    settings: dict[str, Any], tiny_model: LatentDiffusion, calibration: CalibrationSet, tmp_path: Path
-) -> None:
-    table = quantize_model(tiny_model, calibration, QuantSpec(components=("unet",), **settings))
+    settings: dict[str, Any], tiny_model: LatentDiffusion, calibration: CalibrationSet, table: QuantTable,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    if settings:
+        table = quantize_model(tiny_model, calibration, QuantSpec(components=("unet",), **settings))
     twin = quantized_twin(tiny_model.unet, table.components["unet"], True)
     graph = graph_from_component(twin, tiny_model.example("unet", 2), 20)
     lower(graph, "openvino")

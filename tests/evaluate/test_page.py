@@ -21,6 +21,7 @@ from qdeploy.evaluate.timing import seconds_per_picture, timed
 from qdeploy.numerics import sqnr_db
 from qdeploy.page import Grid, Picture, write_page
 from qdeploy.table import QuantTable, save_table
+from tests.artifacts import built_once
 from tests.test_page import HOSTILE, Read, browse, needs_browser, screenshot
 
 COUNT = 4
@@ -28,19 +29,10 @@ SIDE = 144  # pixels of a shown picture, 9 rem
 MAGENTA, CYAN, YELLOW = (255, 0, 255), (0, 255, 255), (255, 255, 0)
 
 
-@pytest.fixture(scope="module")
-def table_file(table: QuantTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tables") / "w8a8.safetensors"
-    save_table(table, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def evaluated(
-    float_bundle: Path, int8_bundle: Path, table_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+@built_once("evaluated", traces=True)
+def evaluated(out: Path, float_bundle: Path, int8_bundle: Path, table_file: Path) -> None:
     """The folder of an evaluation with its page, one prompt of which would like to be a script."""
-    out = tmp_path_factory.mktemp("evaluated")
+    out.mkdir()
     (out / "prompts.txt").write_text(f"a cat\n{HOSTILE}\n")
     asked = [float_bundle, int8_bundle, "--reference", float_bundle, "--prompts", out / "prompts.txt", "--count", COUNT]
     asked += ["--metrics", "fid,psnr,ssim,sqnr", "--extractor", "rgb8", "--steps", 3, "--threads", 1, "-o", out]
@@ -48,7 +40,6 @@ def evaluated(
     shown = CliRunner().invoke(main, ["--quiet", "evaluate", *map(str, asked)])
     assert shown.exit_code == 0, shown.output
     assert "page.html" in shown.output
-    return out
 
 
 def test_a_page_holds_everything(evaluated: Path) -> None:

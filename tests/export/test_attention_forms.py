@@ -45,11 +45,13 @@ def operators(component: OneAttention, *passes: object) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
+@pytest.mark.exports
 def test_written_out() -> None:
     found = operators(OneAttention(), expand_attention)
     assert (found["MatMul"], found["Softmax"], found["Add"]) == (2, 1, 0)
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("kind", [torch.float32, torch.bool])
 def test_a_mask_is_added(kind: torch.dtype) -> None:
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -59,11 +61,13 @@ def test_a_mask_is_added(kind: torch.dtype) -> None:
     assert (found["MatMul"], found["Add"], found["MultiHeadAttention"]) == (2, 1, 0)
 
 
+@pytest.mark.exports
 def test_fused_without_the_heads_transposes() -> None:
     found = operators(OneAttention(), fuse_attention, expand_attention)
     assert (found["MultiHeadAttention"], found["MatMul"], found["Transpose"]) == (1, 0, 0)
 
 
+@pytest.mark.exports
 def test_what_the_graph_does_not_provide_for_is_refused() -> None:
     with pytest.raises(ExportError, match="is_causal"):
         graph_from_component(OneAttention(causal=True), {"x": X}, 20)

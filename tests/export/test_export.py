@@ -13,7 +13,7 @@ import pytest
 
 import qdeploy
 from qdeploy.bundle import open_bundle
-from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.engines.base import EngineOptions, engine_named
 from qdeploy.errors import AuditError, ParityError, TableError
@@ -24,20 +24,19 @@ from qdeploy.export.parity import Parity, expected_outputs, measure_parity
 from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
 from qdeploy.export.passes.split_gate import GATE
 from qdeploy.export.targets import lower
-from qdeploy.models.source import LatentDiffusion
+from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.twin import quantized_twin
 from qdeploy.spec import QuantSpec, graph_batch, target_named
 from qdeploy.table import QuantTable
+from tests.artifacts import built_once
 
 
-@pytest.fixture(scope="session")
-def w4a8(tiny_model: LatentDiffusion, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@built_once("w4a8", traces=True)
+def w4a8(out: Path, tiny_folder: Path, calibration_file: Path) -> None:
     """A bundle with everything on that the table can say: 4 bits, rewrites, two passes, noise correction."""
     spec = QuantSpec(weight_bits=4, rewrites=("split_skips", "timestep_table"), noise_correction=True)
-    made = quantize_model(tiny_model, calibration, spec)
-    folder = tmp_path_factory.mktemp("bundles") / "w4a8"
-    export_bundle(tiny_model, made, target_named("ort-cpu"), folder)
-    return folder
+    model = load_model(str(tiny_folder))
+    export_bundle(model, quantize_model(model, load_calibration(calibration_file), spec), target_named("ort-cpu"), out)
 
 
 def test_four_bit_weights_lie_in_the_file_as_int4_and_run_as_int8(w4a8: Path, int8_bundle: Path) -> None:
@@ -197,6 +196,7 @@ def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exports
 def test_a_failing_gate_leaves_nothing(
     tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +206,8 @@ def test_a_failing_gate_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saturation_free_on_every_cpu(int8_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.exports
+def test_saturation_free_on_every_cpu(tmp_path: Path) -> None:
     """Without VNNI, ORT's u8 x s8 kernels saturate unless told not to; extreme codes show it."""
     import torch
     from torch import nn

@@ -67,11 +67,13 @@ def test_the_library_builds_the_tiny_models_int8_graphs(int8_tensorrt: Path) -> 
     check_acceptance(int8_tensorrt)
 
 
+@pytest.mark.exports
 def test_the_library_builds_the_built_in_models_fp16_graphs(tmp_path: Path) -> None:
     export_bundle(load_model("builtin:emoji"), None, TENSORRT, tmp_path / "b")
     check_acceptance(tmp_path / "b")
 
 
+@pytest.mark.exports
 def test_the_library_builds_the_built_in_models_int8_graphs(tmp_path: Path) -> None:
     model = load_model("builtin:emoji")
     calibration = record_trajectories(model, ["red apple"], TimestepAware(samples=1, steps=2, record=2))
@@ -80,6 +82,7 @@ def test_the_library_builds_the_built_in_models_int8_graphs(tmp_path: Path) -> N
     check_acceptance(tmp_path / "b")
 
 
+@pytest.mark.exports
 def test_the_library_builds_what_a_table_can_hold(
     tiny_model: LatentDiffusion, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
@@ -95,13 +98,12 @@ def test_the_library_builds_what_a_table_can_hold(
     check_accepted({info.acceptance})
 
 
-def test_the_library_builds_a_codebook(unconditional_folder: Path, tmp_path: Path) -> None:
-    export_bundle(load_model(str(unconditional_folder)), None, TENSORRT, tmp_path / "b")
-    found = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "b" / "vae_decoder" / "model.onnx")).graph
+def test_the_library_builds_a_codebook(codebook_tensorrt: Path) -> None:
+    found = onnx.shape_inference.infer_shapes(onnx.load(codebook_tensorrt / "vae_decoder" / "model.onnx")).graph
     types = {value.name: value.type.tensor_type.elem_type for value in found.value_info}
     (chosen,) = (node for node in found.node if node.op_type == "ArgMin")
     assert types[chosen.input[0]] == FULL
-    check_acceptance(tmp_path / "b")
+    check_acceptance(codebook_tensorrt)
 
 
 @pytest.mark.parametrize("component", PARTS)
@@ -185,6 +187,7 @@ def test_no_engine_is_no_picture(int8_tensorrt: Path) -> None:
         describe_audit(int8_tensorrt)
 
 
+@pytest.mark.exports
 def test_open_sizes_go_with_a_profile(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     free, sizes = OpenDims(batch=True, size=True), parse_sizes("batch=1:2:4,height=16:16:32,width=16:16:32")
     manifest = export_bundle(tiny_model, None, TENSORRT, tmp_path / "open", open_dims=free, sizes=sizes)
@@ -225,6 +228,7 @@ def test_a_build_that_cannot_be_is_refused_before_the_export(tiny_folder: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exports
 def test_a_build_puts_plans_into_the_bundle(
     tiny_model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +251,7 @@ def test_a_build_puts_plans_into_the_bundle(
     assert plans.bundled_plan(graph_file, key, cache_folder(engine.CACHE)) == b"code"
 
 
+@pytest.mark.exports
 def test_a_float_graph_for_cuda(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     manifest = export_bundle(tiny_model, None, target_named("ort-cuda"), tmp_path / "b")
     assert (manifest.engine, manifest.precision) == ("ort-cuda", "fp16")

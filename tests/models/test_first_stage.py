@@ -52,6 +52,7 @@ def test_nearest_at_full_size() -> None:
     assert (distance**2 - least**2).abs().max() < ROUND_OFF  # ties apart, that very code
 
 
+@pytest.mark.exports
 def test_the_graph_has_standard_ops_and_the_same_pictures(decoder: VqDecoder, tmp_path: Path) -> None:
     latents = torch.randn(1, 3, 8, 8, generator=torch.manual_seed(1))
     path = tmp_path / "decoder.onnx"

@@ -211,6 +211,7 @@ def test_the_option(text: str, path: str, scale: float) -> None:
             LoraFile.from_text(wrong)
 
 
+@pytest.mark.exports
 def test_the_commands_refuse_to_mix_models(tiny_folder: Path, tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     lora = f"{write(tmp_path / 'style.safetensors', unet_pair(tiny_model))}:0.5"
     fused = load_model(str(tiny_folder), ModelOptions((LoraFile.from_text(lora),)))

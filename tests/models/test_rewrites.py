@@ -221,6 +221,7 @@ def ops_between_timestep_and_add(graph: onnx.GraphProto) -> Counter[str]:
     return ops
 
 
+@pytest.mark.exports
 def test_the_exported_graph_gathers_by_t_and_computes_no_embedding(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     rewritten: UNet = copy_of(tiny_model.unet)
     split_skips(rewritten)

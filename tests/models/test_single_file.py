@@ -108,6 +108,7 @@ def test_inspect_says_what_a_file_holds(churches: Path) -> None:
     assert facts["missing"] == "nothing"
 
 
+@pytest.mark.exports
 def test_the_whole_way(churches: Path, tmp_path: Path) -> None:
     def passed(*arguments: object) -> None:
         result = CliRunner().invoke(main, ["--quiet", *map(str, arguments)])

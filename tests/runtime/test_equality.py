@@ -25,6 +25,7 @@ from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import NAMES, with_scheduler
 from qdeploy.sampling.loop import PictureStreams
 from qdeploy.spec import target_named
+from tests.artifacts import built_once
 
 ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
 HOME = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_"
@@ -146,17 +147,18 @@ def test_inpainting_by_blending(
     check_same(found, expected)
 
 
+@built_once("inpainting", traces=True)
+def inpainting_bundle(out: Path, inpainting_folder: Path) -> None:
+    export_bundle(load_model(str(inpainting_folder)), None, target_named("ort-cpu"), out, with_encoder=True)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_by_the_unet(
-    inpainting_folder: Path, tmp_path_factory: pytest.TempPathFactory, same_noise: np.ndarray, picture: np.ndarray,
-    mask: np.ndarray, guidance_scale: float, strength: float,
+    inpainting_folder: Path, inpainting_bundle: Path, same_noise: np.ndarray, picture: np.ndarray, mask: np.ndarray,
+    guidance_scale: float, strength: float,
 ) -> None:  # fmt: skip
-    bundle = tmp_path_factory.getbasetemp() / "inpainting-bundle"
-    if not bundle.exists():
-        model = load_model(str(inpainting_folder))
-        export_bundle(model, None, target_named("ort-cpu"), bundle, with_encoder=True)
-    with qdeploy.load(bundle) as nine:
+    with qdeploy.load(inpainting_bundle) as nine:
         diffusers_pipe = reference(
             "StableDiffusionInpaintPipeline", inpainting_folder, scheduler_of("pndm", nine.scheduler_config)
         )
@@ -175,12 +177,15 @@ def test_inpainting_by_the_unet(
             nine("a red house", image=picture)
 
 
-@pytest.fixture(scope="module")
-def emoji(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+@built_once("emoji", traces=True)
+def emoji_bundle(out: Path) -> None:
     """Trained weights, in float."""
-    bundle = tmp_path_factory.mktemp("emoji") / "bundle"
-    export_bundle(load_model("builtin:emoji"), None, target_named("ort-cpu"), bundle, with_encoder=True)
-    with qdeploy.load(bundle) as loaded:
+    export_bundle(load_model("builtin:emoji"), None, target_named("ort-cpu"), out, with_encoder=True)
+
+
+@pytest.fixture(scope="module")
+def emoji(emoji_bundle: Path) -> Iterator[Pipeline]:
+    with qdeploy.load(emoji_bundle) as loaded:
         yield loaded
 
 
