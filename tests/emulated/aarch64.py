@@ -31,18 +31,20 @@ MATRIX = f"{DOT_PRODUCT} jscvt fcma sha3 sha512 asimdfhm dit uscat ilrcpc flagm 
 
 @dataclass(frozen=True)
 class Processor:
-    """What qemu is asked for, and what the operating system says of it; engines choose their kernels by both."""
+    """What qemu computes and what the operating system says of it; engines choose their kernels by both."""
 
     name: str
+    model: str  # what qemu is asked for
     part: str
     features: str
     flags: Sequence[str]  # that qdeploy.cpu must read
 
 
 PROCESSORS = (
-    Processor("cortex-a53", "0xd03", CRYPTO, []),  # Raspberry Pi 3
-    Processor("neoverse-n1", "0xd0c", DOT_PRODUCT, ["asimddp"]),  # Graviton 2, Ampere Altra
-    Processor("max", "0xd49", MATRIX, ["asimddp", "i8mm"]),  # as Neoverse N2
+    Processor("plain", "cortex-a53", "0xd03", CRYPTO, []),  # Raspberry Pi 3
+    Processor("dot-product", "neoverse-n1", "0xd0c", DOT_PRODUCT, ["asimddp"]),  # Graviton 2, Ampere Altra
+    # Without SVE and SME, as Apple's: of vectors of 2,048 bits and of SME, qemu 7.2 makes wrong results in OpenVINO
+    Processor("matrix", "max,sve=off,sme=off", "0xd49", MATRIX, ["asimddp", "i8mm"]),
 )
 
 
@@ -57,7 +59,7 @@ def machine(processor: Processor) -> Machine:
             (root / name).symlink_to(debian / name)
     write_cpu_info(root, cpu_info(processor))
     # -S: a path that the root lacks is this system's, whose site-packages are of another architecture
-    command = [qemu, "-cpu", processor.name, "-L", str(root), str(debian / "usr/bin/python3"), "-S"]
+    command = [qemu, "-cpu", processor.model, "-L", str(root), str(debian / "usr/bin/python3"), "-S"]
     return Machine(processor.name, command, processor.flags, path=[wheels])
 
 
