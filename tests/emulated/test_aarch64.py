@@ -1,0 +1,78 @@
+"""64-bit ARM: the runtime loads there what was made on x86, and computes the same."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qdeploy.numerics import psnr_db
+from tests.emulated.aarch64 import PROCESSORS, machine
+from tests.emulated.conftest import Computed, Factory, Made
+from tests.emulated.graphs import COLUMNS, DEPTH, ROWS, exact_product, write_product
+from tests.emulated.machines import Machine, MachineMissingError
+
+pytestmark = pytest.mark.slow
+
+HERE = Machine("here", [sys.executable], [])
+# Rounding edges fall differently, as between engine and simulator (qdeploy.export.parity), and the loop carries that
+# on. W8A8 pictures of this model lie about 37 dB from float ones; a wrong layer leaves less than 15.
+PICTURE_MIN_DB = 30.0
+
+
+@pytest.fixture(scope="module", params=PROCESSORS, ids=lambda processor: processor.name)
+def arm(request: pytest.FixtureRequest) -> Machine:
+    try:
+        return machine(request.param)
+    except MachineMissingError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="module", params=["tiny", "emoji_ort_cpu"])
+def made(request: pytest.FixtureRequest) -> Made:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def here(made: Made, tmp_path_factory: Factory) -> Computed:
+    return made.compute(HERE, tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(scope="module")
+def there(made: Made, arm: Machine, tmp_path_factory: Factory) -> Computed:
+    return made.compute(arm, tmp_path_factory.mktemp("arm"))
+
+
+def test_the_processor_is_recognized(there: Computed, arm: Machine) -> None:
+    assert there.flags == arm.flags
+
+
+def test_it_passes_the_gate_of_the_export(there: Computed, made: Made) -> None:
+    for component, expected in made.expected.items():
+        there.parity(expected, component).check(component)
+
+
+def test_it_computes_what_x86_does(there: Computed, here: Computed, made: Made) -> None:
+    """As two roundings of one model differ, and no further from the float model."""
+    for component, expected in made.expected.items():
+        x86 = replace(expected, simulated=here.outputs(component))
+        there.parity(x86, component).check(component)
+
+
+def test_it_makes_the_same_picture(there: Computed, here: Computed) -> None:
+    assert there.picture.shape == here.picture.shape
+    assert psnr_db(here.picture / 255, there.picture / 255) > PICTURE_MIN_DB
+
+
+@pytest.mark.parametrize("code", [127, -127])
+def test_the_largest_codes_are_exact_with_and_without_the_option(arm: Machine, code: int, tmp_path: Path) -> None:
+    codes, x = np.full((DEPTH, COLUMNS), code, np.int8), np.full((ROWS, DEPTH), 255, np.uint8)
+    write_product(codes, x, tmp_path / "product.onnx")
+    engines = ("onnxruntime", "onnxruntime-precise")
+    arm.run("-m", "tests.emulated.compute", "graphs", tmp_path, tmp_path / "out.npz", *engines)
+    found = np.load(tmp_path / "out.npz")
+    for engine in engines:
+        np.testing.assert_array_equal(found[f"product/{engine}"], exact_product(codes, x), engine)
