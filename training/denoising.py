@@ -22,10 +22,10 @@ def start_branches_at_zero(unet: torch.nn.Module, last_layers: tuple[str, ...]) 
             torch.nn.init.zeros_(module.bias)
 
 
-def averaged_copy(model: torch.nn.Module) -> torch.optim.swa_utils.AveragedModel:
+def averaged_copy(model: torch.nn.Module, decay: float = AVERAGE_DECAY) -> torch.optim.swa_utils.AveragedModel:
     """A copy of ``model`` that follows it as an exponential moving average."""
     return torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE_DECAY)
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     )
 
 
