@@ -41,7 +41,9 @@ def drawn(pipe: StableDiffusionPipeline, captions: list[str]) -> np.ndarray:
     for at in range(0, len(captions), 16):
         several = captions[at : at + 16]
         noise = [torch.Generator().manual_seed(SEED) for _ in several]
-        made += pipe(several, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, width=64, height=64)[0]
+        made += pipe(several, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, width=64, height=64)[
+            0
+        ]
     return np.stack([np.asarray(picture) for picture in made])
 
 
