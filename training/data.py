@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from training.layout import check_work, claim_work
+
 PICTURES = "emoji-datasource-google@16.0.0"
 CAPTIONS = "emojibase-data@17.0.0"
 
@@ -68,6 +70,14 @@ def fetch(folder: Path) -> None:
         )
         with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
             archive.extractall(target, filter="data")
+
+
+def load_for(work: Path) -> list[Emoji]:
+    """``load`` for the training folder ``work``, which from now on is about these pictures."""
+    check_work(work)
+    emoji = load(work / "data")
+    claim_work(work, np.stack([item.pixels for item in emoji]))
+    return emoji
 
 
 def load(folder: Path) -> list[Emoji]:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training.data import Emoji, captions_of, load
+from training.data import Emoji, captions_of, load_for
 from training.denoising import (
     AVERAGE_DECAY,
     AVERAGE_FROM,
@@ -27,9 +27,10 @@ from training.denoising import (
     start_branches_at_zero,
     velocity_loss,
 )
+from training.layout import run_script
 from training.loop import Training, options
 from training.tokenizer import tokenizer_from_captions
-from training.vae import pictures
+from training.vae import pictures_of
 
 TOKENS = 32
 UNET = dict(
@@ -153,9 +154,9 @@ def main() -> None:
     parser.add_argument("--save-only", action="store_true", help="write the pipeline from the checkpoint and stop")
     args = parser.parse_args()
 
-    emoji = load(args.work / "data")
+    emoji = load_for(args.work)
     vae, tokenizer, model = begun(args.work, emoji) if args.start is None else begun_from(args.start)
-    latents = latents_of(vae, pictures(args.work / "data"))
+    latents = latents_of(vae, pictures_of(emoji))
     averaged = averaged_copy(model, args.average)
     modules = {"model": model, "averaged": averaged}
     training = Training(args.work / "diffusion.ckpt", modules, optimizer_of(model, args.lr), args)
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

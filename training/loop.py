@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from qdeploy.errors import UsageError
 from training.clock import Clock, add_clock_options
 from training.workers import train_in_threads
 
@@ -36,6 +39,18 @@ def learning_rate(peak: float, seen: int, total: int, warmup: int = 4_000) -> fl
     done = seen / total
     decay = 1.0 if done < 0.5 else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
     return peak * min(1.0, (seen + 1) / warmup) * decay
+
+
+def read_checkpoint(path: Path, modules: Iterable[str]) -> dict[str, Any]:
+    """What ``LoopState.save`` wrote; UsageError that names the file when it is cut or another script's."""
+    try:
+        saved = torch.load(path, weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
+        raise UsageError(f"{path} is cut or no checkpoint ({exc}); remove it to begin anew") from exc
+    names = sorted(saved["modules"]) if isinstance(saved, dict) and "modules" in saved else []
+    if names != sorted(modules):
+        raise UsageError(f"{path} holds {names}, expected {sorted(modules)}; remove it to begin anew")
+    return saved
 
 
 @dataclass
@@ -85,7 +100,7 @@ class LoopState:
     def resume(cls, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> LoopState:
         if not path.exists():
             return cls()
-        saved = torch.load(path, weights_only=True, mmap=True)
+        saved = read_checkpoint(path, modules)
         for name, module in modules.items():
             module.load_state_dict(saved["modules"][name])
         optimizer.load_state_dict(saved["optimizer"])

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 from qdeploy.demo import GUIDANCE, SEED, STEPS
-from training.data import load
+from training.data import load_for
 from training.figures import ranks
+from training.layout import run_script
 from training.loop import LoopState
+from training.sheet import stacked
 
 
 def averaged_pipeline(start: Path, checkpoint: Path) -> tuple[StableDiffusionPipeline, LoopState]:
@@ -47,19 +48,6 @@ def drawn(pipe: StableDiffusionPipeline, captions: list[str]) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in made])
 
 
-def sheet(rows: list[np.ndarray], across: int, times: int) -> Image.Image:
-    """Pictures of ``rows`` under each other, ``across`` columns a band, enlarged."""
-    count, size = len(rows[0]), rows[0].shape[1]
-    bands = -(-count // across)
-    canvas = np.full((bands * len(rows) * size, across * size, 3), 255, np.uint8)
-    for r, pictures in enumerate(rows):
-        for i, picture in enumerate(pictures):
-            top, left = ((i // across) * len(rows) + r) * size, (i % across) * size
-            canvas[top : top + size, left : left + size] = picture
-    made = Image.fromarray(canvas)
-    return made.resize((made.width * times, made.height * times), Image.Resampling.NEAREST)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -69,7 +57,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
 
-    emoji = load(args.work / "data")
+    emoji = load_for(args.work)
     pictures = np.stack([item.pixels for item in emoji])
     own = np.linspace(0, len(emoji) - 1, args.count).astype(int)
     pipe, state = averaged_pipeline(args.start, args.checkpoint or args.work / "diffusion.ckpt")
@@ -79,8 +67,8 @@ def main() -> None:
         f"{state.seen} samples, loss {state.loss:.4f}: nearest {(shares == 0).mean():.1%},"
         f" among the nearest 1 % {(shares < 0.01).mean():.1%}, 10 % {(shares < 0.1).mean():.1%}"
     )
-    sheet([pictures[own], made], 12, 2).save(args.out or args.work / "probe.png")
+    stacked([pictures[own], made]).save(args.out or args.work / "probe.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
