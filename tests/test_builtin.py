@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qdeploy.errors import ModelError
 from qdeploy.models.source import BUILTIN, builtin_names, load_model
 
 MAX_BYTES = {"emoji": 30_000_000, "emoji-uncond": 15_000_000}
@@ -43,6 +45,22 @@ def test_weights_are_fp16_safetensors_and_nothing_else(name: str) -> None:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
                 assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path.relative_to(BUILTIN) for name in NAMES for path in files_of(name) if path.suffix == ".safetensors"],
+    ids=str,
+)
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9999])
+def test_a_cut_weight_file_is_named(path: Path, kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = path.parts[0]
+    shutil.copytree(BUILTIN / name, tmp_path / name)
+    monkeypatch.setattr("qdeploy.models.source.BUILTIN", tmp_path)
+    with (tmp_path / path).open("r+b") as file:
+        file.truncate(int(kept * (tmp_path / path).stat().st_size))
+    with pytest.raises(ModelError, match=re.escape(str(path)) + ".*cut or damaged.*install qdeploy again"):
+        load_model(f"builtin:{name}")
 
 
 def test_layout_is_a_stable_diffusion_pipeline() -> None:

@@ -32,6 +32,7 @@ def run(*arguments: str) -> Result:
     return result
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("processor", ["vnni", "untold"])  # the demo walks it without VNNI
 def test_the_whole_way(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, processor: str) -> None:
     pretend(monkeypatch, processor)
@@ -44,6 +45,7 @@ def test_the_whole_way(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_p
     assert max(open_bundle(bundle).manifest.largest_weight_codes) <= 64
 
 
+@pytest.mark.exports
 def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a newcomer runs first, at small settings, where it once failed."""
     pretend(monkeypatch, "no-vnni")
@@ -63,6 +65,7 @@ def test_a_full_range_bundle_runs_and_says_where_it_is_slow(
     assert ("note: this bundle has weight codes beyond" in made.output) == (processor != "vnni")
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize(
     ("processor", "full_range"), [("vnni", False), ("untold", False), ("no-vnni", False), ("no-vnni", True)]
 )
@@ -76,6 +79,7 @@ def test_the_built_in_unet_passes_both_gates(
     assert saturating_weights(tmp_path) == [] or full_range
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("target", ["openvino", "tensorrt"])
 def test_other_targets_pass_their_gates_without_vnni(
     monkeypatch: pytest.MonkeyPatch, tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, target: str
@@ -86,6 +90,7 @@ def test_other_targets_pass_their_gates_without_vnni(
     assert (saturating_weights(tmp_path / "bundle") == []) == (target == "openvino")
 
 
+@pytest.mark.exports
 @without_vnni
 def test_openvino_refuses_a_full_range_bundle_at_export(
     monkeypatch: pytest.MonkeyPatch, tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, processor: str

@@ -28,6 +28,7 @@ TORCH_FREE = (
     "bench",
     "lists",
     "picture_files",
+    "picture_grid",
     "receipt",
     "sample",
     "evaluate",
@@ -37,7 +38,9 @@ FLOORS = {
     **dict.fromkeys(
         ("errors", "cpu", "numerics", "files", "progress", "spec", "page", "table", "bundle", "noise_correction"), 0
     ),
-    **dict.fromkeys(("sampling", "engines", "models", "lists", "picture_files", "receipt", "charts"), 1),
+    **dict.fromkeys(
+        ("sampling", "engines", "models", "lists", "picture_files", "picture_grid", "receipt", "charts"), 1
+    ),
     "simulate": 2,
     **dict.fromkeys(("runtime", "calibrate", "export"), 3),
     **dict.fromkeys(("bench", "sample"), 4),

@@ -9,23 +9,52 @@ from __future__ import annotations
 import json
 import subprocess
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from training.layout import check_work, claim_work
+
 PICTURES = "emoji-datasource-google@16.0.0"
 CAPTIONS = "emojibase-data@17.0.0"
 
 
+# What people ask for by name, by the names that emojibase gives its groups and subgroups. No flags, signs, letters
+# or people; of what is left, nothing that a caption can hardly tell apart.
+GROUPS = {"smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects"}
+ALSO = {"body-parts"}
+LEFT_OUT = {
+    *("emotion", "face-hand", "face-neutral-skeptical", "face-sleepy", "face-unwell"),
+    *("hotel", "place-map", "place-other", "place-religious", "time"),
+    *("award-medal", "event"),
+    *("book-paper", "household", "lock", "mail", "medical", "money", "office", "other-object", "phone", "science"),
+    *("sound", "writing"),
+}
+TWIN = 38  # root mean square difference, in grey levels of 255, below which the later of two pictures is left out
+SHARED = 2  # a tag that more pictures carry names none of them
+
+# What a visitor types, where emojibase's label is longer: the name belongs to this picture and to no other.
+SHORT = {
+    **{"automobile": "car", "deciduous tree": "tree", "red heart": "heart", "grinning face": "smile"},
+    **{"red apple": "apple", "beer mug": "beer", "hot beverage": "coffee", "birthday cake": "cake"},
+    **{"tropical fish": "fish", "soccer ball": "football", "house": "home", "musical note": "music"},
+    **{"sailboat": "boat", "crescent moon": "moon", "tulip": "flower", "enraged face": "angry"},
+}
+
+
 @dataclass(frozen=True)
 class Emoji:
-    """One picture: its caption, keywords and ``uint8[64, 64, 3]`` pixels over white."""
+    """One picture: its caption, keywords that tell it from the others, and ``uint8[64, 64, 3]`` pixels over white."""
 
     label: str
     tags: tuple[str, ...]
     hexcode: str
+    group: str
+    subgroup: str
     pixels: np.ndarray
 
 
@@ -43,12 +72,24 @@ def fetch(folder: Path) -> None:
             archive.extractall(target, filter="data")
 
 
-def load(folder: Path) -> list[Emoji]:
-    """All base emoji (no skin-tone variants) that have both a picture and a caption.
+def load_for(work: Path) -> list[Emoji]:
+    """``load`` for the training folder ``work``, which from now on is about these pictures."""
+    check_work(work)
+    emoji = load(work / "data")
+    claim_work(work, np.stack([item.pixels for item in emoji]))
+    return emoji
 
-    Skin tones are left out on purpose: they are near-copies of the base picture and would
-    double the set without teaching the model a new shape.
-    """
+
+def load(folder: Path) -> list[Emoji]:
+    """The pictures that the built-in models learn: those of ``load_all`` that people ask for, without near twins."""
+    asked = [item for item in load_all(folder) if is_asked_for(item)]
+    plainest = sorted(asked, key=lambda item: (item.label not in SHORT, len(item.label.split())))
+    kept = {plainest[i].hexcode for i in apart(np.stack([item.pixels for item in plainest]), TWIN)}
+    return with_own_tags([item for item in asked if item.hexcode in kept])
+
+
+def load_all(folder: Path) -> list[Emoji]:
+    """All base emoji (no skin-tone variants) that have both a picture and a caption."""
     fetch(folder)
     root = folder / "emoji-datasource-google" / "package"
     file_of = {
@@ -57,17 +98,48 @@ def load(folder: Path) -> list[Emoji]:
         for code in (entry["unified"], entry.get("non_qualified"))
         if code is not None
     }
-    captions = json.loads((folder / "emojibase-data/package/en/data.json").read_text())
+    package = folder / "emojibase-data" / "package"
+    names = json.loads((package / "meta" / "groups.json").read_text())
     return [
         Emoji(
             label=entry["label"].lower(),
             tags=tuple(tag.lower() for tag in entry.get("tags", ())),
             hexcode=entry["hexcode"].upper(),
+            group=names["groups"].get(str(entry.get("group")), "none"),
+            subgroup=names["subgroups"].get(str(entry.get("subgroup")), "none"),
             pixels=over_white(root / "img/google/64" / file_of[entry["hexcode"].upper()]),
         )
-        for entry in captions
+        for entry in json.loads((package / "en/data.json").read_text())
         if entry["hexcode"].upper() in file_of
     ]
+
+
+def is_asked_for(emoji: Emoji) -> bool:
+    return emoji.subgroup in ALSO or (emoji.group in GROUPS and emoji.subgroup not in LEFT_OUT)
+
+
+def apart(pictures: np.ndarray, least: float) -> list[int]:
+    """Indices of pictures ``uint8[N, H, W, 3]`` that differ by ``least`` grey levels from all those kept before."""
+    flat = pictures.reshape(len(pictures), -1).astype(np.float32)
+    kept: list[int] = []
+    for i, picture in enumerate(flat):
+        if (np.square(flat[kept] - picture).mean(axis=1) >= least**2).all():
+            kept.append(i)
+    return kept
+
+
+def with_own_tags(emoji: list[Emoji]) -> list[Emoji]:
+    """The same pictures with those keywords only that lead to them, short names first."""
+    carriers = Counter(tag for item in emoji for tag in {*item.tags, item.label})
+    taken = {item.label for item in emoji} | {SHORT[item.label] for item in emoji if item.label in SHORT}
+    return [
+        replace(item, tags=own_tags(item, lambda tag: tag not in taken and carriers[tag] <= SHARED)) for item in emoji
+    ]
+
+
+def own_tags(emoji: Emoji, is_free: Callable[[str], bool]) -> tuple[str, ...]:
+    short = (SHORT[emoji.label],) if emoji.label in SHORT else ()
+    return (*short, *(tag for tag in emoji.tags if is_free(tag)))
 
 
 def over_white(path: Path) -> np.ndarray:
@@ -79,13 +151,17 @@ def over_white(path: Path) -> np.ndarray:
 
 
 def captions_of(emoji: Emoji, rng: np.random.Generator) -> str:
-    """A training caption: mostly the label, sometimes with an article or with tags."""
+    """A training caption: mostly the label, with an article or without, else a keyword or both."""
     draw = rng.random()
-    if draw < 0.6 or len(emoji.tags) == 0:
+    if draw < 0.55 or len(emoji.tags) == 0:
         return emoji.label
     if draw < 0.75:
-        return ("an " if emoji.label[0] in "aeiou" else "a ") + emoji.label
-    tags = list(rng.permutation(emoji.tags)[: rng.integers(1, 4)])
-    if draw < 0.9:
-        return ", ".join([emoji.label, *tags])
-    return ", ".join(list(rng.permutation(emoji.tags)[:4]))
+        return with_article(emoji.label)
+    tag = emoji.tags[0] if emoji.label in SHORT and draw < 0.85 else str(rng.choice(emoji.tags))
+    if draw < 0.88:
+        return tag
+    return with_article(tag) if draw < 0.94 else f"{emoji.label}, {tag}"
+
+
+def with_article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words

@@ -22,11 +22,9 @@ def start_branches_at_zero(unet: torch.nn.Module, last_layers: tuple[str, ...]) 
             torch.nn.init.zeros_(module.bias)
 
 
-def averaged_copy(model: torch.nn.Module) -> torch.optim.swa_utils.AveragedModel:
+def averaged_copy(model: torch.nn.Module, decay: float = AVERAGE_DECAY) -> torch.optim.swa_utils.AveragedModel:
     """A copy of ``model`` that follows it as an exponential moving average."""
-    return torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE_DECAY)
-    )
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
 
 
 def optimizer_of(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -34,10 +32,10 @@ def optimizer_of(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def draw_timesteps(count: int, rising: bool) -> torch.Tensor:
-    """Stratified t of 1000, ``int64[count]``: evenly, or ``rising`` in density from 0.5 (clean) to 1.5 (noise)."""
+    """Stratified t of 1000, ``int64[count]``: evenly, or ``rising`` in density from 0.25 (clean) to 1.75 (noise)."""
     share = (torch.arange(count) + torch.rand(count)) / count
     if rising:
-        share = (torch.sqrt(1 + 8 * share) - 1) / 2  # inverse of F(s) = (s + s^2) / 2
+        share = (torch.sqrt(1 + 48 * share) - 1) / 6  # inverse of F(s) = (s + 3 s^2) / 4
     return (share * 1000).long().clamp(max=999)[torch.randperm(count)]
 
 

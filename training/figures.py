@@ -1,14 +1,17 @@
-"""Figures on pictures, ``uint8[N, 64, 64, 3]``, for the model cards. No networks: RGB values only."""
+"""Figures on pictures, ``uint8[N, 64, 64, 3]``, for the model cards: of RGB values, or of an extractor's features."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
+from qdeploy.evaluate.extractors import Array, Extractor
 from qdeploy.evaluate.extractors.rgb8 import Rgb8
 from qdeploy.evaluate.metrics.fid import FrechetTo
+from qdeploy.evaluate.metrics.kid import kid_of
 
 WHITE = 245  # least mean of a corner that passes for white
+BATCH = 16  # pictures that an extractor sees at a time
 CORNER = 3  # pixels each way; a decoder's zero padding darkens the outermost one
 
 
@@ -49,12 +52,27 @@ def white_corners(pictures: np.ndarray) -> float:
     return float((corners.mean(axis=(2, 4, 5)) >= WHITE).all(axis=(1, 2)).mean())
 
 
+def features_of(pictures: np.ndarray, extractor: Extractor) -> Array:
+    """``float32[N, d]``."""
+    several = [[Image.fromarray(one) for one in pictures[at : at + BATCH]] for at in range(0, len(pictures), BATCH)]
+    return np.concatenate([extractor(batch) for batch in several])
+
+
+def kernel_distance(made: Array, reference: Array) -> float:
+    """KID of features to the reference's: 0 for sets of the same kind, however few; it may fall below."""
+    return kid_of(made, reference, seed=0).kid
+
+
 def frechet(made: np.ndarray, pictures: np.ndarray) -> float:
     """Frechet distance between Gaussians fitted to both sets, shrunk to 8x8 RGB in [0, 1]: extractor ``rgb8``.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 sqrt(C1 C2)), as FID has it for Inception's features. It falls with the number
     of pictures: compare equal numbers only.
     """
-    first, second = (Rgb8()([Image.fromarray(one) for one in several]) for several in (made, pictures))
-    to_second = FrechetTo(second)
-    return to_second.distance(to_second.projected(first))
+    return frechet_of_features(features_of(made, Rgb8()), features_of(pictures, Rgb8()))
+
+
+def frechet_of_features(made: Array, reference: Array) -> float:
+    """FID's formula on features ``float32[n, d]``."""
+    to_reference = FrechetTo(reference)
+    return to_reference.distance(to_reference.projected(made))

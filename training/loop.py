@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+from qdeploy.errors import UsageError
+from training.clock import Clock, add_clock_options
+from training.workers import train_in_threads
 
 
 def options(description: str | None, *, samples: int, batch: int, lr: float) -> argparse.ArgumentParser:
@@ -21,7 +28,9 @@ def options(description: str | None, *, samples: int, batch: int, lr: float) -> 
     parser.add_argument("--samples", type=int, default=samples, help="samples to train on in all")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--threads", type=int, default=2, help="of the UNets' training: one a core")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; run again to go on")
+    add_clock_options(parser)
     return parser
 
 
@@ -30,6 +39,18 @@ def learning_rate(peak: float, seen: int, total: int, warmup: int = 4_000) -> fl
     done = seen / total
     decay = 1.0 if done < 0.5 else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
     return peak * min(1.0, (seen + 1) / warmup) * decay
+
+
+def read_checkpoint(path: Path, modules: Iterable[str]) -> dict[str, Any]:
+    """What ``LoopState.save`` wrote; UsageError that names the file when it is cut or another script's."""
+    try:
+        saved = torch.load(path, weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
+        raise UsageError(f"{path} is cut or no checkpoint ({exc}); remove it to begin anew") from exc
+    names = sorted(saved["modules"]) if isinstance(saved, dict) and "modules" in saved else []
+    if names != sorted(modules):
+        raise UsageError(f"{path} holds {names}, expected {sorted(modules)}; remove it to begin anew")
+    return saved
 
 
 @dataclass
@@ -79,7 +100,7 @@ class LoopState:
     def resume(cls, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> LoopState:
         if not path.exists():
             return cls()
-        saved = torch.load(path, weights_only=True, mmap=True)
+        saved = read_checkpoint(path, modules)
         for name, module in modules.items():
             module.load_state_dict(saved["modules"][name])
         optimizer.load_state_dict(saved["optimizer"])
@@ -101,9 +122,18 @@ class Training:
     optimizer: torch.optim.Optimizer
     settings: argparse.Namespace
     state: LoopState = field(init=False)
+    clock: Clock = field(init=False)
+    stopped: bool = field(init=False, default=False)
+    at_full_rate: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.state = LoopState.resume(self.checkpoint, self.modules, self.optimizer)
+        self.clock = Clock.from_options(self.settings)
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+
+    def stop(self) -> None:
+        """End the run at the next step; it is saved as at any end."""
+        self.stopped = True
 
     def run(
         self,
@@ -120,27 +150,72 @@ class Training:
         """
         state, settings = self.state, self.settings
         started, first = time.monotonic(), state.seen
-        while state.seen < settings.samples and time.monotonic() < started + 60 * settings.minutes:
-            self._step(loss_of(state.batch(pictures, settings.batch)))
+        while self.goes_on(started):
+            loss = loss_of(state.batch(pictures, settings.batch))
+            loss.backward()
+            self._apply(loss.item())
             after_step()
-            if state.step % 50 == 0:
-                say(state, settings.samples, started, first)
-            if state.step % save_every == 0:
-                with torch.random.fork_rng(), torch.no_grad():
-                    print(f"  {report()}", flush=True)
-                self.save()
+            self._tell(started, first, report, save_every)
         self.save()
         return state.seen >= settings.samples
 
-    def _step(self, loss: torch.Tensor) -> None:
+    def run_in_threads(
+        self,
+        module: torch.nn.Module,
+        pictures: int,
+        loss_of: Callable[[torch.nn.Module, np.ndarray], torch.Tensor],
+        after_step: Callable[[], None] = lambda: None,
+        report: Callable[[], str] = lambda: "",
+        save_every: int = 300,
+    ) -> bool:
+        """As ``run``, on ``settings.threads`` cores; ``loss_of`` is given what stands for ``module`` in its thread."""
         state, settings = self.state, self.settings
+        started, first = time.monotonic(), state.seen
+
+        def apply(loss: float) -> bool:
+            self._apply(loss)
+            after_step()
+            self._tell(started, first, report, save_every)
+            return self.goes_on(started)
+
+        if self.goes_on(started):
+            train_in_threads(
+                module, settings.threads, lambda twin: loss_of(twin, state.batch(pictures, settings.batch)), apply
+            )
+        self.save()
+        return state.seen >= settings.samples
+
+    @property
+    def before_decay(self) -> Path:
+        """The last checkpoint at the full rate: what a longer run goes on from."""
+        return self.checkpoint.with_name(f"{self.checkpoint.stem}-before-decay.ckpt")
+
+    def goes_on(self, started: float) -> bool:
+        state, settings = self.state, self.settings
+        in_time = time.monotonic() < started + 60 * settings.minutes and not self.clock.is_over
+        return state.seen < settings.samples and in_time and not self.stopped
+
+    def _tell(self, started: float, first: int, report: Callable[[], str], save_every: int) -> None:
+        state = self.state
+        if state.step % 50 == 0:
+            say(state, self.settings.samples, started, first)
+        if state.step % save_every == 0:
+            with torch.random.fork_rng(), torch.no_grad():
+                print(f"  {report()}", flush=True)
+            self.save()
+
+    def _apply(self, loss: float) -> None:
+        """Update the weights from the gradients."""
+        state, settings = self.state, self.settings
+        if self.clock.decays and self.at_full_rate:
+            state.save(self.before_decay, self.modules, self.optimizer)
+        self.at_full_rate = not self.clock.decays
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings.lr, state.seen, settings.samples)
-        loss.backward()
+            group["lr"] = self.clock.factor() * learning_rate(settings.lr, state.seen, settings.samples)
         torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        state.note(loss.item(), settings.batch)
+        state.note(loss, settings.batch)
 
     def save(self) -> None:
         self.state.save(self.checkpoint, self.modules, self.optimizer)

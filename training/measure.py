@@ -1,11 +1,13 @@
 """Measure a built-in model and write its model card.
 
-    python -m training.measure --work DIR [--model builtin:emoji] [--card qdeploy/models/builtin/emoji/README.md]
+    python -m training.measure --work DIR [--model builtin:emoji] [--json FIGURES] [--sheet FILE.png] [--card FILE.md]
 
 Pictures are made by the exported fp32 bundle on the torch-free runtime and compared with the training
-pictures by their RGB values. Text-to-image: one for each of 200 seen captions, drawn evenly over the training
-set (guidance 5, 25 steps, seed 0); a caption counts when its own training picture is nearer than 90 % of all
-others. Unconditional: 200 (50 steps, seed 0) as a set, beside 200 training pictures and 200 decoded noises.
+pictures by their RGB values and by an extractor's features. Text-to-image: one for each of 200 seen captions, drawn
+evenly over the training set (the demo's guidance, steps and seed); how near each is to its caption's own picture, and
+KID of all. Unconditional: 200 (50 steps, seed 0) as a set, beside 200 training pictures and 200 decoded noises.
+The card's column "first weights" is what this script said of the weights that were shipped first, on the same pictures
+(``--model`` takes any pipeline folder): ``figures-first.json``.
 """
 
 from __future__ import annotations
@@ -21,20 +23,37 @@ import numpy as np
 import torch
 
 from qdeploy.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
+from qdeploy.demo import GUIDANCE, SEED, STEPS
+from qdeploy.evaluate.extractors import Extractor, ExtractorOptions, extractor_names, open_extractor
 from qdeploy.export.exporter import export_bundle
+from qdeploy.files import staged_file
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.source import load_model
 from qdeploy.progress import shown
+from qdeploy.runtime.image import pixels_from_decoded
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.runtime.pipeline import load as load_bundle
 from qdeploy.sampling.loop import unit_noise
 from qdeploy.spec import target_named
-from training.data import CAPTIONS, PICTURES, Emoji, load
-from training.figures import frechet, nearest, ranks, spread, white_corners
+from training.data import CAPTIONS, PICTURES, Emoji, load_for
+from training.figures import (
+    features_of,
+    frechet,
+    frechet_of_features,
+    kernel_distance,
+    nearest,
+    ranks,
+    spread,
+    white_corners,
+)
+from training.layout import run_script
+from training.sheet import captioned
 from training.vq import nearest_indices, pixels
 
 COUNT = 200
-NEAR = 0.1
+SHOWN = 48  # pictures of the card's sheet, none of them selected
+NEAREST_SHARES = {"near_1": 0.01, "near_10": 0.1}
+FIRST = Path(__file__).with_name("figures-first.json")
 CARDS = {
     TEXT_TO_IMAGE: Path(__file__).with_name("card.md.in"),
     UNCONDITIONAL: Path(__file__).with_name("card-uncond.md.in"),
@@ -51,26 +70,48 @@ def float_bundle(model: LatentDiffusion) -> Iterator[Pipeline]:
             yield pipe
 
 
-def text_figures(model: LatentDiffusion, emoji: list[Emoji], pictures: np.ndarray) -> dict[str, float]:
-    """How near the picture made for a caption is to the caption's own; shares in percent."""
-    own = np.linspace(0, len(emoji) - 1, COUNT).astype(int)
+def evenly(total: int, count: int) -> np.ndarray:
+    """``int[count]`` indices, evenly spaced over ``total``."""
+    return np.linspace(0, total - 1, count).astype(int)
+
+
+def draw_captions(pipe: Pipeline, captions: list[str]) -> np.ndarray:
+    """One picture a caption, as the demo draws it: ``uint8[N, 64, 64, 3]``."""
+    several = [pipe(caption, steps=STEPS, guidance_scale=GUIDANCE, seed=SEED).pixels[0] for caption in captions]
+    return np.stack(several)
+
+
+def nearness(shares: np.ndarray) -> dict[str, float]:
+    """In percent: captions whose own picture is the nearest, or among the nearest 1 and 10 %; the median share."""
+    among = {name: float((shares < most).mean() * 100) for name, most in NEAREST_SHARES.items()}
+    return {"nearest": float((shares == 0).mean() * 100), "median_rank": float(np.median(shares) * 100)} | among
+
+
+def text_figures(
+    model: LatentDiffusion, emoji: list[Emoji], pictures: np.ndarray, extractor: Extractor
+) -> tuple[dict[str, float], np.ndarray]:
+    """How near the picture made for a caption is to the caption's own, and how near all are; the sheet's pictures."""
+    own = evenly(len(emoji), COUNT)
     with float_bundle(model) as pipe:
-        made = [pipe(emoji[i].label, steps=25, guidance_scale=5.0, seed=0).pixels[0] for i in own]
-    shares = ranks(np.stack(made), own, pictures)
-    return {
-        "hits": float((shares < NEAR).mean() * 100),
-        "median_rank": float(np.median(shares) * 100),
-        "nearest": float((shares == 0).mean() * 100),
+        made = draw_captions(pipe, [emoji[i].label for i in own])
+        sheet = draw_captions(pipe, [emoji[i].label for i in evenly(len(emoji), SHOWN)])
+    reference = features_of(pictures, extractor)
+    figures = nearness(ranks(made, own, pictures)) | {
+        "kid": kernel_distance(features_of(made, extractor), reference),
+        "kid_round_trip": kernel_distance(features_of(round_trip(model, pictures)[own], extractor), reference),
     }
+    return figures, sheet
 
 
-def unconditional_figures(model: LatentDiffusion, pictures: np.ndarray) -> dict[str, float]:
-    """Made pictures as a set, as many training pictures, and as many noises decoded without a UNet.
+def unconditional_figures(
+    model: LatentDiffusion, pictures: np.ndarray, extractor: Extractor
+) -> tuple[dict[str, float], np.ndarray]:
+    """Made pictures as a set, as many training pictures, and as many noises decoded without a UNet; the sheet.
 
     All three are held against the other training pictures, so that equal numbers are compared.
     """
     drawn = np.zeros(len(pictures), bool)
-    drawn[np.linspace(0, len(pictures) - 1, COUNT).astype(int)] = True
+    drawn[evenly(len(pictures), COUNT)] = True
     others = pictures[~drawn]
     with float_bundle(model) as pipe:
         noise = unit_noise(model.latents.shape, [(0, i) for i in range(COUNT)])
@@ -81,14 +122,18 @@ def unconditional_figures(model: LatentDiffusion, pictures: np.ndarray) -> dict[
         }
     mean = pictures.mean(axis=0, keepdims=True).round()
     figures = {"codes_used": codes_used(model, pictures), "mean_nearest": nearest(mean, others)}
+    reference = features_of(others, extractor)
     for name, chosen in sets.items():
+        features = features_of(chosen, extractor)
         figures |= {
+            f"{name}_fid": frechet_of_features(features, reference),
+            f"{name}_kid": kernel_distance(features, reference),
             f"{name}_frechet": frechet(chosen, others),
             f"{name}_nearest": nearest(chosen, others),
             f"{name}_spread": spread(chosen),
             f"{name}_white": white_corners(chosen) * 100,
         }
-    return figures
+    return figures, sets["made"][:SHOWN]
 
 
 def encoded(model: LatentDiffusion, pictures: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -105,33 +150,66 @@ def codes_used(model: LatentDiffusion, pictures: np.ndarray) -> int:
     return len(torch.cat([nearest_indices(pixels(z), codes) for _, z in encoded(model, pictures)]).unique())
 
 
-def round_trip_db(model: LatentDiffusion, pictures: np.ndarray) -> float:
-    """Mean PSNR over all pictures of encoding and decoding, 8-bit output."""
-    values = []
-    for x, z in encoded(model, pictures):
-        levels = (model.vae_decoder(z).clamp(-1, 1) - x).mul(127.5).round()
-        values.append(10 * torch.log10(255**2 / levels.square().mean(dim=(1, 2, 3)).clamp(min=1e-6)))
-    return float(torch.cat(values).mean())
+def round_trip(model: LatentDiffusion, pictures: np.ndarray) -> np.ndarray:
+    """The pictures, encoded and decoded: ``uint8[N, H, W, 3]``."""
+    with torch.no_grad():
+        decoded = torch.cat([model.vae_decoder(z) for _, z in encoded(model, pictures)])
+    return pixels_from_decoded(decoded.numpy())
+
+
+def psnr_db(found: np.ndarray, pictures: np.ndarray) -> float:
+    """Mean PSNR over pictures, ``uint8[N, H, W, 3]``."""
+    square = np.square(found.astype(np.float64) - pictures).mean(axis=(1, 2, 3))
+    return float((10 * np.log10(255**2 / np.maximum(square, 1e-6))).mean())
+
+
+def measure(
+    model: LatentDiffusion, emoji: list[Emoji], extractor: Extractor
+) -> tuple[dict[str, float], np.ndarray, list[str]]:
+    """All figures, and the sheet's pictures with what stands under each."""
+    pictures = np.stack([item.pixels for item in emoji])
+    if model.reads_text:
+        figures, sheet = text_figures(model, emoji, pictures, extractor)
+        names = [emoji[i].label for i in evenly(len(emoji), SHOWN)]
+    else:
+        figures, sheet = unconditional_figures(model, pictures, extractor)
+        names = [""] * SHOWN
+    figures["round_trip"] = psnr_db(round_trip(model, pictures), pictures)
+    return figures, sheet, names
+
+
+def write_card(path: Path, kind: str, figures: dict[str, float], facts: dict[str, object]) -> None:
+    """Fill in the card of this kind of model; figures of the first weights have names that begin with ``first_``."""
+    first = {f"first_{name}": value for name, value in json.loads(FIRST.read_text())[kind].items()}
+    with staged_file(path) as scratch:
+        scratch.write_text(CARDS[kind].read_text().format(**facts, **figures, **first), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the training data")
     parser.add_argument("--model", default="builtin:emoji")
+    parser.add_argument("--extractor", choices=extractor_names(), default="open-nsfw", help="features of KID and FID")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--sheet", type=Path, help=f"write {SHOWN} unselected pictures here, a PNG")
     parser.add_argument("--card", type=Path, help="write the model card here")
     args = parser.parse_args()
 
-    model = load_model(args.model)
-    emoji = load(args.work / "data")
-    pictures = np.stack([item.pixels for item in emoji])
-    figures = text_figures(model, emoji, pictures) if model.reads_text else unconditional_figures(model, pictures)
-    figures["round_trip"] = round_trip_db(model, pictures)
-    print(json.dumps(figures, indent=1))
+    model, emoji = load_model(args.model), load_for(args.work)
+    extractor = open_extractor(args.extractor, ExtractorOptions())
+    figures, sheet, names = measure(model, emoji, extractor)
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(text + "\n")
+    if args.sheet is not None:
+        with staged_file(args.sheet) as scratch:
+            captioned(sheet, names).save(scratch, format="PNG", optimize=True)
     if args.card is not None:
         training = json.loads((args.work / "training.json").read_text())
-        facts = dict(pictures=PICTURES, captions=CAPTIONS, count=len(emoji), measured=COUNT)
-        args.card.write_text(CARDS[model.kind].read_text().format(**facts, **figures, **training))
+        facts = dict(pictures=PICTURES, captions=CAPTIONS, count=len(emoji), measured=COUNT, extractor=args.extractor)
+        write_card(args.card, model.kind, figures, facts | training)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

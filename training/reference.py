@@ -6,13 +6,13 @@ python -m training.reference --work DIR -o FOLDER
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from PIL import Image
 
 from qdeploy.files import staged_folder
-from training.data import load
+from training.data import load_for
+from training.layout import run_script
 
 
 def main() -> None:
@@ -21,20 +21,14 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
 
-    emoji = load(args.work / "data")
-    package = args.work / "data" / "emojibase-data" / "package"
-    names = json.loads((package / "meta" / "groups.json").read_text())["groups"]
-    group_of = {
-        entry["hexcode"].upper(): entry.get("group") for entry in json.loads((package / "en/data.json").read_text())
-    }
+    emoji = load_for(args.work)
     with staged_folder(args.out) as scratch:
         for item in emoji:
-            group = group_of[item.hexcode]
-            folder = scratch / ("none" if group is None else names[str(group)])
+            folder = scratch / item.group
             folder.mkdir(exist_ok=True)
             Image.fromarray(item.pixels).save(folder / f"{item.hexcode}.png")
     print(f"{len(emoji)} pictures are in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

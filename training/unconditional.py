@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
+from training.data import load_for
 from training.denoising import (
     AVERAGE_FROM,
     averaged_copy,
@@ -24,8 +25,9 @@ from training.denoising import (
     start_branches_at_zero,
     velocity_loss,
 )
+from training.layout import run_script
 from training.loop import Training, options
-from training.vae import pictures
+from training.vae import pictures_of
 from training.vq import latents_of
 
 UNET = dict(
@@ -79,7 +81,7 @@ def save_pipeline(folder: Path, vqvae: VQModel, unet: UNet2DModel) -> None:
 def main() -> None:
     args = options(__doc__, samples=150_000, batch=32, lr=6e-4).parse_args()
     vqvae = VQModel.from_pretrained(args.work / "vqvae")
-    latents = latents_of(vqvae, pictures(args.work / "data"))
+    latents = latents_of(vqvae, pictures_of(load_for(args.work)))
     torch.manual_seed(0)
     unet = new_unet()
     averaged = averaged_copy(unet)
@@ -109,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,13 +7,12 @@ Resumes from ``DIR/vae.ckpt``; run it again with a larger ``--samples`` to train
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from training.data import load
+from training.data import Emoji, load_for
+from training.layout import run_script
 from training.loop import Training, options
 
 CONFIG = dict(
@@ -30,9 +29,9 @@ CONFIG = dict(
 )
 
 
-def pictures(folder: Path) -> torch.Tensor:
+def pictures_of(emoji: list[Emoji]) -> torch.Tensor:
     """``float32[N, 3, 64, 64]`` in [-1, 1]."""
-    stack = np.stack([emoji.pixels for emoji in load(folder)])
+    stack = np.stack([item.pixels for item in emoji])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -74,7 +73,7 @@ def center_latents(vae: AutoencoderKL, x: torch.Tensor) -> None:
 
 def main() -> None:
     args = options(__doc__, samples=30_000, batch=16, lr=1.5e-3).parse_args()
-    x = pictures(args.work / "data")
+    x = pictures_of(load_for(args.work))
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG)
     optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
@@ -87,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from qdeploy.evaluate.report import calibration_table, notes_under, table_of
 from qdeploy.evaluate.result import Contender, Result
 from qdeploy.page import Facts, Grid, Page, Picture, Section, Table, Text
 from qdeploy.picture_files import decode
+from qdeploy.picture_grid import amplified_difference
 from qdeploy.sample.folder import picture_file
 
 SHOWN = 8  # pictures of each bundle
@@ -107,8 +108,7 @@ def cell(out: Path, name: str, one: Contender | None, number: int) -> list[Pictu
     twin = None if beside is None else pixels_of(out / PICTURES / beside.name, number)
     if beside is None or twin is None:
         return shown
-    difference = np.abs(pixels.astype(np.int16) - twin)
-    amplified = np.minimum(GAIN * difference, 255).astype(np.uint8)
+    amplified = amplified_difference(pixels, twin, GAIN)
     psnr = dict(zip(beside.numbers, beside.psnr_db, strict=False)).get(number)
     said = "" if psnr is None else f"{psnr:.1f} dB"
     return [*shown, Picture(reduced(amplified), f"difference of {name} to {beside.name} in picture {number}", said)]

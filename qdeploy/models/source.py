@@ -13,6 +13,7 @@ from qdeploy.models.lora import fuse_lora
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import kind_of, parts_from_folder
 from qdeploy.models.single_file import file_sha256, is_single_file, parts_from_file
+from qdeploy.models.weight_files import check_weight_files
 
 __all__ = [
     "BUILTIN",
@@ -69,6 +70,8 @@ def from_folder(source: str, options: ModelOptions) -> LatentDiffusion:
         raise UsageError(f"--ema and --config are for checkpoint files; {source} is a folder or a built-in model")
     try:
         folder = model_folder(source)
+        is_builtin = source.startswith("builtin:")
+        check_weight_files(folder, "install qdeploy again" if is_builtin else "copy the file again")
         parts = parts_from_folder(folder, options.allow_download)
     except ModelError:
         raise

@@ -1,8 +1,7 @@
-"""Pictures from decoder output and for the encoder, masks, and grids of pictures."""
+"""Pictures from decoder output and for the encoder, and masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,33 +100,3 @@ def _pil_array(picture: Picture, mode: str, name: str) -> NDArray[Any]:
         return np.asarray(picture.convert(mode))
     except OSError as exc:  # a file that PIL opened and cannot decode
         raise RequestError(f"{name}: the picture cannot be read ({exc}); is the file whole?") from exc
-
-
-def grid(rows: Sequence[tuple[str, Sequence[Image]]], columns: Sequence[str], zoom: int = 2) -> Image:
-    """One picture of labelled rows and columns, for looking at twins side by side."""
-    from PIL import Image as PilImage
-    from PIL import ImageDraw
-
-    margin, header, gap = 80, 34, 4
-    width, height = (side * zoom for side in rows[0][1][0].size)
-    sheet = PilImage.new(
-        "RGB", (margin + len(columns) * (width + gap), header + len(rows) * (height + gap)), (255, 255, 255)
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(columns):
-        left = margin + column * (width + gap)
-        draw.multiline_text((left, 2), _wrapped(caption, width // 7), fill=(0, 0, 0))
-    for row, (label, pictures) in enumerate(rows):
-        top = header + row * (height + gap)
-        draw.text((6, top + height // 2), label, fill=(0, 0, 0))
-        for column, picture in enumerate(pictures):
-            sheet.paste(
-                picture.resize((width, height), PilImage.Resampling.NEAREST), (margin + column * (width + gap), top)
-            )
-    return sheet
-
-
-def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width)[:2])
