@@ -44,37 +44,37 @@ def told(value: Any) -> str:
 
 ONE_PASS: dict[str, tuple[str, ...]] = {"unet": ()}
 PLAIN: dict[str, Any] = {"equalize": False, "two_passes": ONE_PASS}
-NEAREST = {"gptq": False}
 ROUNDING = EFFORTS["fast"]
 NEAREST_START = replace(ROUNDING, gptq_start=False)
 AND_SCALES = replace(ROUNDING, learn_act_scales=True)
 
 
 def ladder(bits: int) -> list[Row]:
-    """One ingredient more from row to row, then each option by itself on the nearest-rounded default."""
+    """One ingredient more from row to row, then each option by itself, all on the full range and nearest rounding."""
     name = f"qdeploy-w{bits}a8"
-    bit: dict[str, Any] = {"weight_bits": bits}
+    bit: dict[str, Any] = {"weight_bits": bits} | ({"full_range": True} if bits == 8 else {})
+    nearest = bit | {"gptq": False}
     return [
-        Row(f"{name}-minmax", bit | {"observer": "minmax"} | PLAIN | NEAREST),
-        Row(f"{name}-mse", bit | PLAIN | NEAREST),
-        Row(f"{name}-equalize", bit | {"two_passes": ONE_PASS} | NEAREST),
-        Row(f"{name}-two-passes", bit | NEAREST),
+        Row(f"{name}-minmax", nearest | {"observer": "minmax"} | PLAIN),
+        Row(f"{name}-mse", nearest | PLAIN),
+        Row(f"{name}-equalize", nearest | {"two_passes": ONE_PASS}),
+        Row(f"{name}-two-passes", nearest),
         Row(f"{name}-gptq", bit),
         Row(f"{name}-adaround", bit | {"reconstruction": NEAREST_START}),
         Row(f"{name}-gptq-start", bit | {"reconstruction": ROUNDING}),
         Row(f"{name}-act-scales", bit | {"reconstruction": AND_SCALES}),
-        Row(f"{name}-split", bit | {"rewrites": ("split_skips",)}),
-        Row(f"{name}-timestep-table", bit | {"rewrites": ("timestep_table",)}),
-        Row(f"{name}-noise-correction", bit | {"noise_correction": True}),
-        Row(f"{name}-first-token", bit | {"first_token_float": True}),
+        Row(f"{name}-split", nearest | {"rewrites": ("split_skips",)}),
+        Row(f"{name}-timestep-table", nearest | {"rewrites": ("timestep_table",)}),
+        Row(f"{name}-noise-correction", nearest | {"noise_correction": True}),
+        Row(f"{name}-first-token", nearest | {"first_token_float": True}),
     ]
 
 
 OURS: list[Row] = [
+    Row("qdeploy-w8a8"),
+    Row("qdeploy-w8a8-nearest", {"gptq": False}),
     *ladder(8),
-    Row("qdeploy-w8a8-full-range-nearest", {"full_range": True} | NEAREST),
-    Row("qdeploy-w8a8-full-range", {"full_range": True}),
-    Row("qdeploy-w8a8-attention", {"attention_bits": 8}),
+    Row("qdeploy-w8a8-attention", {"attention_bits": 8, "full_range": True, "gptq": False}),
     *ladder(4),
     Row("qdeploy-w4a8-gptq-start-split", {"weight_bits": 4, "reconstruction": ROUNDING, "rewrites": ("split_skips",)}),
     Row("qdeploy-w4a8-standard", {"weight_bits": 4, "reconstruction": EFFORTS["standard"]}),

@@ -19,7 +19,6 @@ from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.twin import on_target
 from qdeploy.spec import QuantSpec, target_named
 from qdeploy.table import QuantTable, load_table, save_table
 from tests.artifacts import BUILDS, Artifacts, built_once, remove_stale, sources_key
@@ -215,5 +214,6 @@ def builtin_table(builtin_table_file: Path) -> QuantTable:
 def export_unet(table: QuantTable, target: str, folder: Path, full_range: bool = False) -> ComponentInfo:
     """The UNet of the built-in model with both gates, as ``export_bundle`` makes it."""
     spec = target_named(target)
-    quant = on_target(table.components["unet"], spec, full_range)
-    return export_component(load_model("builtin:emoji"), "unet", quant, table.probes["unet"], spec, folder)
+    quant, probes = table.components["unet"], table.probes["unet"]
+    model = load_model("builtin:emoji")
+    return export_component(model, "unet", quant, probes, spec, folder, full_range=full_range)

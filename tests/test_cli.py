@@ -119,7 +119,7 @@ def test_a_half_written_weight_file(tiny_folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     result = run("export", model, "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert "missing or broken" in result.output
+    assert "is cut or damaged" in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
 

@@ -82,9 +82,10 @@ def export_bundle(
         for done, name in enumerate(names):
             on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
-            quant = None if quant is None else on_target(quant, target, full_range)
             probes = [] if table is None else table.probes.get(name, [])
-            infos[name] = export_component(model, name, quant, probes, target, folder / name, open_dims, sizes)
+            infos[name] = export_component(
+                model, name, quant, probes, target, folder / name, open_dims, sizes, full_range
+            )
         if build:
             build_plans([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
@@ -116,14 +117,13 @@ def export_component(
     folder: Path,
     open_dims: OpenDims = STATIC,
     sizes: Sizes | None = None,
+    full_range: bool = False,
 ) -> ComponentInfo:
-    """Trace, lower and save one component to ``folder``; audit it and compare it when quantized.
-
-    ``quant`` is what the target computes of the table.
-    """
+    """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
     component = float_component
     if quant is not None:
+        quant = on_target(quant, target, full_range)
         component = quantized_twin(float_component, quant, target.conv_output_quantized, target.signed_activations)
     # an open batch is traced at 2, for the exporter takes 1 for a constant
     example = model.example(name, 2 if open_dims.batch else graph_batch(name, model.reads_text))

@@ -49,7 +49,7 @@ def test_beta_falls_from_high_to_low_after_the_warm_up() -> None:
 @pytest.fixture(scope="module")
 def four_bits(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> ComponentQuant:
     return quantize_component(
-        tiny_model, "vae_decoder", calibration, QuantSpec(weight_bits=4, observer="minmax"), silent
+        tiny_model, "vae_decoder", calibration, QuantSpec(weight_bits=4, observer="minmax", gptq=False), silent
     )
 
 

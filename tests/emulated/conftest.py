@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.export.exporter import export_bundle
 from qdeploy.export.parity import Expected, Parity, expected_outputs, measure_parity
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.twin import on_target, quantized_twin
 from qdeploy.spec import QuantSpec, TargetSpec, target_named
 from qdeploy.table import QuantTable
-from tests.conftest import exported
 from tests.emulated.machines import Machine
 
 Factory = pytest.TempPathFactory
@@ -109,11 +109,13 @@ def emoji_table(emoji_model: LatentDiffusion) -> QuantTable:
 
 @pytest.fixture(scope="session")
 def emoji_ort_cpu(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> Made:
-    bundle = exported(tmp_path_factory, "emoji-ort-cpu", emoji_model, emoji_table, target_named("ort-cpu"))
+    bundle = tmp_path_factory.mktemp("bundles") / "emoji-ort-cpu"
+    export_bundle(emoji_model, emoji_table, target_named("ort-cpu"), bundle)
     return make(emoji_model, emoji_table, target_named("ort-cpu"), bundle)
 
 
 @pytest.fixture(scope="session")
 def emoji_openvino(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> Made:
-    bundle = exported(tmp_path_factory, "emoji-openvino", emoji_model, emoji_table, target_named("openvino"))
+    bundle = tmp_path_factory.mktemp("bundles") / "emoji-openvino"
+    export_bundle(emoji_model, emoji_table, target_named("openvino"), bundle)
     return make(emoji_model, emoji_table, target_named("openvino"), bundle)

@@ -144,6 +144,7 @@ def test_a_conv_without_q_behind_it_is_named_by_the_audit(int8_bundle: Path, tab
     assert audit.integer_mac_share < whole.integer_mac_share
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
     table: QuantTable, tiny_model: LatentDiffusion, tmp_path: Path, kind: str
