@@ -1,4 +1,4 @@
-"""The fenced blocks of the documentation, and the commands in them; `python -m tests.docs.blocks` lists what is not run."""
+"""The fenced blocks of the documentation and their commands; `python -m tests.docs.blocks` lists what is not run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def blocks_in(page: Path) -> Iterator[Block]:
             inside.append(line)
         elif line.lstrip().startswith("```"):
             fence = FENCE.match(line)
-            assert fence is not None, f"{page}:{number}: {line!r} is not ```LANGUAGE or ```LANGUAGE title=\"...\""
+            assert fence is not None, f'{page}:{number}: {line!r} is not ```LANGUAGE or ```LANGUAGE title="..."'
             assert fence["language"] in LANGUAGES, f"{page}:{number}: expected one of {LANGUAGES} after the fence"
             opened = number, fence
     assert opened is None, f"{page}: the block of line {opened and opened[0]} has no end"

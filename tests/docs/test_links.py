@@ -1,4 +1,4 @@
-"""Links, paths and variables that README, CONTRIBUTING and the documentation name exist, and the two keep their size."""
+"""Links, paths and variables named in README, CONTRIBUTING and the documentation exist; the first two stay short."""
 
 from __future__ import annotations
 
