@@ -29,6 +29,7 @@ REASONS = {
     "takes a minute; tests/test_recipes.py runs every recipe",
     "takes hours",
     "tests/test_examples.py runs them",
+    "tests/test_unconditional.py takes this way",
 }
 PROSE_CODE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")

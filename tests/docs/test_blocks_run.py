@@ -20,7 +20,7 @@ from qdeploy.cli import main
 from qdeploy.spec import EFFORTS, target_named
 from qdeploy.table import load_table
 from tests.docs.blocks import PAGES, ROOT, Block, Command, blocks_in, commands_in
-from tests.docs.given import makers
+from tests.docs.given import FOLDERS, makers
 from tests.docs.test_blocks_fit import parse, with_code_names
 
 FROM_SCRATCH = {"README.md", "first-bundle.md"}  # pages that make everything themselves
@@ -50,10 +50,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(b.runs for b in blocks_in(page))], ids=lambda page: page.stem
-)
+def needs_bundle(page: Path) -> bool:
+    return any(block.runs and re.search(r"\bbundle|\bexport ", block.text) for block in blocks_in(page))
+
+
+RUNNING = [page for page in PAGES if any(block.runs for block in blocks_in(page))]
+
+
+@pytest.mark.parametrize("page", [page for page in RUNNING if not needs_bundle(page)], ids=lambda page: page.stem)
 def test_a_page_runs(page: Path, folder: Path, request: pytest.FixtureRequest) -> None:
+    run_page(page, folder, request)
+
+
+@pytest.mark.usefixtures(*sorted({*SHARED.values(), *FOLDERS.values()}))
+@pytest.mark.parametrize("page", [page for page in RUNNING if needs_bundle(page)], ids=lambda page: page.stem)
+def test_a_page_runs_on_bundles(page: Path, folder: Path, request: pytest.FixtureRequest) -> None:
+    """The fixtures are named here, so that a run without exports can leave these pages out."""
+    run_page(page, folder, request)
+
+
+def run_page(page: Path, folder: Path, request: pytest.FixtureRequest) -> None:
+    """Run all of a page's blocks in one folder and, for Python, one namespace."""
     namespace: dict[str, object] = {}
     for block in blocks_in(page):
         if not block.runs:
