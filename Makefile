@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tested
 
-.PHONY: demo check test test-fast test-slow lint format clean
+.PHONY: demo check test test-fast test-slow lint docs format clean
 
 demo: $(STAMP)
 	$(BIN)/qdeploy demo -o demo
@@ -32,6 +32,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+# Strict: a missing page, link or anchor is an error. The variable silences an advertisement of mkdocs-material.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

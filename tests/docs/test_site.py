@@ -1,0 +1,49 @@
+"""The pages that are made from code: the command reference and docstrings as Markdown."""
+
+from __future__ import annotations
+
+import click
+
+from qdeploy.cli import main
+from qdeploy.commands import command_named, command_names
+from scripts.docs.commands import MARKER, escape, help_text, names, on_page_markdown, reference
+from scripts.docs.docstrings import markdown_from_docstring
+from tests.docs.blocks import ROOT
+
+
+def test_the_reference_has_every_command_and_option() -> None:
+    sections = dict(part.split("\n", 1) for part in reference().split("\n## ")[1:])
+    assert sorted(sections) == command_names()
+    for name in command_names():
+        command = command_named(name)
+        assert command is not None
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert sections[name].count(f"| {names(option)} |") == 1, (name, option.name)
+
+
+def test_the_page_gets_the_reference_where_its_marker_is() -> None:
+    page = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
+    assert page.count(MARKER) == 1
+    assert reference() in on_page_markdown(page)
+    assert on_page_markdown("no marker") == "no marker"
+
+
+def test_help_becomes_markdown() -> None:
+    command = click.Command("x", help="One\nline.\n\n\b\nExamples:\n  qdeploy a\n  qdeploy b\n\nExample: qdeploy c")
+    assert help_text(command) == (
+        "One line.\n\n**Examples**\n\n```bash\nqdeploy a\nqdeploy b\n```\n\n**Example**\n\n```bash\nqdeploy c\n```"
+    )
+    assert escape("a|b <c> `d`") == "a\\|b &lt;c\\> \\`d\\`"
+    assert "`--debug`" in reference()
+    assert "--debug" in {option for parameter in main.params for option in parameter.opts}
+
+
+def test_docstrings_become_markdown() -> None:
+    assert markdown_from_docstring("Runs :meth:`~a.b` on ``x``.") == "Runs `a.b` on `x`."
+    assert markdown_from_docstring("Tree.\n\n::\n\n    Base\n    └── Leaf") == "Tree.\n\n    Base\n    └── Leaf"
+    fields = "Sizes.\n\nwidth, height: of the picture,\n    in pixels.\nseed: any."
+    assert markdown_from_docstring(fields) == (
+        "Sizes.\n\n- `width, height`: of the picture,\n    in pixels.\n- `seed`: any."
+    )
+    assert markdown_from_docstring("Note that: this is text.") == "Note that: this is text."
