@@ -4,7 +4,7 @@ from __future__ import annotations
 
 OPTIONS = {("calibrate", "--scheduler"): "--sampler"}  # (command, documented option) -> what the code has
 RECIPE_KEYS = {"scheduler": "sampler"}
-VARIABLES = {"QDEPLOY_CPU_FLAGS"}
+VARIABLES: set[str] = set()
 PATHS = {
     "qdeploy/artifacts/",
     "qdeploy/base/",

@@ -1,0 +1,161 @@
+"""What int8 is worth with and without VNNI: ``python -m benchmarks.processors --size sd15``.
+
+The UNet in float32, in W8A8 as `ort-cpu` has it by default (weight codes within +-64) and in full range (+-127), each
+a session of ONNX Runtime, timed in turns. Run it by itself and as on older processors::
+
+    python -m benchmarks.processors
+    python -m benchmarks.mask_cpu --without vnni -- python -m benchmarks.processors
+    python -m benchmarks.mask_cpu --without vnni --without avx512 -- python -m benchmarks.processors
+
+Time depends on shapes only, so weights of Stable Diffusion's size are random and all ranges are stand-ins.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.inputs import MODEL
+from qdeploy.bench.quiet import until_quiet
+from qdeploy.cpu import cpu_model, integer_flags
+from qdeploy.engines.base import EngineOptions, Session, engine_named
+from qdeploy.files import staged_folder
+from qdeploy.models.components import Component, UNet, called_layers
+from qdeploy.spec import QuantSpec, target_named
+from qdeploy.table import Affine, ComponentQuant, LayerQuant
+
+TARGET = "ort-cpu"
+STAND_IN = Affine(0.04, 120)  # of every activation
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # the rest are diffusers' defaults
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of the UNet; ``largest_code`` of its weights."""
+
+    name: str
+    largest_code: int
+
+
+ROWS = (Row("fp32", 0), Row("w8a8", 64), Row("w8a8-full-range", 127))
+
+
+def unet_of_size(size: str) -> tuple[Component, dict[str, NDArray]]:
+    """The float UNet and inputs of its static batch of 2: normal noise, timestep 500."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from qdeploy.models.source import load_model
+
+    torch.manual_seed(0)
+    unet = load_model(MODEL).unet if size == "builtin" else UNet(UNet2DConditionModel(**SD15)).eval()
+    config = unet.inner.config
+    side, tokens = config.sample_size, 32 if size == "builtin" else 77
+    noise = np.random.default_rng(0)
+    return unet, {
+        "sample": noise.standard_normal((2, config.in_channels, side, side), np.float32),
+        "timestep": np.array(500, np.int64),
+        "encoder_hidden_states": noise.standard_normal((2, tokens, config.cross_attention_dim), np.float32),
+    }
+
+
+def quantized_at(unet: Component, feeds: dict[str, NDArray], row: Row) -> Component:
+    """The simulator of ``row``: min-max weight scales, stand-in ranges."""
+    import torch
+
+    from qdeploy.calibrate.observe import needs_output_range
+    from qdeploy.calibrate.weights import minmax_scale, nearest_codes
+    from qdeploy.simulate.twin import quantized_twin
+
+    spec, layers, macs = QuantSpec(), {}, {}
+    codes = -row.largest_code, row.largest_code
+    for call in called_layers(unet, {name: torch.from_numpy(value) for name, value in feeds.items()}):
+        if spec.keeps_float("unet", call.name):
+            continue
+        weight = call.module.weight.detach()
+        scale = minmax_scale(weight, codes)
+        layers[call.name] = LayerQuant(
+            nearest_codes(weight, scale, codes), scale.numpy(), 8, STAND_IN,
+            output=STAND_IN if needs_output_range(call.module) else None,
+            passes=2 if spec.takes_two_passes("unet", call.name) else 1,
+        )  # fmt: skip
+        macs[call.name] = call.macs
+    return quantized_twin(unet, ComponentQuant(layers, macs=macs), target_named(TARGET).conv_output_quantized)
+
+
+def make_graphs(size: str, folder: Path) -> None:
+    """Every row's graph in a folder of its name, and the inputs."""
+    import torch
+
+    from qdeploy.export.exporter import GRAPH_FILE, save_graph
+    from qdeploy.export.graph import graph_from_component
+    from qdeploy.export.release import release_memory
+    from qdeploy.export.targets import lower
+
+    torch.set_grad_enabled(False)
+    unet, feeds = unet_of_size(size)
+    example = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    with staged_folder(folder) as scratch:
+        for row in ROWS:
+            component = quantized_at(unet, feeds, row) if row.largest_code else unet
+            graph = graph_from_component(component, example, target_named(TARGET).opset)
+            lower(graph, TARGET)
+            (scratch / row.name).mkdir()
+            save_graph(graph, scratch / row.name / GRAPH_FILE)
+            del component, graph
+            release_memory()
+        np.savez(scratch / "feeds.npz", **feeds)  # type: ignore[arg-type]
+
+
+def seconds_in_turns(sessions: dict[str, Session], feeds: dict[str, NDArray], rounds: int) -> dict[str, list[float]]:
+    """Of every session, one run a round once the previous one's threads are idle; the first round does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for number in range(rounds + 1):
+        for name, session in sessions.items():
+            until_quiet()
+            start = time.perf_counter()
+            session.run(feeds)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--size", type=click.Choice(["builtin", "sd15"]), default="builtin", show_default=True, help="Which UNet."
+)
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Path(__file__).parent / "work", help="Where graphs go."
+)
+@click.option("--rounds", default=15, show_default=True, help="Timed runs of each row.")
+def main(size: str, work: Path, rounds: int) -> None:
+    """Make the graphs that are missing, time them in turns, and print a row each."""
+    folder = work / f"processors-{size}"
+    if not folder.exists():
+        make_graphs(size, folder)
+    with np.load(folder / "feeds.npz", allow_pickle=False) as stored:
+        feeds = dict(stored)
+    engine = engine_named(TARGET)
+    sessions = {
+        row.name: engine.open_session(
+            folder / row.name / "model.onnx", EngineOptions(largest_weight_code=row.largest_code)
+        )
+        for row in ROWS
+    }
+    seconds = seconds_in_turns(sessions, feeds, rounds)
+    click.echo(
+        f"{cpu_model()}, integer instructions: {' '.join(integer_flags()) or 'unknown'}; {size}, {rounds} rounds"
+    )
+    for name, own in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(own, seconds[ROWS[0].name], strict=True))
+        click.echo(f"{name}: {statistics.median(own) * 1e3:.1f} ms a UNet step, {ratio:.2f} of fp32's")
+
+
+if __name__ == "__main__":
+    main()
