@@ -168,7 +168,7 @@ class Training:
         report: Callable[[], str] = lambda: "",
         save_every: int = 300,
     ) -> bool:
-        """As ``run``, on ``settings.threads`` cores; ``loss_of`` is given what stands for ``module`` in its thread."""
+        """As ``run``, on ``settings.threads`` cores; ``loss_of`` is given its own thread\'s ``module``."""
         state, settings = self.state, self.settings
         started, first = time.monotonic(), state.seen
 
