@@ -16,7 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -55,7 +55,7 @@ def unet_of_size(size: str) -> tuple[Component, dict[str, NDArray]]:
     from qdeploy.models.source import load_model
 
     torch.manual_seed(0)
-    unet = load_model(MODEL).unet if size == "builtin" else UNet(UNet2DConditionModel(**SD15)).eval()
+    unet = load_model(MODEL).unet if size == "builtin" else UNet(cast(Any, UNet2DConditionModel(**SD15))).eval()
     config: Any = unet.inner.config
     side, tokens = config.sample_size, 32 if size == "builtin" else 77
     noise = np.random.default_rng(0)
