@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Machine("here", [sys.executable], [])
 # Rounding edges fall differently, as between engine and simulator (qdeploy.export.parity): 35 dB apart at the UNet's
-# output, which the loop and its guidance carry on. Measured: 31 dB of the picture. Pictures of different seeds: 11 to 12.
+# output, which the loop and its guidance carry on. Measured: 31 dB of the picture; different seeds' are at 11 to 12.
 PICTURE_MIN_DB = 25.0
 
 
