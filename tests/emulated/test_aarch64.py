@@ -18,9 +18,9 @@ from tests.emulated.machines import Machine, MachineMissingError
 pytestmark = pytest.mark.slow
 
 HERE = Machine("here", [sys.executable], [])
-# Rounding edges fall differently, as between engine and simulator (qdeploy.export.parity), and the loop carries that
-# on. W8A8 pictures of this model lie about 37 dB from float ones; a wrong layer leaves less than 15.
-PICTURE_MIN_DB = 30.0
+# Rounding edges fall differently, as between engine and simulator (qdeploy.export.parity): 35 dB apart at the UNet's
+# output, which the loop and its guidance carry on. Measured: 31 dB of the picture; different seeds' are at 11 to 12.
+PICTURE_MIN_DB = 25.0
 
 
 @pytest.fixture(scope="module", params=PROCESSORS, ids=lambda processor: processor.name)
