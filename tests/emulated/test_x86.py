@@ -26,10 +26,6 @@ ENGINES = ("onnxruntime", "onnxruntime-precise", "openvino")
 SATURATING = ("onnxruntime", "openvino")
 NEVER = 64  # the largest code that cannot saturate: 2 * 255 * 64 < 2**15 <= 2 * 255 * 65
 EXTREMES = [code * sign for code in (NEVER, NEVER + 1, 100, 127) for sign in (1, -1)]
-SATURATES_TODAY = pytest.mark.xfail(
-    strict=True,
-    reason="codes beyond 64: ort-cpu's session option fails to load a UNet that shares a weight, openvino has none",
-)
 
 
 @pytest.fixture(scope="module", params=MACHINES)
@@ -85,14 +81,7 @@ def test_codes_within_64_are_exact_and_others_are_not(products: Mapping[str, NDA
             assert np.array_equal(products[f"{name}/{engine}"], exact_product(codes, x)) == is_small, (name, engine)
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        pytest.param("tiny", marks=SATURATES_TODAY),
-        pytest.param("emoji_ort_cpu", marks=SATURATES_TODAY),
-        pytest.param("emoji_openvino", marks=SATURATES_TODAY),
-    ],
-)
+@pytest.mark.parametrize("made", ["tiny", "emoji_ort_cpu", "emoji_openvino"])
 def test_a_default_bundle_passes_parity(
     machine: Machine, made: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
