@@ -28,6 +28,7 @@ REASONS = {
     "replaces onnxruntime in the environment",
     "takes a minute; tests/test_recipes.py runs every recipe",
     "takes hours",
+    "takes minutes",
     "tests/test_examples.py runs them",
     "tests/test_unconditional.py takes this way",
 }
