@@ -192,10 +192,13 @@ def main() -> None:
     parser.add_argument("--extractor", choices=extractor_names(), default="open-nsfw", help="features of KID and FID")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheet", type=Path, help=f"write {SHOWN} unselected pictures here, a PNG")
+    parser.add_argument("--prompts", type=Path, help="write all labels here, one a line")
     parser.add_argument("--card", type=Path, help="write the model card here")
     args = parser.parse_args()
 
     model, emoji = load_model(args.model), load_for(args.work)
+    if args.prompts is not None:
+        args.prompts.write_text("".join(f"{item.label}\n" for item in emoji), encoding="utf-8")
     extractor = open_extractor(args.extractor, ExtractorOptions())
     figures, sheet, names = measure(model, emoji, extractor)
     text = json.dumps(figures, indent=1)
@@ -208,6 +211,7 @@ def main() -> None:
     if args.card is not None:
         training = json.loads((args.work / "training.json").read_text())
         facts = dict(pictures=PICTURES, captions=CAPTIONS, count=len(emoji), measured=COUNT, extractor=args.extractor)
+        facts |= dict(shown=SHOWN, guidance=GUIDANCE, steps=STEPS, seed=SEED)
         write_card(args.card, model.kind, figures, facts | training)
 
 
