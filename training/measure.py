@@ -26,7 +26,7 @@ from qdeploy.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
 from qdeploy.demo import GUIDANCE, SEED, STEPS
 from qdeploy.evaluate.extractors import Extractor, ExtractorOptions, extractor_names, open_extractor
 from qdeploy.export.exporter import export_bundle
-from qdeploy.files import staged_file
+from qdeploy.files import read_json, staged_file
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.source import load_model
 from qdeploy.progress import shown
@@ -180,7 +180,7 @@ def measure(
 
 def write_card(path: Path, kind: str, figures: dict[str, float], facts: dict[str, object]) -> None:
     """Fill in the card of this kind of model; figures of the first weights have names that begin with ``first_``."""
-    first = {f"first_{name}": value for name, value in json.loads(FIRST.read_text())[kind].items()}
+    first = {f"first_{name}": value for name, value in read_json(FIRST)[kind].items()}
     with staged_file(path) as scratch:
         scratch.write_text(CARDS[kind].read_text().format(**facts, **figures, **first), encoding="utf-8")
 
