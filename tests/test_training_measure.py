@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qdeploy.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
+from qdeploy.errors import UsageError
 from qdeploy.evaluate.extractors.rgb8 import Rgb8
 from qdeploy.models.source import load_model
 from training import measure
@@ -40,30 +41,28 @@ def emoji() -> list[Emoji]:
 
 @pytest.mark.parametrize(("fixture", "kind"), [("tiny_folder", TEXT_TO_IMAGE), ("unconditional_folder", UNCONDITIONAL)])
 def test_a_card_is_filled_from_what_was_measured(
-    fixture: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    fixture: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     model = load_model(str(request.getfixturevalue(fixture)))
     figures, sheet, names = measure.measure(model, emoji(), Rgb8())
     assert all(np.isfinite(value) for value in figures.values())
     assert sheet.shape == (4, 16, 16, 3)
     assert len(names) == 4
-    first = tmp_path / "first.json"
-    first.write_text(json.dumps({kind: dict.fromkeys(figures, 0.125)}))
-    monkeypatch.setattr(measure, "FIRST", first)
-    measure.write_card(tmp_path / "card.md", kind, figures, FACTS | TRAINED)
+    (tmp_path / "first.json").write_text(json.dumps(dict.fromkeys(figures, 0.125)))
+    first = measure.read_figures(tmp_path / "first.json", figures)
+    measure.write_card(tmp_path / "card.md", kind, figures, first, FACTS | TRAINED)
     card = (tmp_path / "card.md").read_text()
     assert f"| {figures['round_trip']:.2f} dB |" in card
     assert "{" not in card
     assert "0.1250 |" in card  # the first weights' KID
 
 
-def test_the_shipped_first_figures_are_those_of_today() -> None:
-    """A figure that the script no longer makes, or a new one, asks for measuring the first weights again."""
-    first = json.loads(measure.FIRST.read_text())
-    assert set(first) == {TEXT_TO_IMAGE, UNCONDITIONAL}
-    text = {"nearest", "near_1", "near_10", "median_rank", "kid", "kid_round_trip", "round_trip"}
-    assert set(first[TEXT_TO_IMAGE]) == text
-    assert all(0 <= first[TEXT_TO_IMAGE][name] <= 100 for name in ("nearest", "near_1", "near_10"))
+@pytest.mark.parametrize("text", ["", "[]", '{"kid": 1}', '{"kid": 1, "nearest": "2"}'])
+def test_other_figures_of_the_first_weights_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "first.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"--first: .*first\.json holds .*expected numbers for kid, nearest"):
+        measure.read_figures(path, {"kid", "nearest"})
 
 
 def test_nearness() -> None:
