@@ -2,8 +2,9 @@
 
     python -m training.diffusion --work DIR --samples 400000
 
-Needs ``DIR/vae`` (training.vae). Resumes from ``DIR/diffusion.ckpt``; writes the
-whole StableDiffusionPipeline folder, with averaged weights in fp16, to ``DIR/model``.
+Needs ``DIR/vae`` (training.vae), or ``--start`` and a pipeline folder to begin with. Resumes from
+``DIR/diffusion.ckpt``; writes the whole StableDiffusionPipeline folder, with averaged weights in fp16, to
+``DIR/model``.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def begun(work: Path, emoji: list[Emoji]) -> tuple[AutoencoderKL, CLIPTokenizer,
 
 def begun_from(folder: Path) -> tuple[AutoencoderKL, CLIPTokenizer, TextToLatent]:
     """All parts of a pipeline folder, such as a built-in model's, in float32."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
     model = TextToLatent(pipe.tokenizer)
     model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())

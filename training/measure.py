@@ -6,8 +6,8 @@ Pictures are made by the exported fp32 bundle on the torch-free runtime and comp
 pictures by their RGB values and by an extractor's features. Text-to-image: one for each of 200 seen captions, drawn
 evenly over the training set (the demo's guidance, steps and seed); how near each is to its caption's own picture, and
 KID of all. Unconditional: 200 (50 steps, seed 0) as a set, beside 200 training pictures and 200 decoded noises.
-The card's column "first weights" is what this script said of the weights that were shipped first, on the same pictures
-(``--model`` takes any pipeline folder): ``figures-first.json``.
+The card's column "first weights" is what this script said of the weights that training began with, on the same
+pictures: run it on their folder with ``--json``, and give that file as ``--first``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +24,10 @@ import torch
 
 from qdeploy.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
 from qdeploy.demo import GUIDANCE, SEED, STEPS
+from qdeploy.errors import UsageError, some_of
 from qdeploy.evaluate.extractors import Extractor, ExtractorOptions, extractor_names, open_extractor
 from qdeploy.export.exporter import export_bundle
-from qdeploy.files import staged_file
+from qdeploy.files import read_note, staged_file
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.source import load_model
 from qdeploy.progress import shown
@@ -53,7 +54,6 @@ from training.vq import nearest_indices, pixels
 COUNT = 200
 SHOWN = 48  # pictures of the card's sheet, none of them selected
 NEAREST_SHARES = {"near_1": 0.01, "near_10": 0.1}
-FIRST = Path(__file__).with_name("figures-first.json")
 CARDS = {
     TEXT_TO_IMAGE: Path(__file__).with_name("card.md.in"),
     UNCONDITIONAL: Path(__file__).with_name("card-uncond.md.in"),
@@ -178,11 +178,24 @@ def measure(
     return figures, sheet, names
 
 
-def write_card(path: Path, kind: str, figures: dict[str, float], facts: dict[str, object]) -> None:
-    """Fill in the card of this kind of model; figures of the first weights have names that begin with ``first_``."""
-    first = {f"first_{name}": value for name, value in json.loads(FIRST.read_text())[kind].items()}
+def write_card(
+    path: Path, kind: str, figures: dict[str, float], first: dict[str, float], facts: dict[str, object]
+) -> None:
+    """Fill in the card of this kind of model; ``first``: figures of the first weights."""
+    before = {f"first_{name}": value for name, value in first.items()}
     with staged_file(path) as scratch:
-        scratch.write_text(CARDS[kind].read_text().format(**facts, **figures, **first), encoding="utf-8")
+        scratch.write_text(CARDS[kind].read_text().format(**facts, **figures, **before), encoding="utf-8")
+
+
+def read_figures(path: Path, wanted: Collection[str]) -> dict[str, float]:
+    """What ``--json`` wrote of a model of the same kind; UsageError when it is something else."""
+    found = read_note(path)
+    if set(found) != set(wanted) or not all(isinstance(value, int | float) for value in found.values()):
+        raise UsageError(
+            f"--first: {path} holds {some_of(sorted(found)) or 'no figures'}, expected numbers for "
+            f"{some_of(sorted(wanted))}; make it with `python -m training.measure --model FIRST --json FILE`"
+        )
+    return found
 
 
 def main() -> None:
@@ -192,10 +205,16 @@ def main() -> None:
     parser.add_argument("--extractor", choices=extractor_names(), default="open-nsfw", help="features of KID and FID")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheet", type=Path, help=f"write {SHOWN} unselected pictures here, a PNG")
-    parser.add_argument("--card", type=Path, help="write the model card here")
+    parser.add_argument("--prompts", type=Path, help="write all labels here, one a line")
+    parser.add_argument("--card", type=Path, help="write the model card here; needs --first")
+    parser.add_argument("--first", type=Path, help="figures of the weights that training began with")
     args = parser.parse_args()
+    if args.card is not None and args.first is None:
+        parser.error("--card needs --first FIGURES.json, for its column of the first weights")
 
     model, emoji = load_model(args.model), load_for(args.work)
+    if args.prompts is not None:
+        args.prompts.write_text("".join(f"{item.label}\n" for item in emoji), encoding="utf-8")
     extractor = open_extractor(args.extractor, ExtractorOptions())
     figures, sheet, names = measure(model, emoji, extractor)
     text = json.dumps(figures, indent=1)
@@ -208,7 +227,8 @@ def main() -> None:
     if args.card is not None:
         training = json.loads((args.work / "training.json").read_text())
         facts = dict(pictures=PICTURES, captions=CAPTIONS, count=len(emoji), measured=COUNT, extractor=args.extractor)
-        write_card(args.card, model.kind, figures, facts | training)
+        facts |= dict(shown=SHOWN, guidance=GUIDANCE, steps=STEPS, seed=SEED)
+        write_card(args.card, model.kind, figures, read_figures(args.first, figures), facts | training)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from training.sheet import stacked
 
 def averaged_pipeline(start: Path, checkpoint: Path) -> tuple[StableDiffusionPipeline, LoopState]:
     """The pipeline ``start`` with the averaged weights of a checkpoint, and how far that is."""
-    pipe = StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
     saved = torch.load(checkpoint, weights_only=True, mmap=True)
     weights = saved["modules"]["averaged"]
     for name in ("text_encoder", "unet"):

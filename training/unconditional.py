@@ -2,8 +2,9 @@
 
     python -m training.unconditional --work DIR --samples 150000
 
-Needs ``DIR/vqvae`` (training.vq). Resumes from ``DIR/unconditional.ckpt``; writes the whole LDMPipeline
-folder, with averaged weights in fp16, to ``DIR/model-uncond``.
+Needs ``DIR/vqvae`` (training.vq), or ``--start`` and a pipeline folder to begin with. Resumes from
+``DIR/unconditional.ckpt``; writes the whole LDMPipeline folder, with averaged weights in fp16, to
+``DIR/model-uncond``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from training.data import load_for
 from training.denoising import (
+    AVERAGE_DECAY,
     AVERAGE_FROM,
     averaged_copy,
     draw_timesteps,
@@ -59,7 +61,7 @@ def new_unet() -> UNet2DModel:
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())  # SDPA's backward is slow on CPU
     start_branches_at_zero(unet, ("conv2", "to_out.0", "conv_out"))
-    return unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
+    return unet
 
 
 def probe_loss(unet: UNet2DModel, alphas_cumprod: torch.Tensor, latents: torch.Tensor) -> float:
@@ -72,35 +74,53 @@ def probe_loss(unet: UNet2DModel, alphas_cumprod: torch.Tensor, latents: torch.T
 
 def save_pipeline(folder: Path, vqvae: VQModel, unet: UNet2DModel) -> None:
     """Write the LDMPipeline folder in fp16."""
-    unet.to(memory_format=torch.contiguous_format)
     pipeline = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(**SCHEDULER))
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     edit_json(folder / "vqvae" / "config.json", {}, drop="_name_or_path")  # where it lay on this machine
 
 
-def main() -> None:
-    args = options(__doc__, samples=150_000, batch=32, lr=6e-4).parse_args()
-    vqvae = VQModel.from_pretrained(args.work / "vqvae")
-    latents = latents_of(vqvae, pictures_of(load_for(args.work)))
+def begun(work: Path) -> tuple[VQModel, UNet2DModel]:
+    """The first stage of ``training.vq`` and a UNet that knows nothing."""
+    torch.manual_seed(0)
+    return VQModel.from_pretrained(work / "vqvae"), new_unet()
+
+
+def begun_from(folder: Path) -> tuple[VQModel, UNet2DModel]:
+    """Both parts of an LDMPipeline folder, such as a built-in model's, in float32."""
     torch.manual_seed(0)
     unet = new_unet()
-    averaged = averaged_copy(unet)
+    unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32).state_dict())
+    return VQModel.from_pretrained(folder / "vqvae", dtype=torch.float32), unet
+
+
+def main() -> None:
+    parser = options(__doc__, samples=150_000, batch=32, lr=6e-4)
+    parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
+    parser.add_argument("--average", type=float, default=AVERAGE_DECAY, help="decay of the averaged weights, a step")
+    args = parser.parse_args()
+    x = pictures_of(load_for(args.work))
+    vqvae, unet = begun(args.work) if args.start is None else begun_from(args.start)
+    latents = latents_of(vqvae, x)
+    averaged = averaged_copy(unet, args.average)
     modules = {"unet": unet, "averaged": averaged}
     training = Training(args.work / "unconditional.ckpt", modules, optimizer_of(unet, args.lr), args)
     alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    average_from = AVERAGE_FROM if args.start is None else 0
 
-    def loss_of(chosen: np.ndarray) -> torch.Tensor:
+    def loss_of(twin: torch.nn.Module, chosen: np.ndarray) -> torch.Tensor:
         # Evenly: half of this schedule's timesteps already hold less than an eighth of the signal's power.
         t = draw_timesteps(len(chosen), rising=False)
-        return velocity_loss(lambda noisy, t: unet(noisy, t).sample, alphas_cumprod, latents[chosen], t)
+        with torch.autocast("cpu", torch.bfloat16):
+            return velocity_loss(lambda noisy, t: twin(noisy, t).sample, alphas_cumprod, latents[chosen], t)
 
     def average() -> None:
-        if training.state.step >= AVERAGE_FROM:
+        if training.state.step >= average_from:
             averaged.update_parameters(unet)
 
     millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
     print(f"latents {tuple(latents.shape)} std {latents.std():.3f}; {millions:.2f} M parameters")
-    training.run(
+    training.run_in_threads(
+        unet,
         len(latents),
         loss_of,
         average,
