@@ -42,7 +42,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and alone, by its exact version: that takes the CPU build where one is offered
+# torch first and separately, by its exact version: that takes the CPU build where one is offered
 # instead of several GB of CUDA packages. constraints.txt pins everything that it pulls in.
 # --no-compile: compiling all of their modules takes as long as the rest; Python compiles what it imports.
 $(STAMP): pyproject.toml constraints.txt
@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[all,dev]'
 	touch $@
 
-# What tests alone need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
+# Packages that only tests need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
 # Ray (79 MB) makes pictures on two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs.
 # On other systems than Linux x86-64 the first is empty and its tests are skipped, on others than Linux the third.
 $(TESTED): $(STAMP)

@@ -22,21 +22,21 @@ from numpy.typing import NDArray
 from benchmarks.inputs import export_unet
 from benchmarks.peer_nncf import NncfSettings, quantize_with_nncf
 from benchmarks.peer_ort import LAYER_OPS
-from qdeploy.bench.memory import peak_bytes
-from qdeploy.calibrate.weights import mse_scale, nearest_codes, weight_range
+from qdeploy.artifacts.table import ComponentQuant, LayerQuant, load_table
+from qdeploy.bench.memory import read_peak_bytes
+from qdeploy.calibrate.ranges.weights import mse_scale, round_to_nearest, weight_range
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.twin import on_target, quantized_twin
-from qdeploy.spec import target_named
-from qdeploy.table import ComponentQuant, LayerQuant, load_table
+from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+from qdeploy.targets.spec import get_target
 
 Feeds = dict[str, NDArray]
 STAND_IN_RANGE = 4.0  # of every activation for quantize_static: its time does not depend on it, its quality does
-CALIBRATED = (900, 500, 100)  # timesteps of NNCF's inputs; its time does not depend on them either
+CALIBRATION_TIMESTEPS = (900, 500, 100)  # timesteps of NNCF's inputs; its time does not depend on them either
 GRAPH = "model.onnx"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelFiles:
     """A model and its W8A8 table."""
 
     model: str
@@ -50,7 +50,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Row:
+class EngineRow:
     """One file and the engine that runs it.
 
     speed_only: its activation ranges are stand-ins, so that its SQNR says nothing.
@@ -58,14 +58,14 @@ class Row:
 
     name: str
     engine: str
-    make: Callable[[Source, Path], Path]
+    make: Callable[[ModelFiles, Path], Path]
     note: str
     speed_only: bool = False
 
 
 @dataclass(frozen=True)
-class Made:
-    """What making a row took."""
+class MadeGraph:
+    """Time and memory of making a row."""
 
     path: str
     seconds: float
@@ -73,7 +73,7 @@ class Made:
     file_bytes: int
 
 
-def float_graph(source: Source, folder: Path, target: str) -> Path:
+def make_float_graph(source: ModelFiles, folder: Path, target: str) -> Path:
     """The float UNet, lowered for ``target``."""
     folder.mkdir(parents=True, exist_ok=True)
     model = source.load()
@@ -81,35 +81,37 @@ def float_graph(source: Source, folder: Path, target: str) -> Path:
     return folder / GRAPH
 
 
-def our_graph(source: Source, folder: Path, target: str, weight_bits: int = 8) -> Path:
+def make_our_graph(source: ModelFiles, folder: Path, target: str, weight_bits: int = 8) -> Path:
     """The quantized UNet, lowered for ``target``; at 4 bits with weights rounded to nearest."""
     model, quant = source.load(), source.unet_table()
     if weight_bits != 8:
-        quant = at_bits(model, quant, weight_bits)
-    spec = target_named(target)
-    twin = quantized_twin(model.unet, on_target(quant, spec), spec.conv_output_quantized)
-    export_unet(twin, model, folder / GRAPH, target)
+        quant = change_bits(model, quant, weight_bits)
+    spec = get_target(target)
+    simulator = build_simulator(model.unet, restrict_to_target(quant, spec), spec.conv_output_quantized)
+    export_unet(simulator, model, folder / GRAPH, target)
     return folder / GRAPH
 
 
-def at_bits(model: LatentDiffusion, quant: ComponentQuant, bits: int) -> ComponentQuant:
+def change_bits(model: LatentDiffusion, quant: ComponentQuant, bits: int) -> ComponentQuant:
     """``quant`` with its weights at ``bits``, activations as they are."""
     modules = dict(model.unet.inner.named_modules())
     return replace(
         quant,
-        layers={name: rounded(modules[name].weight.detach(), layer, bits) for name, layer in quant.layers.items()},  # type: ignore[operator,union-attr]
+        layers={
+            name: round_weights(modules[name].weight.detach(), layer, bits) for name, layer in quant.layers.items()
+        },  # type: ignore[operator,union-attr]
     )
 
 
-def rounded(weight: torch.Tensor, layer: LayerQuant, bits: int) -> LayerQuant:
+def round_weights(weight: torch.Tensor, layer: LayerQuant, bits: int) -> LayerQuant:
     if layer.input_ratio is not None:
         weight = weight * torch.from_numpy(layer.input_ratio).reshape(1, -1, *[1] * (weight.dim() - 2))
     scale = mse_scale(weight, weight_range(bits))
-    codes = nearest_codes(weight, scale, weight_range(bits))
+    codes = round_to_nearest(weight, scale, weight_range(bits))
     return replace(layer, weight=codes, weight_scale=scale.numpy(), weight_bits=bits, half_weight=None)
 
 
-def static_graph(source: Source, folder: Path, best: bool) -> Path:
+def make_static_graph(source: ModelFiles, folder: Path, best: bool) -> Path:
     """What ``quantize_static`` writes from stand-in ranges, at its defaults or its best for ONNX Runtime.
 
     Its own calibration of SD 1.5 takes 24 GB.
@@ -122,14 +124,14 @@ def static_graph(source: Source, folder: Path, best: bool) -> Path:
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    plain, prepared = float_graph(source, folder / "float", "openvino"), folder / "prepared.onnx"
-    quant_pre_process(plain, prepared, save_as_external_data=True)
+    float_path, prepared = make_float_graph(source, folder / "float", "openvino"), folder / "prepared.onnx"
+    quant_pre_process(float_path, prepared, save_as_external_data=True)
     model = load_model_with_shape_infer(prepared)
     lowest, highest = np.float32(-STAND_IN_RANGE), np.float32(STAND_IN_RANGE)
     graph = model.graph
     typed = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input, *graph.output)}
     constants = {tensor.name for tensor in graph.initializer}
-    names = {name for name, kind in typed.items() if kind.elem_type == onnx.TensorProto.FLOAT} - constants
+    names = {name for name, tensor_type in typed.items() if tensor_type.elem_type == onnx.TensorProto.FLOAT} - constants
     ranges = TensorsData(CalibrationMethod.MinMax, {name: TensorData(lowest=lowest, highest=highest) for name in names})
     quantizer = QDQQuantizer(
         model,
@@ -139,7 +141,7 @@ def static_graph(source: Source, folder: Path, best: bool) -> Path:
         QuantType.QUInt8 if best else QuantType.QInt8,
         ranges,
         [],
-        attention_products(model) if best else [],
+        find_attention_products(model) if best else [],
         LAYER_OPS if best else sorted({*QLinearOpsRegistry, *QDQRegistry}),  # as quantize_static has it
         {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]} if best else {},
     )
@@ -150,26 +152,26 @@ def static_graph(source: Source, folder: Path, best: bool) -> Path:
     return folder / GRAPH
 
 
-def attention_products(model: object) -> list[str]:
+def find_attention_products(model: object) -> list[str]:
     """Names of the MatMuls of two activations."""
     weights = {tensor.name for tensor in model.graph.initializer}  # type: ignore[attr-defined]
     nodes = [node for node in model.graph.node if node.op_type == "MatMul"]  # type: ignore[attr-defined]
     return [node.name for node in nodes if not weights & set(node.input)]
 
 
-def nncf_graph(source: Source, folder: Path) -> Path:
+def make_nncf_graph(source: ModelFiles, folder: Path) -> Path:
     """``nncf.quantize`` at its defaults, calibrated on a few inputs."""
-    plain = float_graph(source, folder / "float", "openvino")
+    float_path = make_float_graph(source, folder / "float", "openvino")
     model = source.load()
-    feeds = [unet_feeds(model, t) for t in CALIBRATED]
+    feeds = [make_unet_feeds(model, t) for t in CALIBRATION_TIMESTEPS]
     del model
-    return quantize_with_nncf(plain, feeds, NncfSettings(), folder)
+    return quantize_with_nncf(float_path, feeds, NncfSettings(), folder)
 
 
-def unet_feeds(model: LatentDiffusion, t: int) -> Feeds:
+def make_unet_feeds(model: LatentDiffusion, t: int) -> Feeds:
     """Normal latents and text at timestep ``t``, in the graph's shapes."""
     noise = np.random.default_rng(t)
-    example = model.example("unet", 2)
+    example = model.make_example("unet", 2)
     feeds = {
         name: noise.standard_normal(x.shape).astype(np.float32) for name, x in example.items() if x.is_floating_point()
     }
@@ -177,36 +179,46 @@ def unet_feeds(model: LatentDiffusion, t: int) -> Feeds:
 
 
 ROWS = [
-    Row("fp32", "ort-cpu", partial(float_graph, target="openvino"), "as exported"),
-    Row("fp32-lowered", "ort-cpu", partial(float_graph, target="ort-cpu"), "attention as MultiHeadAttention"),
-    Row("fp32-openvino", "openvino", partial(float_graph, target="openvino"), "as exported"),
-    Row(
-        "quantize_static", "ort-cpu", partial(static_graph, best=False), "its defaults, stand-in ranges",
+    EngineRow("fp32", "ort-cpu", partial(make_float_graph, target="openvino"), "as exported"),
+    EngineRow(
+        "fp32-lowered", "ort-cpu", partial(make_float_graph, target="ort-cpu"), "attention as MultiHeadAttention",
+    ),
+    EngineRow("fp32-openvino", "openvino", partial(make_float_graph, target="openvino"), "as exported"),
+    EngineRow(
+        "quantize_static", "ort-cpu", partial(make_static_graph, best=False), "its defaults, stand-in ranges",
         speed_only=True,
     ),
-    Row(
-        "quantize_static-best", "ort-cpu", partial(static_graph, best=True),
-        "Conv, MatMul and Gemm alone, linears without Q behind, float attention, stand-in ranges", speed_only=True,
+    EngineRow(
+        "quantize_static-best", "ort-cpu", partial(make_static_graph, best=True),
+        "only Conv, MatMul and Gemm, linears without Q after them, float attention, stand-in ranges", speed_only=True,
     ),
-    Row("nncf", "openvino", nncf_graph, "defaults (MIXED), 3 inputs"),
-    Row("qdeploy-w8a8", "ort-cpu", partial(our_graph, target="ort-cpu"), "--target ort-cpu"),
-    Row("qdeploy-w8a8-openvino", "openvino", partial(our_graph, target="openvino"), "--target openvino"),
-    Row("qdeploy-w8a8-ort-openvino", "ort-openvino", partial(our_graph, target="openvino"), "--target openvino"),
-    Row("qdeploy-w4a8", "ort-cpu", partial(our_graph, target="ort-cpu", weight_bits=4), "INT4 on disk, nearest"),
-    Row("qdeploy-w4a8-openvino", "openvino", partial(our_graph, target="openvino", weight_bits=4), "INT4 on disk"),
+    EngineRow("nncf", "openvino", make_nncf_graph, "defaults (MIXED), 3 inputs"),
+    EngineRow("qdeploy-w8a8", "ort-cpu", partial(make_our_graph, target="ort-cpu"), "--target ort-cpu"),
+    EngineRow("qdeploy-w8a8-openvino", "openvino", partial(make_our_graph, target="openvino"), "--target openvino"),
+    EngineRow(
+        "qdeploy-w8a8-ort-openvino", "ort-openvino", partial(make_our_graph, target="openvino"), "--target openvino",
+    ),
+    EngineRow(
+        "qdeploy-w4a8", "ort-cpu", partial(make_our_graph, target="ort-cpu", weight_bits=4), "INT4 on disk, nearest",
+    ),
+    EngineRow(
+        "qdeploy-w4a8-openvino", "openvino", partial(make_our_graph, target="openvino", weight_bits=4), "INT4 on disk",
+    ),
 ]  # fmt: skip
 
 
-def make_here(row: Row, source: Source, folder: Path) -> None:
-    """Make ``row`` in ``folder``, with a receipt beside it."""
+def make_in_process(row: EngineRow, source: ModelFiles, folder: Path) -> None:
+    """Make ``row`` in ``folder``, with a receipt next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     path = row.make(source, folder)
-    seconds, peak = time.perf_counter() - start, peak_bytes()
+    seconds, peak = time.perf_counter() - start, read_peak_bytes()
     size = sum(file.stat().st_size for file in path.parent.glob(path.stem + ".*"))
-    made = Made(str(path.relative_to(folder)), seconds, peak, size)
+    made = MadeGraph(str(path.relative_to(folder)), seconds, peak, size)
     (folder / "made.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    make_here(next(row for row in ROWS if row.name == sys.argv[1]), Source(sys.argv[2], sys.argv[3]), Path(sys.argv[4]))
+    make_in_process(
+        next(row for row in ROWS if row.name == sys.argv[1]), ModelFiles(sys.argv[2], sys.argv[3]), Path(sys.argv[4])
+    )

@@ -1,6 +1,6 @@
 """One session in a process of its own, run on request: ``benchmarks.engines`` talks to it line by line.
 
-Needs NumPy and the engine alone, so that an engine of another environment can take part.
+Needs only NumPy and the engine, so that an engine of another environment can be measured.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.bench.memory import peak_bytes
-from qdeploy.bench.quiet import until_quiet
-from qdeploy.engines.base import EngineOptions, engine_named
+from qdeploy.bench.idle import wait_until_idle
+from qdeploy.bench.memory import read_peak_bytes
+from qdeploy.engines.base import EngineOptions, load_engine
 
 
 def serve(engine: str, graph: Path, feeds_file: Path, threads: int) -> None:
@@ -21,7 +21,7 @@ def serve(engine: str, graph: Path, feeds_file: Path, threads: int) -> None:
     with np.load(feeds_file, allow_pickle=False) as stored:
         feeds = dict(stored)
     start = time.perf_counter()
-    session = engine_named(engine).open_session(graph, EngineOptions(threads=threads or None))
+    session = load_engine(engine).open_session(graph, EngineOptions(threads=threads or None))
     say(time.perf_counter() - start)
     output = np.zeros(0, np.float32)
     for line in sys.stdin:
@@ -30,13 +30,13 @@ def serve(engine: str, graph: Path, feeds_file: Path, threads: int) -> None:
             start = time.perf_counter()
             output = next(iter(session.run(feeds).values()))
             seconds = time.perf_counter() - start
-            until_quiet()  # its threads would take a core from whoever comes next
+            wait_until_idle()  # its threads would take a core from the next process
             say(seconds)
         elif request == "save":
             np.save(argument, output, allow_pickle=False)
             say("saved")
         elif request == "peak":
-            say(peak_bytes())
+            say(read_peak_bytes())
             return
 
 

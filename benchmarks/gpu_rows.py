@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu_shells import DRAWING, fill
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.engines.nvidia.graph_inputs import inputs_of
-from qdeploy.errors import QdeployError
-from qdeploy.numerics import sqnr_db
-from qdeploy.spec import COMPONENTS
+from benchmarks.gpu_shells import DRAWING, fill_shell
+from qdeploy.artifacts.components import COMPONENTS
+from qdeploy.base.errors import QdeployError
+from qdeploy.base.numerics import sqnr_db
+from qdeploy.engines.base import EngineOptions, load_engine
+from qdeploy.engines.nvidia.graph_inputs import read_inputs
 
 UNET_CONFIG = "unet.json"
 REFERENCE = "fp32"  # the bundle that fidelity is measured against, on the CPU
@@ -27,7 +27,7 @@ Feeds = Mapping[str, NDArray]
 
 
 @dataclass(frozen=True)
-class Row:
+class GpuRow:
     """One line of the table; ``bundle`` is None for torch, whose ``engine`` is ``eager`` or ``compile``."""
 
     engine: str
@@ -39,22 +39,22 @@ class Row:
 
 
 ROWS = (
-    Row("ort-cpu", REFERENCE),
-    Row("eager", None),
-    Row("compile", None),
-    Row("ort-cuda", "cuda-fp16"),
-    Row("torch-cuda", "tensorrt-fp16"),
-    Row("torch-cuda", "tensorrt-int8"),
-    Row("tensorrt-rtx", "tensorrt-fp16"),
-    Row("tensorrt-rtx", "tensorrt-int8"),
-    Row("tensorrt", "tensorrt-fp16"),
-    Row("tensorrt", "tensorrt-int8"),
-    Row("ort-tensorrt", "tensorrt-fp16"),
-    Row("ort-tensorrt", "tensorrt-int8"),
+    GpuRow("ort-cpu", REFERENCE),
+    GpuRow("eager", None),
+    GpuRow("compile", None),
+    GpuRow("ort-cuda", "cuda-fp16"),
+    GpuRow("torch-cuda", "tensorrt-fp16"),
+    GpuRow("torch-cuda", "tensorrt-int8"),
+    GpuRow("tensorrt-rtx", "tensorrt-fp16"),
+    GpuRow("tensorrt-rtx", "tensorrt-int8"),
+    GpuRow("tensorrt", "tensorrt-fp16"),
+    GpuRow("tensorrt", "tensorrt-int8"),
+    GpuRow("ort-tensorrt", "tensorrt-fp16"),
+    GpuRow("ort-tensorrt", "tensorrt-int8"),
 )
 
 
-def measure(row: Row, model: Path, calls: int) -> dict[str, Any]:
+def measure(row: GpuRow, model: Path, calls: int) -> dict[str, Any]:
     """Everything about one row, or ``{"not_run": reason}`` where its engine, its files or torch's CUDA are missing."""
     if row.bundle is None:
         return measure_torch(row.engine, model, calls)
@@ -73,29 +73,33 @@ def measure_engine(engine: str, folder: Path, reference: Path, calls: int) -> di
     The SQNR is against the fp32 bundle on the CPU; where there is none, because the weights were drawn on this
     machine, against the same file on the CPU.
     """
-    versions = engine_named(engine).versions()
+    versions = load_engine(engine).versions()
     sqnr, first_load_s = {}, {}
     for component in COMPONENTS:
-        graph = graph_of(folder, component)
+        graph = find_graph(folder, component)
         if graph is None:
             continue
-        float_graph = graph_of(reference, component) or graph
-        given = feeds_of(graph)
+        float_graph = find_graph(reference, component) or graph
+        feeds = make_feeds(graph)
         start = time.perf_counter()
-        session = engine_named(engine).open_session(graph, EngineOptions())
+        session = load_engine(engine).open_session(graph, EngineOptions())
         first_load_s[component] = time.perf_counter() - start  # engines are built here
-        found = session.run(given)
+        outputs = session.run(feeds)
         session.close()
-        sqnr[component] = None if float_graph == graph and engine == "ort-cpu" else _sqnr(float_graph, given, found)
-    graph = graph_of(folder, "unet")
+        sqnr[component] = (
+            None if float_graph == graph and engine == "ort-cpu" else _measure_sqnr(float_graph, feeds, outputs)
+        )
+    graph = find_graph(folder, "unet")
     assert graph is not None
-    free = free_bytes()
+    free = read_free_bytes()
     start = time.perf_counter()
-    session = engine_named(engine).open_session(graph, EngineOptions())
+    session = load_engine(engine).open_session(graph, EngineOptions())
     load_s = time.perf_counter() - start
-    given = {name: frozen(feed) if name == "encoder_hidden_states" else feed for name, feed in feeds_of(graph).items()}
-    times = timed(lambda: session.run(given), calls)
-    used = None if free is None else free - (free_bytes() or free)
+    feeds = {
+        name: freeze(feed) if name == "encoder_hidden_states" else feed for name, feed in make_feeds(graph).items()
+    }
+    times = time_calls(lambda: session.run(feeds), calls)
+    used = None if free is None else free - (read_free_bytes() or free)
     session.close()
     return {
         "versions": versions,
@@ -108,7 +112,7 @@ def measure_engine(engine: str, folder: Path, reference: Path, calls: int) -> di
 
 
 def measure_torch(mode: str, model: Path, calls: int) -> dict[str, Any]:
-    """The same UNet class with random weights in fp16, from host to host, and its kernels alone by device events."""
+    """The same UNet class with random weights in fp16, from host to host, and only its kernels by device events."""
     try:
         import torch
         from diffusers import UNet2DConditionModel
@@ -120,10 +124,10 @@ def measure_torch(mode: str, model: Path, calls: int) -> dict[str, Any]:
     torch.manual_seed(0)
     unet: Any = UNet2DConditionModel.from_config(config).half().cuda().eval()
     run = torch.compile(unet, mode="max-autotune") if mode == "compile" else unet
-    graph = next(found for row in ROWS if row.bundle and (found := graph_of(model / row.bundle, "unet")))
-    given = feeds_of(graph)
-    text = torch.from_numpy(given["encoder_hidden_states"]).half().cuda()
-    sample = torch.from_numpy(given["sample"])
+    graph = next(path for row in ROWS if row.bundle and (path := find_graph(model / row.bundle, "unet")))
+    feeds = make_feeds(graph)
+    text = torch.from_numpy(feeds["encoder_hidden_states"]).half().cuda()
+    sample = torch.from_numpy(feeds["sample"])
     events: list[float] = []
 
     def step() -> NDArray:
@@ -131,16 +135,16 @@ def measure_torch(mode: str, model: Path, calls: int) -> dict[str, Any]:
             x, t = sample.cuda().half(), torch.tensor(TIMESTEP, device="cuda")
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            found = run(x, t, text, return_dict=False)[0]
+            output = run(x, t, text, return_dict=False)[0]
             end.record()
-            result = found.float().cpu().numpy()
+            result = output.float().cpu().numpy()
         events.append(begin.elapsed_time(end))
         return result
 
     start = time.perf_counter()
     step()
     build_s = time.perf_counter() - start
-    times = timed(step, calls)
+    times = time_calls(step, calls)
     return {
         "versions": {"torch": torch.__version__},
         "sqnr_db": {},
@@ -152,31 +156,31 @@ def measure_torch(mode: str, model: Path, calls: int) -> dict[str, Any]:
     }
 
 
-def timed(call: Callable[[], Any], calls: int) -> list[float]:
-    """Milliseconds of each call behind a few that do not count; every call ends with its result on the host."""
+def time_calls(call: Callable[[], Any], calls: int) -> list[float]:
+    """Milliseconds of each call after a few that do not count; every call ends with its result on the host."""
     for _ in range(3):
         call()
-    found = []
+    times = []
     for _ in range(calls):
         start = time.perf_counter()
         call()
-        found.append((time.perf_counter() - start) * 1e3)
-    return found
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
-def graph_of(folder: Path, component: str) -> Path | None:
+def find_graph(folder: Path, component: str) -> Path | None:
     """A component's graph, its weights drawn first where it is a shell."""
     part = folder / component
     if (part / DRAWING).is_file():
-        return fill(part)
+        return fill_shell(part)
     return part / "model.onnx" if (part / "model.onnx").is_file() else None
 
 
-def feeds_of(graph: Path, seed: int = 0) -> dict[str, NDArray]:
+def make_feeds(graph: Path, seed: int = 0) -> dict[str, NDArray]:
     """Seeded inputs that fit the graph: unit noise, token ids, one timestep."""
     rng = np.random.default_rng(seed)
     feeds: dict[str, NDArray] = {}
-    for port in inputs_of(graph):
+    for port in read_inputs(graph):
         if port.dtype.kind == "i":
             feeds[port.name] = rng.integers(TOKENS, size=port.dims) if port.dims else np.array(TIMESTEP)
             feeds[port.name] = feeds[port.name].astype(port.dtype)
@@ -185,13 +189,13 @@ def feeds_of(graph: Path, seed: int = 0) -> dict[str, NDArray]:
     return feeds
 
 
-def frozen(array: NDArray) -> NDArray:
+def freeze(array: NDArray) -> NDArray:
     """Read-only, as the runtime gives an engine the text at every step."""
     array.flags.writeable = False
     return array
 
 
-def free_bytes() -> int | None:
+def read_free_bytes() -> int | None:
     """Free memory of the GPU, or None without one."""
     try:
         from cuda.bindings import runtime
@@ -201,8 +205,8 @@ def free_bytes() -> int | None:
     return int(free) if status.value == 0 else None
 
 
-def _sqnr(graph: Path, given: Feeds, found: Mapping[str, NDArray]) -> float:
-    session = engine_named("ort-cpu").open_session(graph, EngineOptions())
-    expected = session.run(given)
+def _measure_sqnr(graph: Path, feeds: Feeds, outputs: Mapping[str, NDArray]) -> float:
+    session = load_engine("ort-cpu").open_session(graph, EngineOptions())
+    expected = session.run(feeds)
     session.close()
-    return min(sqnr_db(expected[name], found[name]) for name in expected)
+    return min(sqnr_db(expected[name], outputs[name]) for name in expected)

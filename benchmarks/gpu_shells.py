@@ -1,7 +1,7 @@
 """Graphs without their weights: what a machine without network is given of a model too large to carry.
 
 What a kernel costs depends on shapes, not on values. So a shell has the graph, its small tensors as they are and of
-each large one the mean and deviation; ``fill`` draws those anew, from a seed, on the machine that measures.
+each large one the mean and deviation; ``fill_shell`` draws those anew, from a seed, on the machine that measures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.files import staged_file
+from qdeploy.base.files import stage_file
 
 KEPT_BYTES = 64 * 2**10  # tensors up to this size are carried: biases, norms, scales
 DRAWING, KEPT = "fill.json", "kept.npz"
@@ -22,7 +22,7 @@ DTYPES: dict[int, type] = {1: np.float32, 3: np.int8, 7: np.int64, 10: np.float1
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """One tensor's place in the file of external data, in bytes; ``kept`` ones lie in ``kept.npz`` by their offset."""
 
     offset: int
@@ -41,9 +41,11 @@ def make_shell(graph: Path, out: Path) -> None:
     weights = np.memmap(graph.with_name(graph.name + ".data"), np.uint8, mode="r")
     pieces, kept = [], {}
     for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if place:
-            piece, values = _piece(weights, int(place["offset"]), int(place["length"]), DTYPES[tensor.data_type])
+        location = {entry.key: entry.value for entry in tensor.external_data}
+        if location:
+            piece, values = _read_piece(
+                weights, int(location["offset"]), int(location["length"]), DTYPES[tensor.data_type]
+            )
             pieces.append(piece)
             if piece.kept:
                 kept[str(piece.offset)] = values
@@ -54,23 +56,23 @@ def make_shell(graph: Path, out: Path) -> None:
     (out / DRAWING).write_text(json.dumps(plan) + "\n", encoding="utf-8")
 
 
-def fill(shell: Path, seed: int = 0) -> Path:
+def fill_shell(shell: Path, seed: int = 0) -> Path:
     """Write the weights of the shell in the folder ``shell``, unless they are there; the graph, ready to load."""
     plan: dict[str, Any] = json.loads((shell / DRAWING).read_text(encoding="utf-8"))
     graph = shell / plan["graph"]
     weights = graph.with_name(graph.name + ".data")
     if not weights.is_file():
         rng, kept = np.random.default_rng(seed), np.load(shell / KEPT)
-        with staged_file(weights) as scratch:
+        with stage_file(weights) as scratch:
             content = np.memmap(scratch, np.uint8, mode="w+", shape=(plan["bytes"],))
-            for piece in (Piece(**entry) for entry in plan["pieces"]):
-                values = kept[str(piece.offset)] if piece.kept else drawn(piece, rng)
+            for piece in (TensorPiece(**entry) for entry in plan["pieces"]):
+                values = kept[str(piece.offset)] if piece.kept else draw_values(piece, rng)
                 content[piece.offset : piece.offset + piece.size] = np.ascontiguousarray(values).view(np.uint8).ravel()
             content.flush()
     return graph
 
 
-def drawn(piece: Piece, rng: np.random.Generator) -> NDArray:
+def draw_values(piece: TensorPiece, rng: np.random.Generator) -> NDArray:
     """Normal values of the tensor's mean and deviation, in its own type."""
     dtype = np.dtype(piece.dtype)
     values: NDArray = rng.standard_normal(piece.size // dtype.itemsize, np.float32) * np.float32(piece.std) + piece.mean
@@ -80,7 +82,7 @@ def drawn(piece: Piece, rng: np.random.Generator) -> NDArray:
     return values.astype(dtype)
 
 
-def _piece(weights: NDArray[np.uint8], offset: int, size: int, dtype: type) -> tuple[Piece, NDArray]:
+def _read_piece(weights: NDArray[np.uint8], offset: int, size: int, dtype: type) -> tuple[TensorPiece, NDArray]:
     values: NDArray = np.frombuffer(weights[offset : offset + size].tobytes(), dtype)
     mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
-    return Piece(offset, size, np.dtype(dtype).name, mean, std, size <= KEPT_BYTES), values
+    return TensorPiece(offset, size, np.dtype(dtype).name, mean, std, size <= KEPT_BYTES), values

@@ -1,4 +1,4 @@
-"""What every row starts from, made once in the work folder: reference, calibration set, float ONNX UNet."""
+"""Inputs of all rows, made once in the work folder: reference, calibration set, float ONNX UNet."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.protocol import Protocol, Reference, fresh_prompts, load_reference, record_reference, save_reference
+from benchmarks.protocol import (
+    Protocol,
+    Reference,
+    draw_fresh_prompts,
+    load_reference,
+    record_reference,
+    save_reference,
+)
+from qdeploy.artifacts.components import choose_graph_batch
+from qdeploy.base.errors import UsageError
+from qdeploy.base.files import stage_folder
+from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_calibration
-from qdeploy.calibrate.prompts import draw_prompts, read_prompts
-from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
-from qdeploy.errors import UsageError
+from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
+from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.targets import lower
-from qdeploy.files import staged_folder
-from qdeploy.models.components import Component
+from qdeploy.models.components import TorchComponent
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.progress import OnProgress, silent
-from qdeploy.spec import graph_batch, target_named
+from qdeploy.targets.spec import get_target
 
 MODEL = "builtin:emoji"
 TARGET = "ort-cpu"
@@ -29,7 +37,7 @@ PLAIN_TARGET = "openvino"  # its float graphs have standard operators only, whic
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Where everything lies; made once, used by every row."""
+    """The paths of everything that rows share."""
 
     root: Path
 
@@ -46,30 +54,32 @@ class WorkFolder:
         """Static batch 2, opset 20, Conv and Gemm nodes named after the torch layers."""
         return self.root / "float_unet" / "model.onnx"
 
-    def model_of(self, row: str) -> Path:
+    def model_folder(self, row: str) -> Path:
         """Folder for the quantized model of ``row``."""
         return self.root / "models" / row
 
-    def figures_of(self, row: str) -> Path:
+    def figures_path(self, row: str) -> Path:
         """The measured figures of ``row``."""
         return self.root / "rows" / f"{row}.json"
 
 
 def make_inputs(
-    work: WorkFolder, model: LatentDiffusion, protocol: Protocol, on_progress: OnProgress = silent
+    work: WorkFolder, model: LatentDiffusion, protocol: Protocol, on_progress: OnProgress = ignore_progress
 ) -> Reference:
     """Make what is missing; the reference. UsageError when the folder was made with other settings."""
     prompts = read_prompts(None, model.folder)
     if not work.calibration.exists():
-        settings = TimestepAware(
+        settings = TimestepAwareSettings(
             protocol.calibrated, protocol.steps, protocol.steps, protocol.guidance_scale, seed=protocol.calibrated_seed
         )
-        drawn = draw_prompts(prompts, protocol.calibrated, protocol.calibrated_seed)
-        save_calibration(record_trajectories(model, drawn, settings, on_progress), work.calibration)
+        calibration_prompts = draw_prompts(prompts, protocol.calibrated, protocol.calibrated_seed)
+        save_calibration(record_trajectories(model, calibration_prompts, settings, on_progress), work.calibration)
     if not work.reference.exists():
-        save_reference(record_reference(model, fresh_prompts(prompts, protocol), protocol, on_progress), work.reference)
+        save_reference(
+            record_reference(model, draw_fresh_prompts(prompts, protocol), protocol, on_progress), work.reference
+        )
     if not work.float_unet.exists():
-        with staged_folder(work.float_unet.parent) as folder:
+        with stage_folder(work.float_unet.parent) as folder:
             export_unet(model.unet, model, folder / work.float_unet.name, PLAIN_TARGET)  # what every peer quantizes
     reference = load_reference(work.reference)
     if (reference.protocol, reference.model_sha256) != (protocol, model.sha256):
@@ -80,24 +90,24 @@ def make_inputs(
     return reference
 
 
-def export_unet(unet: Component, model: LatentDiffusion, path: Path, target: str = TARGET) -> None:
-    """The graph of ``model``'s UNet, float or a quantized twin, at its static batch (2 where it reads text)."""
-    example = model.example("unet", graph_batch("unet", model.reads_text))
-    graph = graph_from_component(unet, example, target_named(target).opset)
+def export_unet(unet: TorchComponent, model: LatentDiffusion, path: Path, target: str = TARGET) -> None:
+    """The graph of ``model``'s UNet, float or simulated, at its static batch (2 where it reads text)."""
+    example = model.make_example("unet", choose_graph_batch("unet", model.reads_text))
+    graph = graph_from_component(unet, example, get_target(target).opset)
     lower(graph, target)
     save_graph(graph, path)
 
 
-def unet_feeds(calibration: CalibrationSet) -> list[dict[str, NDArray]]:
+def list_unet_feeds(calibration: CalibrationSet) -> list[dict[str, NDArray]]:
     """Every recorded x_t with its own t, both halves of guidance: the graph's static batch of 2."""
     return [
         {
             name: np.array(value.numpy()) for name, value in feeds.items()
         }  # ascontiguousarray would make the scalar rank 1
-        for feeds in calibration.batches("unet", graph_batch("unet", reads_text=True))
+        for feeds in calibration.batches("unet", choose_graph_batch("unet", reads_text=True))
     ]
 
 
-def peer_feeds(work: WorkFolder) -> list[dict[str, NDArray]]:
-    """:func:`unet_feeds` of the work folder's calibration set."""
-    return unet_feeds(load_calibration(work.calibration))
+def load_peer_feeds(work: WorkFolder) -> list[dict[str, NDArray]]:
+    """:func:`list_unet_feeds` of the work folder's calibration set."""
+    return list_unet_feeds(load_calibration(work.calibration))

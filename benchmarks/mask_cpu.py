@@ -1,6 +1,6 @@
 """Run a command as on an older processor, at full speed: ``python -m benchmarks.mask_cpu --without vnni -- COMMAND``.
 
-On a machine with VNNI it lets ONNX Runtime and OpenVINO choose the kernels that they choose without it, so that the
+On a machine with VNNI it makes ONNX Runtime and OpenVINO choose the kernels of machines without it, so that the
 rows of such machines can be measured, and their saturation seen, on this one::
 
     python -m benchmarks.mask_cpu --without vnni -- python -m benchmarks.engines                 as Skylake-SP
@@ -8,7 +8,7 @@ rows of such machines can be measured, and their saturation seen, on this one::
 
 Both engines ask the processor by the instruction ``cpuid``. mask_cpu.c, compiled when this starts, replaces these
 instructions of theirs in memory by a trap and answers without the bits masked; no file is changed. The command, and
-whatever it starts, must use the packages of the Python that runs this. qdeploy is told by ``QDEPLOY_CPU_FLAGS``.
+whatever it starts, must use the packages of the Python that runs this. ``QDEPLOY_CPU_FLAGS`` tells qdeploy.
 It needs Linux on x86-64 with glibc, a C compiler (``cc``) and objdump. Other packages, such as torch, are not masked.
 """
 
@@ -29,14 +29,14 @@ from pathlib import Path
 
 import click
 
-from qdeploy.cpu import integer_flags
-from qdeploy.errors import QdeployError, UsageError
+from qdeploy.base.cpu import read_integer_flags
+from qdeploy.base.errors import QdeployError, UsageError
 
 SOURCE = Path(__file__).with_suffix(".c")
 PACKAGES = ("onnxruntime", "openvino")
 CPUID = b"\x0f\xa2"
 RUN_UP = 512  # bytes disassembled before a candidate: within a few instructions objdump falls into step with the code
-LONGEST = 15  # bytes of an instruction; objdump takes one that its window cuts off for several
+MAX_INSTRUCTION = 15  # bytes of an instruction; objdump takes one that its window cuts off for several
 EBX, ECX, EDX = 1, 2, 3
 Bits = dict[tuple[int, int, int], tuple[int, ...]]  # (leaf, subleaf, register): bits, as in Intel's manual, volume 2
 MASKS: dict[str, Bits] = {
@@ -58,22 +58,26 @@ FLAGS = {"vnni": ("avx512_vnni", "avx_vnni", "amx_int8"), "avx512": ("avx512f", 
 
 
 @contextmanager
-def masked_environment(without: Sequence[str]) -> Iterator[dict[str, str]]:
+def mask_environment(without: Sequence[str]) -> Iterator[dict[str, str]]:
     """Environment variables that mask ``without`` (names of ``MASKS``) in every process started with them."""
     _check_machine()
     with tempfile.TemporaryDirectory(prefix="qdeploy-mask-cpu-") as scratch:
         audit, plan = Path(scratch) / "mask_cpu.so", Path(scratch) / "plan"
         _run(["cc", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", str(audit), str(SOURCE)])
-        plan.write_text("\n".join(plan_lines(without)) + "\n", encoding="utf-8")
-        yield {"LD_AUDIT": str(audit), "MASK_CPU_PLAN": str(plan), "QDEPLOY_CPU_FLAGS": ",".join(flags_left(without))}
+        plan.write_text("\n".join(iter_plan_lines(without)) + "\n", encoding="utf-8")
+        yield {
+            "LD_AUDIT": str(audit),
+            "MASK_CPU_PLAN": str(plan),
+            "QDEPLOY_CPU_FLAGS": ",".join(list_unmasked_flags(without)),
+        }
 
 
-def plan_lines(without: Sequence[str]) -> Iterator[str]:
+def iter_plan_lines(without: Sequence[str]) -> Iterator[str]:
     """The lines that mask_cpu.c reads; UsageError where no package with engines is installed."""
     for name in without:
         for (leaf, subleaf, register), bits in MASKS[name].items():
             yield f"mask {leaf} {subleaf} {register} {sum(1 << bit for bit in bits):x}"
-    sites = {library: found for library in _libraries() if (found := cpuid_addresses(library))}
+    sites = {library: addresses for library in _iter_libraries() if (addresses := find_cpuid_addresses(library))}
     if not sites:
         raise UsageError(f"nothing to mask: {sys.executable} has none of the packages {', '.join(PACKAGES)}")
     for number, (library, addresses) in enumerate(sites.items()):
@@ -82,31 +86,31 @@ def plan_lines(without: Sequence[str]) -> Iterator[str]:
         yield from (f"site {number} {status.st_dev} {status.st_ino} {address:x}" for address in addresses)
 
 
-def flags_left(without: Sequence[str]) -> list[str]:
+def list_unmasked_flags(without: Sequence[str]) -> list[str]:
     """This processor's integer flags that are not masked."""
     masked = {flag for name in without for flag in FLAGS[name]}
-    return [flag for flag in integer_flags() if flag not in masked]
+    return [flag for flag in read_integer_flags() if flag not in masked]
 
 
-def cpuid_addresses(library: Path) -> list[int]:
+def find_cpuid_addresses(library: Path) -> list[int]:
     """Where ``library`` executes ``cpuid``, as virtual addresses of its file."""
     content = library.read_bytes()
     return [
         address
-        for start, offset, size in _code_sections(library)
-        for found in re.finditer(re.escape(CPUID), content[offset : offset + size])
-        if _is_instruction(library, address := start + found.start(), start)
+        for start, offset, size in _iter_code_sections(library)
+        for match in re.finditer(re.escape(CPUID), content[offset : offset + size])
+        if _is_instruction(library, address := start + match.start(), start)
     ]
 
 
 def _is_instruction(library: Path, address: int, section: int) -> bool:
     """Whether ``cpuid`` begins at ``address``, and these two bytes are not the end of another instruction."""
-    window = [f"--start-address={max(section, address - RUN_UP)}", f"--stop-address={address + LONGEST}"]
+    window = [f"--start-address={max(section, address - RUN_UP)}", f"--stop-address={address + MAX_INSTRUCTION}"]
     listing = _run(["objdump", "--disassemble", "--no-show-raw-insn", *window, str(library)])
     return re.search(rf"^\s*{address:x}:\s+cpuid\b", listing, re.MULTILINE) is not None
 
 
-def _code_sections(library: Path) -> Iterator[tuple[int, int, int]]:
+def _iter_code_sections(library: Path) -> Iterator[tuple[int, int, int]]:
     """Virtual address, offset in the file and size of each section with code."""
     lines = _run(["objdump", "--section-headers", str(library)]).splitlines()
     for line, attributes in pairwise(lines):
@@ -115,11 +119,11 @@ def _code_sections(library: Path) -> Iterator[tuple[int, int, int]]:
             yield address, offset, size
 
 
-def _libraries() -> Iterator[Path]:
+def _iter_libraries() -> Iterator[Path]:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
-        for place in spec.submodule_search_locations or () if spec else ():
-            yield from (path for path in sorted(Path(place).rglob("*.so*")) if not path.is_symlink())
+        for folder in spec.submodule_search_locations or () if spec else ():
+            yield from (path for path in sorted(Path(folder).rglob("*.so*")) if not path.is_symlink())
 
 
 def _check_machine() -> None:
@@ -131,13 +135,13 @@ def _check_machine() -> None:
 
 
 def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_plain_environment())
-    if done.returncode:
-        raise QdeployError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+    completed = subprocess.run(command, capture_output=True, text=True, check=False, env=_make_plain_environment())
+    if completed.returncode:
+        raise QdeployError(f"`{' '.join(command)}` ended with {completed.returncode}: {completed.stderr.strip()}")
+    return completed.stdout
 
 
-def _plain_environment() -> Mapping[str, str]:
+def _make_plain_environment() -> Mapping[str, str]:
     return {**os.environ, "LC_ALL": "C"}  # objdump's words are parsed
 
 
@@ -147,8 +151,8 @@ def _plain_environment() -> Mapping[str, str]:
 def main(without: tuple[str, ...], command: tuple[str, ...]) -> None:
     """Run COMMAND as on a processor --without VNNI (and AMX), or AVX-512; exit as it does."""
     try:
-        with masked_environment(without) as masked:
-            sys.exit(subprocess.run(command, check=False, env={**os.environ, **masked}).returncode)
+        with mask_environment(without) as variables:
+            sys.exit(subprocess.run(command, check=False, env={**os.environ, **variables}).returncode)
     except (QdeployError, OSError) as exc:
         raise click.ClickException(str(exc)) from exc
 

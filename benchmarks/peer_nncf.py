@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qdeploy.spec import QuantSpec
+from qdeploy.calibrate.spec import QuantSpec
 
 Feeds = list[dict[str, NDArray]]
 LAYER_OPS = {"Convolution", "MatMul"}
@@ -21,7 +21,7 @@ class NncfSettings:
 
     transformer: ``model_type=TRANSFORMER``, which turns SmoothQuant on.
     full_bias_correction: ``fast_bias_correction=False``.
-    keep_list: quantize the layers that qdeploy quantizes alone.
+    keep_list: quantize only the layers that qdeploy quantizes.
     subset: feeds to use, evenly spaced; None: all of them.
     """
 
@@ -43,28 +43,28 @@ def quantize_with_nncf(float_unet: Path, feeds: Feeds, settings: NncfSettings, f
     import nncf
     import openvino as ov
 
-    chosen = feeds if settings.subset is None else evenly(feeds, settings.subset)
+    selected = feeds if settings.subset is None else space_evenly(feeds, settings.subset)
     model = ov.Core().read_model(float_unet)
     quantized = nncf.quantize(
         model,
-        nncf.Dataset(chosen),
+        nncf.Dataset(selected),
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER if settings.transformer else None,
         fast_bias_correction=not settings.full_bias_correction,
-        subset_size=len(chosen),
-        ignored_scope=scope_outside_layers(model) if settings.keep_list else None,
+        subset_size=len(selected),
+        ignored_scope=ignore_other_layers(model) if settings.keep_list else None,
     )
     out = folder / "model.xml"
     ov.save_model(quantized, out, compress_to_fp16=False)
     return out
 
 
-def evenly(feeds: Feeds, count: int) -> Feeds:
+def space_evenly(feeds: Feeds, count: int) -> Feeds:
     """``count`` of the feeds, evenly spaced over the set, which is ordered by timestep."""
     return [feeds[i * len(feeds) // count] for i in range(min(count, len(feeds)))]
 
 
-def scope_outside_layers(model: Any) -> Any:
+def ignore_other_layers(model: Any) -> Any:
     """``nncf.IgnoredScope`` of everything but the Conv and Linear layers that qdeploy quantizes."""
     import nncf
 

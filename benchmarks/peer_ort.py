@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.spec import QuantSpec
+from qdeploy.calibrate.spec import QuantSpec
 
 Feeds = list[dict[str, NDArray]]
 LAYER_OPS = ["Conv", "MatMul", "Gemm"]
@@ -21,7 +21,7 @@ class OrtSettings:
 
     method: ``MinMax``, ``Entropy`` or ``Percentile`` (99.999, its default).
     keep_list: quantize the layers that qdeploy quantizes, instead of every op it can.
-    outputs: put Q/DQ behind a layer too, as it does by default; False leaves the layer's output in float.
+    outputs: put Q/DQ after a layer too, as it does by default; False leaves the layer's output in float.
     """
 
     method: str
@@ -31,14 +31,14 @@ class OrtSettings:
     @property
     def note(self) -> str:
         layers = "qdeploy's layers" if self.keep_list else "all ops"
-        order = ", feeds shuffled" if self.shuffled else ""
+        order = ", feeds shuffled" if self.is_shuffled else ""
         return f"{self.method}, {layers}{'' if self.outputs else ', inputs and weights only'}{order}"
 
     @property
-    def shuffled(self) -> bool:
-        """Whether the feeds come in a drawn order: for the entropy of all ops, which is not to be had otherwise.
+    def is_shuffled(self) -> bool:
+        """Whether the feeds are shuffled: the entropy method on all ops does not finish otherwise.
 
-        Its search costs the square of a histogram's bins, and the first feeds fix their width: behind those of
+        Its search costs the square of a histogram's bins, and the first feeds fix their width: after those of
         timestep 1 the embedding's own tensor has 123,010 of them and takes hours. (Finer bins also search better:
         with qdeploy's layers, 25.7 dB in the recorded order and 23.8 shuffled.)
         """
@@ -50,35 +50,35 @@ def quantize_with_ort(float_unet: Path, feeds: Feeds, settings: OrtSettings, fol
     import onnxruntime.quantization as ortq
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    if settings.shuffled:
+    if settings.is_shuffled:
         feeds = [feeds[index] for index in np.random.default_rng(0).permutation(len(feeds))]
     prepared, out = folder / "prepared.onnx", folder / "model.onnx"
     quant_pre_process(float_unet, prepared)
     ortq.quantize_static(
         prepared,
         out,
-        _reader(feeds),
+        _make_reader(feeds),
         quant_format=ortq.QuantFormat.QDQ,
         activation_type=ortq.QuantType.QUInt8,
         weight_type=ortq.QuantType.QInt8,
         per_channel=True,
         calibrate_method=ortq.CalibrationMethod[settings.method],
         op_types_to_quantize=LAYER_OPS if settings.keep_list else None,
-        nodes_to_exclude=kept_nodes(prepared) if settings.keep_list else None,
+        nodes_to_exclude=list_excluded_nodes(prepared) if settings.keep_list else None,
         extra_options={
-            "CalibStridedMinMax": stride_of(len(feeds)),  # in spite of its name it strides every method
+            "CalibStridedMinMax": choose_stride(len(feeds)),  # in spite of its name it strides every method
             "OpTypesToExcludeOutputQuantization": [] if settings.outputs else LAYER_OPS,
         },
     )
     return out
 
 
-def stride_of(count: int) -> int:
+def choose_stride(count: int) -> int:
     """The largest stride up to STRIDE that divides ``count``, as ``quantize_static`` asks."""
     return next(stride for stride in range(min(STRIDE, count), 0, -1) if count % stride == 0)
 
 
-def kept_nodes(graph: Path) -> list[str]:
+def list_excluded_nodes(graph: Path) -> list[str]:
     """Layers on qdeploy's keep list, and attention's MatMuls of two activations."""
     import onnx
 
@@ -92,7 +92,7 @@ def kept_nodes(graph: Path) -> list[str]:
     ]
 
 
-def _reader(feeds: Feeds):  # noqa: ANN202 - a class of a library that is imported inside
+def _make_reader(feeds: Feeds):  # noqa: ANN202 - a class of a library that is imported inside
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):

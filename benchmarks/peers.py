@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.inputs import WorkFolder, peer_feeds
-from benchmarks.ours import OURS, Row, quantize_ours
+from benchmarks.inputs import WorkFolder, load_peer_feeds
+from benchmarks.ours import OURS, QualityRow, quantize_ours
 from benchmarks.peer_nncf import NncfSettings, quantize_with_nncf
 from benchmarks.peer_ort import OrtSettings, quantize_with_ort
-from qdeploy.bench.memory import peak_bytes
-from qdeploy.errors import QdeployError, UsageError
+from qdeploy.base.errors import QdeployError, UsageError
+from qdeploy.bench.memory import read_peak_bytes
 
 FULL_BIAS_CORRECTION_FEEDS = 320  # it runs parts of the model once per layer and feed: minutes, not hours
 
@@ -45,7 +45,7 @@ PEERS: dict[str, OrtSettings | NncfSettings] = {
 
 @dataclass(frozen=True)
 class PeerModel:
-    """A quantized UNet and what it took to make.
+    """A quantized UNet, and the time and memory of making it.
 
     path: ``model.onnx`` or OpenVINO's ``model.xml``, beneath the work folder.
     cpu_seconds: of all threads together, which other work on the machine changes little.
@@ -62,48 +62,48 @@ class PeerModel:
     note: str
 
 
-def make_apart(name: str, work: WorkFolder) -> PeerModel:
+def make_in_subprocess(name: str, work: WorkFolder) -> PeerModel:
     """Make the model called ``name`` in a fresh process, unless it is there already."""
-    receipt = work.model_of(name) / "made.json"
+    receipt = work.model_folder(name) / "made.json"
     if not receipt.exists():
         log = work.root / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             command = [sys.executable, "-m", "benchmarks.peers", name, str(work.root)]
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-        if done.returncode != 0:
-            raise QdeployError(f"making {name} failed with exit status {done.returncode}; its output is in {log}")
+            completed = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        if completed.returncode != 0:
+            raise QdeployError(f"making {name} failed with exit status {completed.returncode}; its output is in {log}")
     return PeerModel(**json.loads(receipt.read_text()))
 
 
-def make_here(name: str, work: WorkFolder) -> PeerModel:
-    """Make the model called ``name`` in this process and leave ``made.json`` beside it."""
-    make, engine, note = recipe(name, work)
-    folder = work.model_of(name)
+def make_in_process(name: str, work: WorkFolder) -> PeerModel:
+    """Make the model called ``name`` in this process and write ``made.json`` next to it."""
+    make, engine, note = choose_maker(name, work)
+    folder = work.model_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
-    idle = peak_bytes()
+    idle = read_peak_bytes()
     start = time.process_time()
     path = make()
     seconds = time.process_time() - start
-    made = PeerModel(name, str(path.relative_to(work.root)), engine, seconds, peak_bytes(), idle, note)
+    made = PeerModel(name, str(path.relative_to(work.root)), engine, seconds, read_peak_bytes(), idle, note)
     (folder / "made.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
     return made
 
 
-def recipe(name: str, work: WorkFolder) -> tuple[Callable[[], Path], str, str]:
+def choose_maker(name: str, work: WorkFolder) -> tuple[Callable[[], Path], str, str]:
     """How to make ``name``, the engine that runs it, and a note on its settings."""
     settings = PEERS.get(name) or next((row for row in OURS if row.name == name), None)
-    folder = work.model_of(name)
-    if isinstance(settings, Row):
+    folder = work.model_folder(name)
+    if isinstance(settings, QualityRow):
         return lambda: quantize_ours(settings, work), settings.engine, settings.note
     if settings is None:
         known = ", ".join([*PEERS, *(row.name for row in OURS)])
         raise UsageError(f"no row {name!r}; there are: {known}")
-    feeds = peer_feeds(work)
+    feeds = load_peer_feeds(work)
     if isinstance(settings, OrtSettings):
         return lambda: quantize_with_ort(work.float_unet, feeds, settings, folder), "ort-cpu", settings.note
     return lambda: quantize_with_nncf(work.float_unet, feeds, settings, folder), "openvino", settings.note
 
 
 if __name__ == "__main__":
-    make_here(sys.argv[1], WorkFolder(Path(sys.argv[2])))
+    make_in_process(sys.argv[1], WorkFolder(Path(sys.argv[2])))

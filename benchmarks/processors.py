@@ -1,7 +1,7 @@
-"""What int8 is worth with and without VNNI: ``python -m benchmarks.processors --size sd15``.
+"""Measure int8 with and without VNNI: ``python -m benchmarks.processors --size sd15``.
 
 The UNet in float32, in W8A8 as `ort-cpu` has it by default (weight codes within +-64) and in full range (+-127), each
-a session of ONNX Runtime, timed in turns. Run it by itself and as on older processors::
+a session of ONNX Runtime, timed in turn. Run it by itself and as on older processors::
 
     python -m benchmarks.processors
     python -m benchmarks.mask_cpu --without vnni -- python -m benchmarks.processors
@@ -23,13 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.inputs import MODEL
-from qdeploy.bench.quiet import until_quiet
-from qdeploy.cpu import cpu_model, integer_flags
-from qdeploy.engines.base import EngineOptions, Session, engine_named
-from qdeploy.files import staged_folder
-from qdeploy.models.components import Component, UNet, called_layers
-from qdeploy.spec import QuantSpec, target_named
-from qdeploy.table import Affine, ComponentQuant, LayerQuant
+from qdeploy.artifacts.table import Affine, ComponentQuant, LayerQuant
+from qdeploy.base.cpu import read_cpu_model, read_integer_flags
+from qdeploy.base.files import stage_folder
+from qdeploy.bench.idle import wait_until_idle
+from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.engines.base import EngineOptions, Session, load_engine
+from qdeploy.models.components import TorchComponent, UNet, trace_layers
+from qdeploy.targets.spec import get_target
 
 TARGET = "ort-cpu"
 STAND_IN = Affine(0.04, 120)  # of every activation
@@ -37,17 +38,17 @@ SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # the rest are diffusers
 
 
 @dataclass(frozen=True)
-class Row:
+class ProcessorRow:
     """One form of the UNet; ``largest_code`` of its weights."""
 
     name: str
     largest_code: int
 
 
-ROWS = (Row("fp32", 0), Row("w8a8", 64), Row("w8a8-full-range", 127))
+ROWS = (ProcessorRow("fp32", 0), ProcessorRow("w8a8", 64), ProcessorRow("w8a8-full-range", 127))
 
 
-def unet_of_size(size: str) -> tuple[Component, dict[str, NDArray]]:
+def load_unet(size: str) -> tuple[TorchComponent, dict[str, NDArray]]:
     """The float UNet and inputs of its static batch of 2: normal noise, timestep 500."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -66,28 +67,28 @@ def unet_of_size(size: str) -> tuple[Component, dict[str, NDArray]]:
     }
 
 
-def quantized_at(unet: Component, feeds: dict[str, NDArray], row: Row) -> Component:
+def quantize_unet(unet: TorchComponent, feeds: dict[str, NDArray], row: ProcessorRow) -> TorchComponent:
     """The simulator of ``row``: min-max weight scales, stand-in ranges."""
     import torch
 
-    from qdeploy.calibrate.observe import needs_output_range
-    from qdeploy.calibrate.weights import minmax_scale, nearest_codes
-    from qdeploy.simulate.twin import quantized_twin
+    from qdeploy.calibrate.ranges.observe import needs_output_range
+    from qdeploy.calibrate.ranges.weights import minmax_scale, round_to_nearest
+    from qdeploy.simulate.simulator import build_simulator
 
     spec, layers, macs = QuantSpec(), {}, {}
     codes = -row.largest_code, row.largest_code
-    for call in called_layers(unet, {name: torch.from_numpy(value) for name, value in feeds.items()}):
+    for call in trace_layers(unet, {name: torch.from_numpy(value) for name, value in feeds.items()}):
         if spec.keeps_float("unet", call.name):
             continue
         weight = call.module.weight.detach()
         scale = minmax_scale(weight, codes)
         layers[call.name] = LayerQuant(
-            nearest_codes(weight, scale, codes), scale.numpy(), 8, STAND_IN,
+            round_to_nearest(weight, scale, codes), scale.numpy(), 8, STAND_IN,
             output=STAND_IN if needs_output_range(call.module) else None,
             passes=2 if spec.takes_two_passes("unet", call.name) else 1,
         )  # fmt: skip
         macs[call.name] = call.macs
-    return quantized_twin(unet, ComponentQuant(layers, macs=macs), target_named(TARGET).conv_output_quantized)
+    return build_simulator(unet, ComponentQuant(layers, macs=macs), get_target(TARGET).conv_output_quantized)
 
 
 def make_graphs(size: str, folder: Path) -> None:
@@ -100,12 +101,12 @@ def make_graphs(size: str, folder: Path) -> None:
     from qdeploy.export.targets import lower
 
     torch.set_grad_enabled(False)
-    unet, feeds = unet_of_size(size)
+    unet, feeds = load_unet(size)
     example = {name: torch.from_numpy(value) for name, value in feeds.items()}
-    with staged_folder(folder) as scratch:
+    with stage_folder(folder) as scratch:
         for row in ROWS:
-            component = quantized_at(unet, feeds, row) if row.largest_code else unet
-            graph = graph_from_component(component, example, target_named(TARGET).opset)
+            component = quantize_unet(unet, feeds, row) if row.largest_code else unet
+            graph = graph_from_component(component, example, get_target(TARGET).opset)
             lower(graph, TARGET)
             (scratch / row.name).mkdir()
             save_graph(graph, scratch / row.name / GRAPH_FILE)
@@ -114,12 +115,12 @@ def make_graphs(size: str, folder: Path) -> None:
         np.savez(scratch / "feeds.npz", **feeds)  # type: ignore[arg-type]
 
 
-def seconds_in_turns(sessions: dict[str, Session], feeds: dict[str, NDArray], rounds: int) -> dict[str, list[float]]:
-    """Of every session, one run a round once the previous one's threads are idle; the first round does not count."""
+def time_in_turn(sessions: dict[str, Session], feeds: dict[str, NDArray], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every session, run in turn once the previous one's threads are idle; the first round is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for number in range(rounds + 1):
         for name, session in sessions.items():
-            until_quiet()
+            wait_until_idle()
             start = time.perf_counter()
             session.run(feeds)
             if number:
@@ -136,23 +137,22 @@ def seconds_in_turns(sessions: dict[str, Session], feeds: dict[str, NDArray], ro
 )
 @click.option("--rounds", default=15, show_default=True, help="Timed runs of each row.")
 def main(size: str, work: Path, rounds: int) -> None:
-    """Make the graphs that are missing, time them in turns, and print a row each."""
+    """Make the graphs that are missing, time them in turn, and print a row each."""
     folder = work / f"processors-{size}"
     if not folder.exists():
         make_graphs(size, folder)
     with np.load(folder / "feeds.npz", allow_pickle=False) as stored:
         feeds = dict(stored)
-    engine = engine_named(TARGET)
+    engine = load_engine(TARGET)
     sessions = {
         row.name: engine.open_session(
             folder / row.name / "model.onnx", EngineOptions(largest_weight_code=row.largest_code)
         )
         for row in ROWS
     }
-    seconds = seconds_in_turns(sessions, feeds, rounds)
-    click.echo(
-        f"{cpu_model()}, integer instructions: {' '.join(integer_flags()) or 'unknown'}; {size}, {rounds} rounds"
-    )
+    seconds = time_in_turn(sessions, feeds, rounds)
+    instructions = " ".join(read_integer_flags()) or "unknown"
+    click.echo(f"{read_cpu_model()}, integer instructions: {instructions}; {size}, {rounds} rounds")
     for name, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(own, seconds[ROWS[0].name], strict=True))
         click.echo(f"{name}: {statistics.median(own) * 1e3:.1f} ms a UNet step, {ratio:.2f} of fp32's")

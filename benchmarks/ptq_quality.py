@@ -1,6 +1,6 @@
-"""Quantization quality beside peers: ``python -m benchmarks.ptq_quality`` makes, measures and tabulates every row.
+"""Quantization quality compared with peers: ``python -m benchmarks.ptq_quality`` makes and measures every row.
 
-Inputs, models and figures stay in the work folder, so that a run that was cut goes on where it stopped.
+Inputs, models and figures stay in the work folder, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import click
 import numpy as np
 
 from benchmarks.inputs import MODEL, WorkFolder, make_inputs
-from benchmarks.ours import ENGINES, OURS, TABLE, Row, correction_of
-from benchmarks.peers import PEERS, PeerModel, make_apart
+from benchmarks.ours import ENGINES, OURS, TABLE, QualityRow, load_correction
+from benchmarks.peers import PEERS, PeerModel, make_in_subprocess
 from benchmarks.protocol import (
     Predict,
     Protocol,
@@ -27,23 +27,23 @@ from benchmarks.protocol import (
     predict_from_session,
     step_sqnr_db,
 )
-from qdeploy.bench.environment import environment
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import QdeployError
-from qdeploy.files import read_json, staged_file
+from qdeploy.artifacts.noise_correction import NoiseCorrection
+from qdeploy.artifacts.table import load_table
+from qdeploy.base.errors import QdeployError
+from qdeploy.base.files import read_json, stage_file
+from qdeploy.base.progress import OnProgress, show_progress
+from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.noise_correction import NoiseCorrection
-from qdeploy.progress import OnProgress, shown
-from qdeploy.simulate.twin import quantized_twin
-from qdeploy.table import load_table
+from qdeploy.reporting.environment import describe_environment
+from qdeploy.simulate.simulator import build_simulator
 
 HERE = Path(__file__).parent
 FLOAT_ROWS = {"float-ort-cpu": "ort-cpu", "float-openvino": "openvino"}
-SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-gptq-start")  # also in torch, with and without Q behind a Conv
+SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-gptq-start")  # also in torch, with and without Q after a Conv
 
 
 @dataclass(frozen=True)
-class Figures:
+class QualityFigures:
     """What is known of one row; the SQNR of the UNet's output and the PSNR of the pictures, against float."""
 
     name: str
@@ -69,64 +69,66 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What every measurement needs."""
+class QualityBench:
+    """The inputs of every measurement."""
 
     work: WorkFolder
     model: LatentDiffusion
     reference: Reference
     on_progress: OnProgress
 
-    def measured(self, name: str, engine: str, note: str, predict: Predict) -> Figures:
+    def measure(self, name: str, engine: str, note: str, predict: Predict) -> QualityFigures:
         """Both figures of one UNet."""
-        tell = prefixed(self.on_progress, name)
-        curve = step_sqnr_db(predict, self.reference, tell)
-        return Figures(name, engine, note, curve, pictures_psnr_db(predict, self.reference, self.model, tell))
+        report = prefix_progress(self.on_progress, name)
+        curve = step_sqnr_db(predict, self.reference, report)
+        return QualityFigures(name, engine, note, curve, pictures_psnr_db(predict, self.reference, self.model, report))
 
-    def of_graph(self, name: str, engine: str, note: str, path: Path) -> Figures:
+    def measure_graph(self, name: str, engine: str, note: str, path: Path) -> QualityFigures:
         """Both figures of a graph file in an engine."""
-        session = engine_named(engine).open_session(path, EngineOptions())
+        session = load_engine(engine).open_session(path, EngineOptions())
         try:
-            return self.measured(name, engine, note, predict_from_session(session))
+            return self.measure(name, engine, note, predict_from_session(session))
         finally:
             session.close()
 
-    def of_float(self, name: str) -> Figures:
+    def measure_float(self, name: str) -> QualityFigures:
         """The sanity row: the float graph itself, some 100 dB from torch."""
-        return self.of_graph(name, FLOAT_ROWS[name], "the float graph that peers start from", self.work.float_unet)
+        return self.measure_graph(name, FLOAT_ROWS[name], "the float graph that peers start from", self.work.float_unet)
 
-    def of_made(self, name: str) -> Figures:
+    def measure_made(self, name: str) -> QualityFigures:
         """A peer's or our own quantized graph, made first where it is missing."""
-        made = make_apart(name, self.work)
-        return with_costs(self.of_graph(name, made.engine, made.note, self.work.root / made.path), made)
+        made = make_in_subprocess(name, self.work)
+        return add_costs(self.measure_graph(name, made.engine, made.note, self.work.root / made.path), made)
 
-    def of_ours(self, row: Row, engine: str) -> Figures:
+    def measure_ours(self, row: QualityRow, engine: str) -> QualityFigures:
         """Our table as ``engine`` really runs it, noise correction included."""
-        made = make_apart(row.name, self.work)
-        session = engine_named(engine).open_session(self.work.model_of(row.name) / f"{engine}.onnx", EngineOptions())
-        correction = correction_of(row, self.work)
+        made = make_in_subprocess(row.name, self.work)
+        session = load_engine(engine).open_session(self.work.model_folder(row.name) / f"{engine}.onnx", EngineOptions())
+        correction = load_correction(row, self.work)
         predict = predict_from_session(session)
         try:
-            figures = self.measured(
-                engine_row(row, engine),
+            figures = self.measure(
+                name_engine_row(row, engine),
                 engine,
                 row.note,
-                predict if correction is None else corrected(predict, correction),
+                predict if correction is None else apply_correction(predict, correction),
             )
         finally:
             session.close()
-        return with_costs(figures, made)
+        return add_costs(figures, made)
 
-    def of_simulated(self, row: Row, conv_output_quantized: bool) -> Figures:
-        """Our table in the torch simulator: what the Q that ONNX Runtime needs behind a Conv costs."""
-        make_apart(row.name, self.work)
-        table = load_table(self.work.model_of(row.name) / TABLE)
-        twin = quantized_twin(self.model.unet, table.components["unet"].in_half_range(), conv_output_quantized)
-        note = f"the table of {row.name}, {'with' if conv_output_quantized else 'without'} Q behind Conv"
-        return self.measured(simulated_row(row.name, conv_output_quantized), "torch", note, predict_from_module(twin))
+    def measure_simulated(self, row: QualityRow, conv_output_quantized: bool) -> QualityFigures:
+        """Our table in the torch simulator: what the Q that ONNX Runtime needs after a Conv costs."""
+        make_in_subprocess(row.name, self.work)
+        table = load_table(self.work.model_folder(row.name) / TABLE)
+        simulator = build_simulator(self.model.unet, table.components["unet"].in_half_range(), conv_output_quantized)
+        note = f"the table of {row.name}, {'with' if conv_output_quantized else 'without'} Q after Conv"
+        return self.measure(
+            name_simulated_row(row.name, conv_output_quantized), "torch", note, predict_from_module(simulator)
+        )
 
 
-def with_costs(figures: Figures, made: PeerModel) -> Figures:
+def add_costs(figures: QualityFigures, made: PeerModel) -> QualityFigures:
     return replace(
         figures,
         make_cpu_seconds=made.cpu_seconds,
@@ -135,73 +137,73 @@ def with_costs(figures: Figures, made: PeerModel) -> Figures:
     )
 
 
-def prefixed(on_progress: OnProgress, name: str) -> OnProgress:
+def prefix_progress(on_progress: OnProgress, name: str) -> OnProgress:
     """``on_progress`` whose bars say which row they belong to."""
 
-    def tell(what: str, done: int, total: int, note: str = "") -> None:
-        on_progress(f"{name}: {what}", done, total, note)
+    def report(task: str, done: int, total: int, note: str = "") -> None:
+        on_progress(f"{name}: {task}", done, total, note)
 
-    return tell
+    return report
 
 
-def corrected(predict: Predict, correction: NoiseCorrection) -> Predict:
+def apply_correction(predict: Predict, correction: NoiseCorrection) -> Predict:
     """``predict`` with the table's noise correction, as the runtime applies it."""
-    return lambda sample, timestep, context: correction.corrected(predict(sample, timestep, context), timestep)
+    return lambda sample, timestep, context: correction.apply(predict(sample, timestep, context), timestep)
 
 
-def engine_row(row: Row, engine: str) -> str:
-    """Rows in the engine that needs no Q behind a Conv are told apart by its name."""
+def name_engine_row(row: QualityRow, engine: str) -> str:
+    """Rows in the engine that needs no Q after a Conv have its name added."""
     return row.name if engine == row.engine else f"{row.name}-{engine}"
 
 
-def simulated_row(name: str, conv_output_quantized: bool) -> str:
+def name_simulated_row(name: str, conv_output_quantized: bool) -> str:
     """Name of a row measured in the simulator."""
     return f"{name}-simulated" + ("" if conv_output_quantized else "-float-conv-output")
 
 
-def all_rows(bench: Bench) -> dict[str, Callable[[], Figures]]:
+def list_rows(bench: QualityBench) -> dict[str, Callable[[], QualityFigures]]:
     """Every row's name and how to measure it, float first, then ours, then peers."""
-    rows: dict[str, Callable[[], Figures]] = {name: partial(bench.of_float, name) for name in FLOAT_ROWS}
+    rows: dict[str, Callable[[], QualityFigures]] = {name: partial(bench.measure_float, name) for name in FLOAT_ROWS}
     for row in OURS:
         for engine in ENGINES:
-            rows[engine_row(row, engine)] = partial(bench.of_ours, row, engine)
+            rows[name_engine_row(row, engine)] = partial(bench.measure_ours, row, engine)
         for quantized in (True, False) if row.name in SIMULATED else ():
-            rows[simulated_row(row.name, quantized)] = partial(bench.of_simulated, row, quantized)
-    return rows | {name: partial(bench.of_made, name) for name in PEERS}
+            rows[name_simulated_row(row.name, quantized)] = partial(bench.measure_simulated, row, quantized)
+    return rows | {name: partial(bench.measure_made, name) for name in PEERS}
 
 
-def read_figures(work: WorkFolder, name: str) -> Figures | None:
+def read_figures(work: WorkFolder, name: str) -> QualityFigures | None:
     """A row measured before; None when it was not."""
-    path = work.figures_of(name)
-    return Figures(**read_json(path)) if path.exists() else None
+    path = work.figures_path(name)
+    return QualityFigures(**read_json(path)) if path.exists() else None
 
 
-def take_over(work: WorkFolder, report: Path, reference: Reference) -> None:
+def import_rows(work: WorkFolder, report: Path, reference: Reference) -> None:
     """Put the rows of an earlier report of the same model and protocol into a work folder that lacks them."""
     if not report.exists():
         return
-    found = read_json(report)
-    if (found["model_sha256"], found["protocol"]) != (reference.model_sha256, asdict(reference.protocol)):
+    document = read_json(report)
+    if (document["model_sha256"], document["protocol"]) != (reference.model_sha256, asdict(reference.protocol)):
         return
-    names = [field.name for field in fields(Figures)]
-    for row in found["rows"]:
+    names = [field.name for field in fields(QualityFigures)]
+    for row in document["rows"]:
         if read_figures(work, row["name"]) is None:
-            write_figures(work, Figures(**{name: row[name] for name in names}))
+            write_figures(work, QualityFigures(**{name: row[name] for name in names}))
 
 
-def write_figures(work: WorkFolder, figures: Figures) -> None:
-    with staged_file(work.figures_of(figures.name)) as scratch:
+def write_figures(work: WorkFolder, figures: QualityFigures) -> None:
+    with stage_file(work.figures_path(figures.name)) as scratch:
         scratch.write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
 
 
-def forget(work: WorkFolder, name: str) -> None:
+def drop_row(work: WorkFolder, name: str) -> None:
     """Drop a row's figures and its model, so that it is made and measured anew."""
-    work.figures_of(name).unlink(missing_ok=True)
+    work.figures_path(name).unlink(missing_ok=True)
     if "-simulated" not in name:
-        shutil.rmtree(work.model_of(name.removesuffix("-openvino")), ignore_errors=True)
+        shutil.rmtree(work.model_folder(name.removesuffix("-openvino")), ignore_errors=True)
 
 
-def table_of(rows: Sequence[Figures]) -> str:
+def format_table(rows: Sequence[QualityFigures]) -> str:
     """The Markdown table."""
     lines = [
         "| row | engine | UNet SQNR mean, dB | worst step, dB | picture PSNR, dB | CPU minutes | peak RAM, GB | how |",
@@ -217,14 +219,14 @@ def table_of(rows: Sequence[Figures]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(rows: Sequence[Figures], reference: Reference, out: Path) -> None:
-    """``out`` with everything and, beside it, the table in ``.md``."""
+def write_report(rows: Sequence[QualityFigures], reference: Reference, out: Path) -> None:
+    """Write everything to ``out`` and, next to it, the table as ``.md``."""
     report = {
         "model": MODEL,
         "model_sha256": reference.model_sha256,
         "protocol": asdict(reference.protocol),
         "timesteps": reference.timestep.tolist(),
-        "environment": environment_of(),
+        "environment": describe_setup(),
         "rows": [
             asdict(row)
             | {"mean_sqnr_db": row.mean_sqnr_db, "worst_sqnr_db": row.worst_sqnr_db, "mean_psnr_db": row.mean_psnr_db}
@@ -232,15 +234,15 @@ def write_report(rows: Sequence[Figures], reference: Reference, out: Path) -> No
         ],
     }
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(table_of(rows), encoding="utf-8")
+    out.with_suffix(".md").write_text(format_table(rows), encoding="utf-8")
 
 
-def environment_of() -> dict[str, object]:
+def describe_setup() -> dict[str, object]:
     """Machine and package versions, the peers' included."""
     from importlib import metadata
 
     peers = {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime", "openvino", "nncf")}
-    return environment(["ort-cpu"], threads=None) | {"packages": peers}
+    return describe_environment(["ort-cpu"], threads=None) | {"packages": peers}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -248,34 +250,34 @@ def environment_of() -> dict[str, object]:
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "ptq_quality.json", help="Report to write.")
 @click.option("--only", multiple=True, metavar="NAME", help="Make and measure this row anew; may be given again.")
 @click.option("--pictures", default=64, show_default=True, help="Fresh prompts to measure on.")
-@click.option("--steps", default=25, show_default=True, help="Sampler steps, of calibration and measurement.")
+@click.option("--steps", default=25, show_default=True, help="Denoising steps, of calibration and measurement.")
 @click.option("--samples", default=64, show_default=True, help="Trajectories to calibrate on.")
 def main(work: Path, out: Path, only: tuple[str, ...], pictures: int, steps: int, samples: int) -> None:
     """Measure every row that has no figures yet, or those of --only, and write the report of all that have."""
     folder = WorkFolder(work.absolute())
     model = load_model(MODEL)
     protocol = Protocol(pictures=pictures, steps=steps, calibrated=samples)
-    with shown() as on_progress:
+    with show_progress() as on_progress:
         reference = make_inputs(folder, model, protocol, on_progress)
-        take_over(folder, out, reference)
-        rows = all_rows(Bench(folder, model, reference, on_progress))
+        import_rows(folder, out, reference)
+        rows = list_rows(QualityBench(folder, model, reference, on_progress))
         unknown = sorted(set(only) - set(rows))
         if unknown:
             raise click.UsageError(f"no row {', '.join(unknown)}; there are: {', '.join(rows)}")
         for name in only:
-            forget(folder, name)
+            drop_row(folder, name)
         chosen = only or [name for name in rows if read_figures(folder, name) is None]
         for done, name in enumerate(chosen):
             on_progress("rows", done, len(chosen))
             measure_row(folder, name, rows[name])
             on_progress("rows", done + 1, len(chosen))
-    known = [figures for name in rows if (figures := read_figures(folder, name)) is not None]
-    write_report(known, reference, out)
-    click.echo(table_of(known))
+    measured = [figures for name in rows if (figures := read_figures(folder, name)) is not None]
+    write_report(measured, reference, out)
+    click.echo(format_table(measured))
 
 
-def measure_row(work: WorkFolder, name: str, measure: Callable[[], Figures]) -> None:
-    """Measure and keep one row; one that fails is told and does not stop the others."""
+def measure_row(work: WorkFolder, name: str, measure: Callable[[], QualityFigures]) -> None:
+    """Measure and keep one row; one that fails is reported and does not stop the others."""
     try:
         figures = measure()
     except QdeployError as exc:

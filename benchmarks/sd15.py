@@ -1,7 +1,7 @@
 """Quantizing at Stable Diffusion 1.5's size: ``python -m benchmarks.sd15`` measures time and memory of each step.
 
-The weights are random, for they cannot be shipped: what is measured depends on shapes alone. Each step
-runs in a process of its own and leaves a receipt, so that a run that was cut goes on where it stopped.
+The weights are random, for they cannot be shipped: the measurements depend only on shapes. Each step
+runs in a process of its own and leaves a receipt, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.ptq_quality import environment_of
-from qdeploy.bench.memory import peak_bytes
+from benchmarks.ptq_quality import describe_setup
+from qdeploy.artifacts.table import ComponentQuant, load_table, save_table
+from qdeploy.base.errors import QdeployError
+from qdeploy.base.files import read_json, stage_file, stage_folder
+from qdeploy.base.progress import show_progress
+from qdeploy.bench.memory import read_peak_bytes
 from qdeploy.calibrate.dataset import load_calibration, save_calibration
-from qdeploy.calibrate.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.calibrate.reconstruct import reconstruct
-from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
-from qdeploy.calibrate.units import Unit, units_of
-from qdeploy.errors import QdeployError
-from qdeploy.files import read_json, staged_file, staged_folder
-from qdeploy.models.source import load_model, model_folder
-from qdeploy.progress import shown
-from qdeploy.spec import EFFORTS, QuantSpec
-from qdeploy.table import ComponentQuant, load_table, save_table
+from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
+from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
+from qdeploy.calibrate.rounding.reconstruct import reconstruct
+from qdeploy.calibrate.rounding.units import Unit, group_into_units
+from qdeploy.calibrate.spec import EFFORTS, QuantSpec
+from qdeploy.models.source import find_model_folder, load_model
 
 HERE = Path(__file__).parent
 UNET: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)  # the rest are diffusers' defaults
@@ -48,7 +48,7 @@ TEXT: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
 )
 TOKENS = 77
-SAMPLES, SAMPLER_STEPS = 4, 8
+SAMPLES, STEPS_TO_RECORD = 4, 8
 TIMED_ITERATIONS = 12
 
 
@@ -70,62 +70,68 @@ def make_model(work: Path) -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    small = model_folder("builtin:emoji")  # lends its tokenizer and sampler; what words mean does not matter here
-    with staged_folder(work / "model") as folder:
+    small = find_model_folder("builtin:emoji")  # for its tokenizer and scheduler; the meaning of words does not matter
+    with stage_folder(work / "model") as folder:
         for part in ("tokenizer", "scheduler"):
             shutil.copytree(small / part, folder / part)
         shutil.copy(small / "model_index.json", folder)
         config = folder / "tokenizer" / "tokenizer_config.json"
         config.write_text(json.dumps(read_json(config) | {"model_max_length": TOKENS}))
         unet: Any = UNet2DConditionModel(**UNET)
-        half(unet).save_pretrained(folder / "unet")
-        half(AutoencoderKL(**VAE)).save_pretrained(folder / "vae")
-        half(CLIPTextModel(CLIPTextConfig(**TEXT))).save_pretrained(folder / "text_encoder")
+        convert_to_half(unet).save_pretrained(folder / "unet")
+        convert_to_half(AutoencoderKL(**VAE)).save_pretrained(folder / "vae")
+        convert_to_half(CLIPTextModel(CLIPTextConfig(**TEXT))).save_pretrained(folder / "text_encoder")
     return {"UNet parameters": sum(weight.numel() for weight in unet.parameters())}
 
 
-def half(module: Any) -> Any:
+def convert_to_half(module: Any) -> Any:
     """``module`` in float16."""
     return module.half()
 
 
 def calibrate(work: Path) -> dict[str, Any]:
     """Record trajectories of the float model."""
-    settings = TimestepAware(SAMPLES, SAMPLER_STEPS, SAMPLER_STEPS, batch=2)
+    settings = TimestepAwareSettings(SAMPLES, STEPS_TO_RECORD, STEPS_TO_RECORD, batch=2)
     model = load_model(str(work / "model"))
     prompts = draw_prompts(read_prompts(None, model.folder), SAMPLES, seed=0)
-    with shown() as on_progress:
-        found = record_trajectories(model, prompts, settings, on_progress)
-    save_calibration(found, work / "calibration.safetensors")
-    return {"UNet inputs": found.count("unet")}
+    with show_progress() as on_progress:
+        calibration = record_trajectories(model, prompts, settings, on_progress)
+    save_calibration(calibration, work / "calibration.safetensors")
+    return {"UNet inputs": calibration.count("unet")}
 
 
 def quantize(work: Path) -> dict[str, Any]:
     """The default W8A8 table of all components."""
     path = work / "w8a8.safetensors"
     model, calibration = load_model(str(work / "model")), load_calibration(work / "calibration.safetensors")
-    with shown() as on_progress:
+    with show_progress() as on_progress:
         save_table(quantize_model(model, calibration, QuantSpec(), on_progress), path)
     return {"table bytes": path.stat().st_size}
 
 
 def adaround(work: Path, device: str = "cpu") -> dict[str, Any]:
-    """AdaRound's time an iteration on the block with the most MACs, and what that means for the whole UNet."""
+    """AdaRound's time per iteration on the block with the most MACs, and the estimate for the whole UNet."""
     model = load_model(str(work / "model"))
     quant = load_table(work / "w8a8.safetensors").components["unet"]
-    units = units_of(model.unet.inner, quant.layers)
-    largest = max(units, key=lambda unit: macs_of(quant, unit))
-    alone = replace(quant, layers={layer: quant.layers[layer] for layer in largest.layers})
+    units = group_into_units(model.unet.inner, quant.layers)
+    largest = max(units, key=lambda unit: count_macs(quant, unit))
+    block_quant = replace(quant, layers={layer: quant.layers[layer] for layer in largest.layers})
     standard = EFFORTS["standard"]
     settings = replace(standard, iterations=TIMED_ITERATIONS, samples=4 * standard.batch, device=device)
     ticks: list[float] = []
     calibration = load_calibration(work / "calibration.safetensors")
     reconstruct(
-        model.unet, alone, calibration, "unet", settings, lambda *_: ticks.append(time.perf_counter()), work / "blocks"
+        model.unet,
+        block_quant,
+        calibration,
+        "unet",
+        settings,
+        lambda *_: ticks.append(time.perf_counter()),
+        work / "blocks",
     )
     shutil.rmtree(work / "blocks")
     iteration = float(np.median(np.diff(ticks)))
-    share = macs_of(quant, largest) / sum(macs_of(quant, unit) for unit in units)
+    share = count_macs(quant, largest) / sum(count_macs(quant, unit) for unit in units)
     row = iteration / share / settings.batch  # seconds for one sample through all blocks, forth and back
     return {
         "largest block": largest.name,
@@ -137,7 +143,7 @@ def adaround(work: Path, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def macs_of(quant: ComponentQuant, unit: Unit) -> int:
+def count_macs(quant: ComponentQuant, unit: Unit) -> int:
     return sum(quant.macs[layer] for layer in unit.layers)
 
 
@@ -150,64 +156,66 @@ STEPS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def steps_here() -> list[str]:
+def list_steps() -> list[str]:
     """All steps; without a GPU those that need none."""
     import torch
 
     return [step for step in STEPS if torch.cuda.is_available() or not step.endswith("-cuda")]
 
 
-def run_apart(step: str, work: Path) -> Receipt:
+def run_in_subprocess(step: str, work: Path) -> Receipt:
     """``step`` in a process of its own, unless its receipt is there."""
     path = work / f"{step}.json"
     if not path.exists():
         command = [sys.executable, "-m", "benchmarks.sd15", "--step", step, "--work", str(work)]
         if subprocess.run(command, check=False).returncode != 0:
-            raise QdeployError(f"step {step} failed; what it said is above")
+            raise QdeployError(f"step {step} failed; its output is above")
     return Receipt(**json.loads(path.read_text()))
 
 
-def run_here(step: str, work: Path) -> None:
+def run_in_process(step: str, work: Path) -> None:
     """``step`` in this process; its receipt is written when it is done."""
     start, start_cpu = time.perf_counter(), time.process_time()
     facts = STEPS[step](work)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    receipt = Receipt(step, seconds, cpu_seconds, peak_bytes(), facts)
-    with staged_file(work / f"{step}.json") as scratch:
+    receipt = Receipt(step, seconds, cpu_seconds, read_peak_bytes(), facts)
+    with stage_file(work / f"{step}.json") as scratch:
         scratch.write_text(json.dumps(asdict(receipt), indent=1) + "\n", encoding="utf-8")
 
 
-def table_of(receipts: list[Receipt]) -> str:
+def format_table(receipts: list[Receipt]) -> str:
     """The Markdown table."""
     lines = ["| step | minutes | CPU minutes | peak RAM, GB | |", "|---|--:|--:|--:|---|"]
-    for one in receipts:
-        facts = "; ".join(f"{key}: {told(value)}" for key, value in one.facts.items())
-        minutes, cpu_minutes = one.seconds / 60, one.cpu_seconds / 60
-        lines.append(f"| {one.step} | {minutes:.1f} | {cpu_minutes:.1f} | {one.peak_rss_bytes / 1e9:.1f} | {facts} |")
+    for receipt in receipts:
+        facts = "; ".join(f"{key}: {format_fact(value)}" for key, value in receipt.facts.items())
+        minutes, cpu_minutes = receipt.seconds / 60, receipt.cpu_seconds / 60
+        lines.append(
+            f"| {receipt.step} | {minutes:.1f} | {cpu_minutes:.1f} | {receipt.peak_rss_bytes / 1e9:.1f} | {facts} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def told(value: Any) -> str:
+def format_fact(value: Any) -> str:
     """A fact for the table."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {told(found)}" for key, found in value.items())
+        return ", ".join(f"{key} {format_fact(part)}" for key, part in value.items())
     return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--work", type=click.Path(path_type=Path), default=HERE / "work" / "sd15", help="Folder of what is made.")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "sd15.json", help="Report to write.")
-@click.option("--step", type=click.Choice(list(STEPS)), help="Run this step alone, in this process.")
+@click.option("--step", type=click.Choice(list(STEPS)), help="Run only this step, in this process.")
 def main(work: Path, out: Path, step: str | None) -> None:
     """Measure every step that has no receipt yet, then print all; adaround-cuda only where there is a GPU."""
     work.mkdir(parents=True, exist_ok=True)
     if step is not None:
-        run_here(step, work)
+        run_in_process(step, work)
         return
-    receipts = [run_apart(name, work) for name in steps_here()]
-    report = {"environment": environment_of(), "steps": [asdict(receipt) for receipt in receipts]}
+    receipts = [run_in_subprocess(name, work) for name in list_steps()]
+    report = {"environment": describe_setup(), "steps": [asdict(receipt) for receipt in receipts]}
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    click.echo(table_of(receipts))
+    click.echo(format_table(receipts))
 
 
 if __name__ == "__main__":

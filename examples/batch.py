@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import qdeploy
-from qdeploy.errors import RequestError
+from qdeploy.base.errors import RequestError
 
 bundle, prompts, out = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8").splitlines(), Path(sys.argv[3])
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, HTTPException, Response
 
 import qdeploy
-from qdeploy.errors import DeadlineError, RequestError
+from qdeploy.base.errors import DeadlineError, RequestError
 
 
 @asynccontextmanager

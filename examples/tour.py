@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 import qdeploy
-from qdeploy.errors import CancelledError, DeadlineError, RequestError
+from qdeploy.base.errors import CancelledError, DeadlineError, RequestError
 
 out = Path("tour")
 out.mkdir(exist_ok=True)
 
 with qdeploy.load(sys.argv[1], threads=2) as pipe:
-    # Text to image: the seed decides all, whatever runs beside or else is in the batch.
+    # Text to image: the seed decides all, whatever runs concurrently or is in the batch.
     cat = pipe("a cat", negative_prompt="blue", steps=10, guidance_scale=5.0, guidance_rescale=0.3, seed=1)
     cat.images[0].save(out / "cat.png")
     print("milliseconds:", {name: round(spent) for name, spent in cat.timings_ms.items()})

@@ -1,4 +1,4 @@
-"""The command line's entry: finds the command, and turns expected errors into one paragraph and an exit code."""
+"""The command line's entry point: finds the command, and turns expected errors into one paragraph and an exit code."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import click
 
 from qdeploy import __version__
-from qdeploy.commands import command_named, command_names
-from qdeploy.errors import QdeployError
+from qdeploy.base.errors import QdeployError
+from qdeploy.commands import find_commands, load_command
 
 
 class Commands(click.Group):
     """The commands of ``qdeploy.commands``, each imported when asked for; exit codes 1 (failed) and 2 (misuse)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return command_names()
+        return find_commands()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return command_named(cmd_name)
+        return load_command(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The whole way on the built-in model: calibrate, quantize, export, run beside the float twin, measure, report."""
+"""The whole workflow on the built-in model: calibrate, quantize, export, run with the float bundle, measure, report."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.bench.measure import measure
-from qdeploy.bench.plan import BenchSettings, contenders
-from qdeploy.bench.report import Row, markdown, overview
-from qdeploy.bench.store import write_measurement
+from qdeploy.artifacts.table import save_table
+from qdeploy.base.files import stage_file
+from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.bench.measure import run_bench
+from qdeploy.bench.report import build_overview_table
+from qdeploy.bench.settings import BenchSettings, list_contenders
+from qdeploy.bench.store import write_bench_run
 from qdeploy.calibrate.dataset import save_calibration
-from qdeploy.calibrate.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
+from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
+from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.exporter import export_bundle
-from qdeploy.files import staged_file
 from qdeploy.models.source import load_model
-from qdeploy.picture_grid import amplified_difference, grid
-from qdeploy.progress import OnProgress, silent
+from qdeploy.reporting.picture_grid import amplify_difference, draw_grid
+from qdeploy.reporting.tables import Row, format_markdown
 from qdeploy.runtime.image import image_from_pixels
 from qdeploy.runtime.pipeline import load
-from qdeploy.spec import QuantSpec, target_named
-from qdeploy.table import save_table
+from qdeploy.targets.spec import get_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,7 +44,7 @@ GAIN = 8  # of the differences in the grid
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo left behind."""
+    """What the demo has written."""
 
     folder: Path
     header: Row
@@ -53,25 +55,25 @@ def run_demo(
     folder: Path,
     source: str = "builtin:emoji",
     samples: int = 16,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     *,
     steps: int = STEPS,
     rounds: int = ROUNDS,
 ) -> DemoResult:
     """Make ``folder`` hold the calibration set, the table, both bundles, the picture grid and the report.
 
-    samples: trajectories to calibrate on. steps: of the sampler, in calibration, pictures and measurement. rounds: of
+    samples: trajectories to calibrate on. steps: of denoising, in calibration, pictures and measurement. rounds: of
     the measurement.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(source)
-    recording = TimestepAware(samples=samples, guidance_scale=GUIDANCE, steps=steps, record=steps)
+    recording = TimestepAwareSettings(samples=samples, guidance_scale=GUIDANCE, steps=steps, record=steps)
     prompts = draw_prompts(read_prompts(None, model.folder), recording.samples, recording.seed)
     calibration = record_trajectories(model, prompts, recording, on_progress)
     save_calibration(calibration, folder / "calibration.safetensors")
     table = quantize_model(model, calibration, QuantSpec(), on_progress)
     save_table(table, folder / "w8a8.safetensors")
-    target = target_named("ort-cpu")
+    target = get_target("ort-cpu")
     bundles = {"fp32": folder / "fp32", "w8a8": folder / "w8a8"}
     export_bundle(model, None, target, bundles["fp32"], on_progress)
     export_bundle(model, table, target, bundles["w8a8"], on_progress)
@@ -83,8 +85,8 @@ def run_demo(
             results = [pipe(prompt, seed=SEED, guidance_scale=GUIDANCE, steps=steps) for prompt in PROMPTS]
             pixels[name] = [result.pixels[0] for result in results]
             on_progress("generate: pictures", done, 2)
-        with staged_file(folder / "grid.png") as scratch:
-            picture_grid(pixels["FP32"], pixels["W8A8"]).save(scratch, format="PNG")
+        with stage_file(folder / "grid.png") as scratch:
+            draw_picture_grid(pixels["FP32"], pixels["W8A8"]).save(scratch, format="PNG")
     settings = BenchSettings(
         prompt=PROMPTS[0],
         steps=steps,
@@ -94,25 +96,25 @@ def run_demo(
         fresh_starts=2,
         compared=PROMPTS[:3],
     )
-    run = measure(contenders(list(bundles.values())), settings, on_progress)
+    run = run_bench(list_contenders(list(bundles.values())), settings, on_progress)
     if not run.complete:
-        raise KeyboardInterrupt  # half a demo is none
-    header, rows = overview(run)
-    write_measurement(folder / "bench.json", run)
+        raise KeyboardInterrupt  # an incomplete demo is not kept
+    header, rows = build_overview_table(run)
+    write_bench_run(folder / "bench.json", run)
     write_report(folder / "report.md", header, rows, run.environment)
     return DemoResult(folder, header, rows)
 
 
-def picture_grid(float_pixels: Sequence[Pixels], int8_pixels: Sequence[Pixels]) -> Image:
+def draw_picture_grid(float_pixels: Sequence[Pixels], int8_pixels: Sequence[Pixels]) -> Image:
     """Both bundles' pictures of every prompt, ``uint8[H, W, 3]`` each, and under them their amplified difference."""
-    differences = [amplified_difference(*two, GAIN) for two in zip(int8_pixels, float_pixels, strict=True)]
+    differences = [amplify_difference(*pair, GAIN) for pair in zip(int8_pixels, float_pixels, strict=True)]
     rows = {"FP32": float_pixels, "W8A8": int8_pixels, f"difference\n×{GAIN}": differences}
-    return grid([(name, [image_from_pixels(one) for one in row]) for name, row in rows.items()], PROMPTS)
+    return draw_grid([(name, [image_from_pixels(one) for one in row]) for name, row in rows.items()], PROMPTS)
 
 
 def write_report(path: Path, header: Row, rows: Sequence[Row], about: dict[str, str]) -> None:
     """The table, where it was measured, and the pictures, as Markdown."""
     facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    text = f"# FP32 beside W8A8\n\n{markdown(header, rows)}\n## Measured on\n\n{facts}\n\n![pictures](grid.png)\n"
-    with staged_file(path) as scratch:
+    text = f"# FP32 and W8A8\n\n{format_markdown(header, rows)}\n## Measured on\n\n{facts}\n\n![pictures](grid.png)\n"
+    with stage_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")

@@ -1,109 +1,45 @@
-"""Every exception that qdeploy raises on purpose; what a caller may catch.
-
-::
-
-    QdeployError                     base; its text is one readable paragraph
-    ├── UsageError (ValueError)      a wrong argument or option                  exit code 2
-    ├── ModelError                   a model folder or checkpoint cannot be read
-    ├── CalibrationError             a calibration set is wrong or does not fit the model
-    ├── PictureError                 a picture, or a set of them, cannot be read or used
-    ├── TableError                   a QuantTable is wrong or does not fit the model
-    ├── ExportError                  a graph could not be made
-    │   ├── AuditError               a layer that should run in integers does not
-    │   └── ParityError              engine and simulator disagree
-    ├── BundleError                  a bundle is incomplete, changed or hostile
-    ├── EngineError                  an engine failed while loading or running, or was closed
-    │   ├── EngineUnavailableError   the engine is not installed here
-    │   └── NonFiniteError           a component put out NaN or infinity
-    ├── PackageMissingError          an option needs a package that is not installed
-    ├── RegressionError              a figure is worse than before, by more than noise
-    ├── RequestError (ValueError)    a prompt, size, step count … that cannot be served
-    └── CancelledError               a request was stopped by its callback or its `cancel` event
-        └── DeadlineError            its deadline passed
-"""
+"""The exceptions of :mod:`qdeploy.base.errors`, under the name that users import them by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from qdeploy.base.errors import (
+    AuditError,
+    BundleError,
+    CalibrationError,
+    CancelledError,
+    DeadlineError,
+    EngineError,
+    EngineUnavailableError,
+    ExportError,
+    ModelError,
+    NonFiniteError,
+    PackageMissingError,
+    ParityError,
+    PictureError,
+    QdeployError,
+    RegressionError,
+    RequestError,
+    TableError,
+    UsageError,
+)
 
-
-class QdeployError(Exception):
-    """Base of all errors that qdeploy raises on purpose."""
-
-    exit_code = 1
-
-
-class UsageError(QdeployError, ValueError):
-    """A wrong argument or option."""
-
-    exit_code = 2
-
-
-class ModelError(QdeployError):
-    """A model folder or checkpoint cannot be read."""
-
-
-class CalibrationError(QdeployError):
-    """A calibration set is wrong or does not fit the model."""
-
-
-class PictureError(QdeployError):
-    """A picture, or a set of them, cannot be read or used."""
-
-
-class TableError(QdeployError):
-    """A QuantTable is wrong or does not fit the model."""
-
-
-class ExportError(QdeployError):
-    """A graph could not be made."""
-
-
-class AuditError(ExportError):
-    """A layer that should run in integers does not."""
-
-
-class ParityError(ExportError):
-    """The engine's output and the simulator's disagree."""
-
-
-class BundleError(QdeployError):
-    """A bundle is incomplete, changed or hostile."""
-
-
-class EngineError(QdeployError):
-    """An engine failed while loading or running."""
-
-
-class EngineUnavailableError(EngineError):
-    """The engine is not installed here."""
-
-
-class NonFiniteError(EngineError):
-    """A component put out NaN or infinity."""
-
-
-class PackageMissingError(QdeployError):
-    """An option needs a package that is not installed."""
-
-
-class RegressionError(QdeployError):
-    """A figure is worse than before, by more than noise."""
-
-
-class RequestError(QdeployError, ValueError):
-    """A prompt, size or step count that cannot be served."""
-
-
-class CancelledError(QdeployError):
-    """A request was stopped by its callback or its ``cancel`` event."""
-
-
-class DeadlineError(CancelledError):
-    """A request was not done when its deadline passed."""
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first few of ``names`` and how many there are besides, for an error's text."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+__all__ = [
+    "AuditError",
+    "BundleError",
+    "CalibrationError",
+    "CancelledError",
+    "DeadlineError",
+    "EngineError",
+    "EngineUnavailableError",
+    "ExportError",
+    "ModelError",
+    "NonFiniteError",
+    "PackageMissingError",
+    "ParityError",
+    "PictureError",
+    "QdeployError",
+    "RegressionError",
+    "RequestError",
+    "TableError",
+    "UsageError",
+]

@@ -12,16 +12,17 @@ import hypothesis
 import pytest
 import torch
 
-from qdeploy.bundle import ComponentInfo
+from qdeploy.artifacts.bundle import ComponentInfo
+from qdeploy.artifacts.table import QuantTable, load_table, save_table
 from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
+from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.spec import QuantSpec, target_named
-from qdeploy.table import QuantTable, load_table, save_table
-from tests.artifacts import BUILDS, Artifacts, built_once, remove_stale, sources_key
+from qdeploy.targets.spec import get_target
+from tests.shared_artifacts import BUILDS, Artifacts, build_once, hash_sources, remove_stale
 from tests.tiny import write_tiny_inpainting, write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
 
 PROMPTS = ["a cat", "a red house", "rocket"]
@@ -42,12 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.getoption("cacheclear"):
             shutil.rmtree(folder, ignore_errors=True)
         remove_stale(folder)
-        os.environ[KEY] = sources_key()
+        os.environ[KEY] = hash_sources()
     config.stash[STORE] = Artifacts(folder, os.environ[KEY])
-    torch.onnx.export = marked_export(config, torch.onnx.export)
+    torch.onnx.export = require_mark(config, torch.onnx.export)
 
 
-def marked_export(config: pytest.Config, export: Callable[..., Any]) -> Callable[..., Any]:
+def require_mark(config: pytest.Config, export: Callable[..., Any]) -> Callable[..., Any]:
     """Fail a test that traces a graph without a mark; the first user of an artifact traces for all of its users."""
 
     def traced(*args: Any, **options: Any) -> Any:
@@ -69,18 +70,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what reads a traced graph, before ``-m`` selects; files with such tests go first, for none may be last."""
     for item in items:
-        if any(BUILDS[name].traces for name in names_of_artifacts(item)):
+        if any(BUILDS[name].traces for name in list_artifacts(item)):
             item.add_marker(EXPORTS)
     long = {item.path for item in items if item.get_closest_marker(EXPORTS)}
     items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    names = (name for item in session.items for name in names_of_artifacts(item))
+    names = (name for item in session.items for name in list_artifacts(item))
     session.config.stash[STORE].wanted = list(dict.fromkeys(names))
 
 
-def names_of_artifacts(item: pytest.Item) -> list[str]:
+def list_artifacts(item: pytest.Item) -> list[str]:
     return [name for name in getattr(item, "fixturenames", ()) if name in BUILDS]
 
 
@@ -94,22 +95,22 @@ def artifacts(pytestconfig: pytest.Config) -> Iterator[Artifacts]:
 # ------------------------------------------------------------------------------------------------------ model folders
 
 
-@built_once("model", traces=False)
+@build_once("model", traces=False)
 def tiny_folder(out: Path) -> None:
     write_tiny_model(out)
 
 
-@built_once("model", traces=False)
+@build_once("model", traces=False)
 def unconditional_folder(out: Path) -> None:
     write_tiny_unconditional(out)
 
 
-@built_once("model", traces=False)
+@build_once("model", traces=False)
 def ldm_text_folder(out: Path) -> None:
     write_tiny_ldm_text(out)
 
 
-@built_once("model", traces=False)
+@build_once("model", traces=False)
 def inpainting_folder(out: Path) -> None:
     write_tiny_inpainting(out)
 
@@ -122,9 +123,9 @@ def tiny_model(tiny_folder: Path) -> LatentDiffusion:
     return load_model(str(tiny_folder))
 
 
-@built_once("c.safetensors", traces=False)
+@build_once("c.safetensors", traces=False)
 def calibration_file(out: Path, tiny_folder: Path) -> None:
-    settings = TimestepAware(samples=3, steps=6, record=6, batch=2)
+    settings = TimestepAwareSettings(samples=3, steps=6, record=6, batch=2)
     save_calibration(record_trajectories(load_model(str(tiny_folder)), PROMPTS, settings), out)
 
 
@@ -133,7 +134,7 @@ def calibration(calibration_file: Path) -> CalibrationSet:
     return load_calibration(calibration_file)
 
 
-@built_once("w8a8.safetensors", traces=False)
+@build_once("w8a8.safetensors", traces=False)
 def table_file(out: Path, tiny_folder: Path, calibration_file: Path) -> None:
     save_table(quantize_model(load_model(str(tiny_folder)), load_calibration(calibration_file), QuantSpec()), out)
 
@@ -149,47 +150,47 @@ def table(table_file: Path) -> QuantTable:
 def export_tiny(out: Path, folder: Path, table: Path | None, target: str = "ort-cpu", **options: Any) -> None:
     """Write the bundle of the model in ``folder``, as the table in a file says or in float."""
     quant = None if table is None else load_table(table)
-    export_bundle(load_model(str(folder)), quant, target_named(target), out, **options)
+    export_bundle(load_model(str(folder)), quant, get_target(target), out, **options)
 
 
-@built_once("fp32", traces=True)
+@build_once("fp32", traces=True)
 def float_bundle(out: Path, tiny_folder: Path) -> None:
     export_tiny(out, tiny_folder, None)
 
 
-@built_once("with-encoder", traces=True)
+@build_once("with-encoder", traces=True)
 def encoder_bundle(out: Path, tiny_folder: Path) -> None:
     export_tiny(out, tiny_folder, None, with_encoder=True)
 
 
-@built_once("w8a8", traces=True)
+@build_once("w8a8", traces=True)
 def int8_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
     export_tiny(out, tiny_folder, table_file)
 
 
-@built_once("open", traces=True)
+@build_once("open", traces=True)
 def open_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
     """As ``int8_bundle``, with the encoder and for every batch and size."""
     export_tiny(out, tiny_folder, table_file, with_encoder=True, open_dims=OpenDims(batch=True, size=True))
 
 
-@built_once("tensorrt-int8", traces=True)
+@build_once("tensorrt-int8", traces=True)
 def int8_tensorrt(out: Path, tiny_folder: Path, table_file: Path) -> None:
     export_tiny(out, tiny_folder, table_file, "tensorrt")
 
 
-@built_once("tensorrt-fp16", traces=True)
+@build_once("tensorrt-fp16", traces=True)
 def fp16_tensorrt(out: Path, tiny_folder: Path) -> None:
     export_tiny(out, tiny_folder, None, "tensorrt")
 
 
-@built_once("codebook", traces=True)
+@build_once("codebook", traces=True)
 def codebook_tensorrt(out: Path, unconditional_folder: Path) -> None:
     """A VQ first stage's."""
     export_tiny(out, unconditional_folder, None, "tensorrt")
 
 
-@built_once("full-range", traces=True)
+@build_once("full-range", traces=True)
 def full_range_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
     """As ``int8_bundle``, with weight codes up to +-127."""
     export_tiny(out, tiny_folder, table_file, full_range=True)
@@ -198,11 +199,11 @@ def full_range_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the built-in model
 
 
-@built_once("builtin.safetensors", traces=False)
+@build_once("builtin.safetensors", traces=False)
 def builtin_table_file(out: Path) -> None:
     """Its UNet, quantized on a short recording."""
     model = load_model("builtin:emoji")
-    recorded = record_trajectories(model, PROMPTS, TimestepAware(samples=2, steps=4, record=4, batch=2))
+    recorded = record_trajectories(model, PROMPTS, TimestepAwareSettings(samples=2, steps=4, record=4, batch=2))
     save_table(quantize_model(model, recorded, QuantSpec(components=("unet",))), out)
 
 
@@ -213,7 +214,7 @@ def builtin_table(builtin_table_file: Path) -> QuantTable:
 
 def export_unet(table: QuantTable, target: str, folder: Path, full_range: bool = False) -> ComponentInfo:
     """The UNet of the built-in model with both gates, as ``export_bundle`` makes it."""
-    spec = target_named(target)
+    spec = get_target(target)
     quant, probes = table.components["unet"], table.probes["unet"]
     model = load_model("builtin:emoji")
     return export_component(model, "unet", quant, probes, spec, folder, full_range=full_range)

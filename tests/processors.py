@@ -1,4 +1,4 @@
-"""Processors that the tests pretend to run on, whatever machine they run on: with VNNI, without, and untold."""
+"""Processors that tests pretend to run on, on any machine: with VNNI, without, and unknown."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx.numpy_helper import to_array
 
-from qdeploy.cpu import VARIABLE
-from qdeploy.numerics import pair_sum_bounds
+from qdeploy.base.cpu import FLAGS_VARIABLE
+from qdeploy.base.numerics import pair_sum_bounds
 
 SETTINGS = {
     "vnni": "avx2,avx512f,avx512_vnni",
@@ -26,20 +26,20 @@ every_processor = pytest.mark.parametrize("processor", SETTINGS)
 without_vnni = pytest.mark.parametrize("processor", WITHOUT_VNNI)
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
+def pretend_processor(monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
     """Let qdeploy take this machine's processor for one of SETTINGS."""
-    monkeypatch.setenv(VARIABLE, SETTINGS[processor])
+    monkeypatch.setenv(FLAGS_VARIABLE, SETTINGS[processor])
 
 
-def saturating_weights(folder: Path) -> list[str]:
+def find_saturating_weights(folder: Path) -> list[str]:
     """Integer weights below ``folder`` for which some pair of products does not fit 16 bits."""
     bounds = np.iinfo(np.int16)
-    sums = {name: pair_sum_bounds(codes) for name, codes in weight_codes(folder)}
+    sums = {name: pair_sum_bounds(codes) for name, codes in iter_weight_codes(folder)}
     assert sums, f"{folder} holds no integer weights"
     return [name for name, (low, high) in sums.items() if low < bounds.min or high > bounds.max]
 
 
-def weight_codes(folder: Path) -> Iterator[tuple[str, NDArray[np.int8]]]:
+def iter_weight_codes(folder: Path) -> Iterator[tuple[str, NDArray[np.int8]]]:
     """Name and codes ``int8[out, ...]`` of every integer weight below ``folder``."""
     for path in sorted(folder.glob("*/model.onnx")):
         graph = onnx.load(path).graph

@@ -1,4 +1,4 @@
-"""The whole way on processors with and without VNNI, whatever machine this runs on, and the demo itself."""
+"""The whole workflow on processors with and without VNNI, on any machine, and the demo itself."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from qdeploy.bundle import MANIFEST, open_bundle
+from qdeploy.artifacts.bundle import MANIFEST, open_bundle
+from qdeploy.artifacts.table import LayerQuant, QuantTable
+from qdeploy.base.errors import EngineError, ExportError
+from qdeploy.base.numerics import sqnr_db
 from qdeploy.cli import main
-from qdeploy.errors import EngineError, ExportError
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.passes.unshare_weights import check_unshared
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.numerics import sqnr_db
 from qdeploy.runtime.pipeline import load
-from qdeploy.spec import target_named
-from qdeploy.table import LayerQuant, QuantTable
+from qdeploy.targets.spec import get_target
 from tests.conftest import export_unet
-from tests.processors import every_processor, pretend, saturating_weights, without_vnni
+from tests.processors import every_processor, find_saturating_weights, pretend_processor, without_vnni
 
 LEAST_BETWEEN_DB = 25  # both ranges stand for one weight, 7 bits of it at least
 
@@ -35,7 +35,7 @@ def run(*arguments: str) -> Result:
 @pytest.mark.exports
 @pytest.mark.parametrize("processor", ["vnni", "untold"])  # the demo walks it without VNNI
 def test_the_whole_way(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, processor: str) -> None:
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     calib, table, bundle = (str(tmp_path / name) for name in ("calib.safetensors", "table.safetensors", "bundle"))
     run("calibrate", str(tiny_folder), "-o", calib, "--samples", "2", "--steps", "3")
     run("quantize", str(tiny_folder), "--calib", calib, "-o", table)
@@ -48,7 +48,7 @@ def test_the_whole_way(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_p
 @pytest.mark.exports
 def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a newcomer runs first, at small settings, where it once failed."""
-    pretend(monkeypatch, "no-vnni")
+    pretend_processor(monkeypatch, "no-vnni")
     small = ("--samples", "2", "--steps", "3", "--rounds", "2")
     output = run("demo", "-o", str(tmp_path / "demo"), *small).output
     assert "UNet MACs in int8" in output
@@ -60,7 +60,7 @@ def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_full_range_bundle_runs_and_says_where_it_is_slow(
     monkeypatch: pytest.MonkeyPatch, full_range_bundle: Path, tmp_path: Path, processor: str
 ) -> None:
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     made = run("generate", str(full_range_bundle), "a cat", "-o", str(tmp_path / "cat.png"), "--steps", "2")
     assert ("note: this bundle has weight codes beyond" in made.output) == (processor != "vnni")
 
@@ -72,11 +72,11 @@ def test_a_full_range_bundle_runs_and_says_where_it_is_slow(
 def test_the_built_in_unet_passes_both_gates(
     monkeypatch: pytest.MonkeyPatch, builtin_table: QuantTable, tmp_path: Path, processor: str, full_range: bool
 ) -> None:
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     info = export_unet(builtin_table, "ort-cpu", tmp_path / "unet", full_range)
     assert info.integer_mac_share > 0.95
     assert info.largest_weight_code == (127 if full_range else 64)
-    assert saturating_weights(tmp_path) == [] or full_range
+    assert find_saturating_weights(tmp_path) == [] or full_range
 
 
 @pytest.mark.exports
@@ -84,10 +84,10 @@ def test_the_built_in_unet_passes_both_gates(
 def test_other_targets_pass_their_gates_without_vnni(
     monkeypatch: pytest.MonkeyPatch, tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, target: str
 ) -> None:
-    pretend(monkeypatch, "no-vnni")
-    manifest = export_bundle(tiny_model, table, target_named(target), tmp_path / "bundle")
+    pretend_processor(monkeypatch, "no-vnni")
+    manifest = export_bundle(tiny_model, table, get_target(target), tmp_path / "bundle")
     assert max(manifest.largest_weight_codes) == (64 if target == "openvino" else 127)  # GPUs keep the full range
-    assert (saturating_weights(tmp_path / "bundle") == []) == (target == "openvino")
+    assert (find_saturating_weights(tmp_path / "bundle") == []) == (target == "openvino")
 
 
 @pytest.mark.exports
@@ -95,9 +95,9 @@ def test_other_targets_pass_their_gates_without_vnni(
 def test_openvino_refuses_a_full_range_bundle_at_export(
     monkeypatch: pytest.MonkeyPatch, tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, processor: str
 ) -> None:
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     with pytest.raises(EngineError, match="without --full-range"):
-        export_bundle(tiny_model, table, target_named("openvino"), tmp_path / "b", full_range=True)
+        export_bundle(tiny_model, table, get_target("openvino"), tmp_path / "b", full_range=True)
     assert not (tmp_path / "b").exists()
 
 
@@ -107,7 +107,7 @@ def test_an_older_manifest_takes_the_safe_way(
 ) -> None:
     import shutil
 
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     old = tmp_path / "old"
     shutil.copytree(full_range_bundle, old)
     document = json.loads((old / MANIFEST).read_text())
@@ -121,9 +121,9 @@ def test_an_older_manifest_takes_the_safe_way(
 
 
 def test_an_older_manifest_of_four_bits_or_float_needs_no_option() -> None:
-    from qdeploy.bundle import code_bound
+    from qdeploy.artifacts.bundle import bound_weight_code
 
-    assert [code_bound(bits) for bits in ((8,), (8, 4), (7,), (4,), (32,), (16,))] == [None, None, 64, 8, 0, 0]
+    assert [bound_weight_code(bits) for bits in ((8,), (8, 4), (7,), (4,), (32,), (16,))] == [None, None, 64, 8, 0, 0]
 
 
 def test_two_products_on_one_weight_are_named(int8_bundle: Path) -> None:
@@ -145,15 +145,15 @@ def test_one_table_serves_both_ranges(table: QuantTable) -> None:
             assert np.abs(half.weight.astype(int)).max() <= 64, name
             assert (half.weight_scale == 2 * layer.weight_scale).all()
             assert half.in_half_range() is half
-            both = [codes * scale[(...,) + (None,) * (codes.ndim - 1)] for codes, scale in pairs_of(layer, half)]
+            both = [codes * scale[(...,) + (None,) * (codes.ndim - 1)] for codes, scale in pair_codes(layer, half)]
             assert sqnr_db(*both) > LEAST_BETWEEN_DB, name
 
 
-def pairs_of(layer: LayerQuant, half: LayerQuant) -> list[tuple[np.ndarray, np.ndarray]]:
+def pair_codes(layer: LayerQuant, half: LayerQuant) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(one.weight.astype(np.float32), one.weight_scale) for one in (layer, half)]
 
 
 def test_no_weight_of_a_default_bundle_can_saturate(int8_bundle: Path, full_range_bundle: Path) -> None:
     """16-bit sums of every pair of weights of an output channel, at the worst activations."""
-    assert saturating_weights(int8_bundle) == []
-    assert len(saturating_weights(full_range_bundle)) > 20
+    assert find_saturating_weights(int8_bundle) == []
+    assert len(find_saturating_weights(full_range_bundle)) > 20

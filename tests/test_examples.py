@@ -54,9 +54,9 @@ def test_the_service(float_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len((EXAMPLES / "service.py").read_text().splitlines()) <= 35
     with testclient.TestClient(app) as client:
         ask = lambda seed: client.get("/picture", params={"prompt": "a cat", "seed": seed, "steps": 2})  # noqa: E731
-        alone = [ask(seed).content for seed in range(4)]
+        sequential = [ask(seed).content for seed in range(4)]
         with ThreadPoolExecutor(4) as pool:
-            assert [answer.content for answer in pool.map(ask, range(4))] == alone
-        assert Image.open(io.BytesIO(alone[0])).size == (16, 16)
+            assert [answer.content for answer in pool.map(ask, range(4))] == sequential
+        assert Image.open(io.BytesIO(sequential[0])).size == (16, 16)
         refused = client.get("/picture", params={"prompt": "a cat", "steps": 0})
         assert (refused.status_code, "steps" in refused.json()["detail"]) == (422, True)

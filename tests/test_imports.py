@@ -11,73 +11,51 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qdeploy"
 TORCH_FREE = (
+    "base",
     "errors",
-    "cpu",
-    "spec",
-    "numerics",
-    "files",
-    "progress",
-    "page",
-    "charts",
-    "table",
-    "bundle",
-    "noise_correction",
+    "artifacts",
+    "targets",
     "sampling",
     "engines",
     "runtime",
+    "reporting",
     "bench",
-    "lists",
-    "picture_files",
-    "picture_grid",
-    "receipt",
     "sample",
     "evaluate",
 )
 NEEDS_TORCH = PACKAGE / "engines" / "torch_graph"  # which its engine imports when it opens a session
 FLOORS = {
-    **dict.fromkeys(
-        ("errors", "cpu", "numerics", "files", "progress", "spec", "page", "table", "bundle", "noise_correction"), 0
-    ),
-    **dict.fromkeys(
-        ("sampling", "engines", "models", "lists", "picture_files", "picture_grid", "receipt", "charts"), 1
-    ),
-    "simulate": 2,
-    **dict.fromkeys(("runtime", "calibrate", "export"), 3),
-    **dict.fromkeys(("bench", "sample"), 4),
-    **dict.fromkeys(("demo", "describe", "describe_audit", "plot", "recipe", "evaluate"), 5),
-    "describe_table": 4,
-    "commands": 6,
-    "cli": 7,
+    "base": 0,
+    **dict.fromkeys(("errors", "artifacts", "targets", "sampling"), 1),
+    **dict.fromkeys(("engines", "models"), 2),
+    **dict.fromkeys(("simulate", "runtime"), 3),
+    **dict.fromkeys(("calibrate", "export", "reporting"), 4),
+    **dict.fromkeys(("bench", "sample"), 5),
+    **dict.fromkeys(("demo", "inspection", "recipe", "evaluate"), 6),
+    "commands": 7,
+    "cli": 8,
 }
-BASE = {
-    "errors",
-    "numerics",
-    "files",
-    "progress",
-    "spec",
-    "noise_correction",
-}  # floor 0's own lower half: table and bundle read these
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(dotted: str) -> str:
+def get_room(dotted: str) -> str:
     return dotted.split(".")[1] if "." in dotted else ""
 
 
-def imports_of(path: Path) -> set[str]:
+def find_imports(path: Path) -> set[str]:
     """Rooms of qdeploy that a file imports, also inside functions."""
-    found = set()
+    rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom) and node.module == "qdeploy":
             names = [f"qdeploy.{alias.name}" for alias in node.names if alias.name in FLOORS]
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found |= {room_of(name) for name in names if name.startswith("qdeploy.")}
-    return found
+        rooms |= {get_room(name) for name in names if name.startswith("qdeploy.")}
+    return rooms
 
 
 def own_room(path: Path) -> str:
@@ -91,17 +69,15 @@ def test_imports_go_downward(path: Path) -> None:
     if room in ("__init__", "__main__"):
         return
     assert room in FLOORS, f"{path} has no floor; add it to FLOORS"
-    for other in imports_of(path) - {room, ""}:
-        lower = FLOORS[other] < FLOORS[room] or (
-            room in ("cpu", "table", "bundle", "spec", "page", "noise_correction") and other in BASE
-        )
+    for other in find_imports(path) - {room, ""}:
+        lower = FLOORS[other] < FLOORS[room]
         assert lower, f"{path} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
 
 
 def test_calibrate_and_export_meet_only_in_the_table() -> None:
     for path in modules():
         if own_room(path) in ("calibrate", "export"):
-            assert not {"calibrate", "export"} - {own_room(path)} & imports_of(path), path
+            assert not {"calibrate", "export"} - {own_room(path)} & find_imports(path), path
 
 
 BLOCKED = """

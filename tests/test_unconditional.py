@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 
 import qdeploy
-from qdeploy.bench.fidelity import compare
-from qdeploy.bundle import open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.base.errors import BundleError, UsageError
 from qdeploy.cli import main
-from qdeploy.errors import BundleError, UsageError
-from tests.artifacts import built_once
+from qdeploy.reporting.fidelity import measure_fidelity
+from tests.shared_artifacts import build_once
 
 STEPS = 6
 
@@ -24,22 +24,22 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["--quiet", *map(str, arguments)])
 
 
-def passed(*arguments: object) -> str:
+def run_checked(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.output
 
 
-@built_once("made", traces=True)
+@build_once("made", traces=True)
 def unconditional_made(out: Path, unconditional_folder: Path) -> None:
     """A folder with the calibration set, the table and both bundles, made by the commands."""
     out.mkdir()
     calib, table = out / "c.safetensors", out / "q.safetensors"
-    passed("calibrate", unconditional_folder, "-o", calib, "--samples", 4, "--steps", STEPS, "--record", STEPS)
-    said = passed("quantize", unconditional_folder, "--calib", calib, "-o", table)
+    run_checked("calibrate", unconditional_folder, "-o", calib, "--samples", 4, "--steps", STEPS, "--record", STEPS)
+    said = run_checked("quantize", unconditional_folder, "--calib", calib, "-o", table)
     assert "text_encoder" not in said
-    passed("export", table, "-o", out / "w8a8")
-    passed("export", unconditional_folder, "-o", out / "fp32")
+    run_checked("export", table, "-o", out / "w8a8")
+    run_checked("export", unconditional_folder, "-o", out / "fp32")
 
 
 def test_same_pictures_as_diffusers_within_one_grey_level(unconditional_made: Path, unconditional_folder: Path) -> None:
@@ -51,8 +51,8 @@ def test_same_pictures_as_diffusers_within_one_grey_level(unconditional_made: Pa
     expected = reference(batch_size=2, generator=torch.manual_seed(3), **options).images
     latents = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(3)).numpy()
     with qdeploy.load(unconditional_made / "fp32") as pipe:
-        found = pipe(count=2, steps=STEPS, latents=latents)
-    assert np.abs(found.pixels.astype(int) - np.rint(expected * 255)).max() <= 1
+        actual = pipe(count=2, steps=STEPS, latents=latents)
+    assert np.abs(actual.pixels.astype(int) - np.rint(expected * 255)).max() <= 1
 
 
 def test_one_unet_call_a_step_and_seeds(unconditional_made: Path) -> None:
@@ -72,21 +72,23 @@ def test_one_unet_call_a_step_and_seeds(unconditional_made: Path) -> None:
             pipe.encode([""])
 
 
-def test_int8_is_near_its_float_twin(unconditional_made: Path, float_bundle: Path) -> None:
+def test_int8_is_near_its_float_reference(unconditional_made: Path, float_bundle: Path) -> None:
     with qdeploy.load(unconditional_made / "fp32") as reference, qdeploy.load(unconditional_made / "w8a8") as tested:
-        fidelity = compare(reference, tested, ["not read"], steps=4)
+        fidelity = measure_fidelity(reference, tested, ["not read"], steps=4)
         with qdeploy.load(float_bundle) as other, pytest.raises(BundleError, match="not of one model"):
-            compare(reference, other, ["a cat"], steps=1)
+            measure_fidelity(reference, other, ["a cat"], steps=1)
     assert len(fidelity.step_sqnr_db) == 4
     assert min(fidelity.step_sqnr_db) > 15
 
 
 def test_generate_and_bench(unconditional_made: Path, tmp_path: Path) -> None:
-    passed("generate", unconditional_made / "w8a8", "-o", tmp_path / "out.png", "--count", 4, "--steps", 2, "--eta", 1)
+    run_checked(
+        "generate", unconditional_made / "w8a8", "-o", tmp_path / "out.png", "--count", 4, "--steps", 2, "--eta", 1
+    )
     assert all((tmp_path / f"out-{number}.png").stat().st_size > 0 for number in range(4))
     report = tmp_path / "bench.json"
     quick = ("--rounds", 3, "--pictures", 1, "--steps", 2, "--fresh-starts", 1, "--concurrency", 2)
-    passed("bench", unconditional_made / "fp32", unconditional_made / "w8a8", *quick, "--json", report)
+    run_checked("bench", unconditional_made / "fp32", unconditional_made / "w8a8", *quick, "--json", report)
     w8a8 = json.loads(report.read_text())["contenders"][1]
     assert list(w8a8["samples"]) == ["unet step", "vae decode", "picture"]
     assert len(w8a8["pictures_per_s"]["2"]) == 5
@@ -95,12 +97,12 @@ def test_generate_and_bench(unconditional_made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "words"), [("c.safetensors", "unconditional"), ("q.safetensors", "conv_in")])
 def test_inspect(unconditional_made: Path, name: str, words: str) -> None:
-    assert words in passed("inspect", unconditional_made / name)
-    assert "text_encoder" not in passed("inspect", unconditional_made / "w8a8")
+    assert words in run_checked("inspect", unconditional_made / name)
+    assert "text_encoder" not in run_checked("inspect", unconditional_made / "w8a8")
 
 
 def test_inspect_the_model(unconditional_folder: Path) -> None:
-    shown = passed("inspect", unconditional_folder)
+    shown = run_checked("inspect", unconditional_folder)
     assert "unconditional" in shown
     assert "tokens" not in shown
 

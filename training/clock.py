@@ -25,12 +25,12 @@ class Clock:
         return time.time() >= self.end
 
     @property
-    def decays(self) -> bool:
+    def is_decaying(self) -> bool:
         return time.time() >= self.end - self.decay
 
-    def factor(self) -> float:
+    def compute_factor(self) -> float:
         """What the peak rate is multiplied by now: 1, then a cosine to 0.01."""
-        if not self.decays:
+        if not self.is_decaying:
             return 1.0
         done = min(1.0, 1 - (self.end - time.time()) / self.decay)
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))

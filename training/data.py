@@ -27,14 +27,16 @@ CAPTIONS = "emojibase-data@17.0.0"
 # or people; of what is left, nothing that a caption can hardly tell apart.
 GROUPS = {"smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects"}
 ALSO = {"body-parts"}
-LEFT_OUT = {
+EXCLUDED = {
     *("emotion", "face-hand", "face-neutral-skeptical", "face-sleepy", "face-unwell"),
     *("hotel", "place-map", "place-other", "place-religious", "time"),
     *("award-medal", "event"),
     *("book-paper", "household", "lock", "mail", "medical", "money", "office", "other-object", "phone", "science"),
     *("sound", "writing"),
 }
-TWIN = 38  # root mean square difference, in grey levels of 255, below which the later of two pictures is left out
+MIN_DISTANCE = (
+    38  # root mean square difference, in grey levels of 255, below which the later of two pictures is left out
+)
 SHARED = 2  # a tag that more pictures carry names none of them
 
 # What a visitor types, where emojibase's label is longer: the name belongs to this picture and to no other.
@@ -81,18 +83,18 @@ def load_for(work: Path) -> list[Emoji]:
 
 
 def load(folder: Path) -> list[Emoji]:
-    """The pictures that the built-in models learn: those of ``load_all`` that people ask for, without near twins."""
-    asked = [item for item in load_all(folder) if is_asked_for(item)]
-    plainest = sorted(asked, key=lambda item: (item.label not in SHORT, len(item.label.split())))
-    kept = {plainest[i].hexcode for i in apart(np.stack([item.pixels for item in plainest]), TWIN)}
-    return with_own_tags([item for item in asked if item.hexcode in kept])
+    """The pictures that the built-in models learn: common ones of ``load_all``, without near duplicates."""
+    selected = [item for item in load_all(folder) if is_common(item)]
+    plainest = sorted(selected, key=lambda item: (item.label not in SHORT, len(item.label.split())))
+    kept = {plainest[i].hexcode for i in select_distinct(np.stack([item.pixels for item in plainest]), MIN_DISTANCE)}
+    return keep_own_tags([item for item in selected if item.hexcode in kept])
 
 
 def load_all(folder: Path) -> list[Emoji]:
     """All base emoji (no skin-tone variants) that have both a picture and a caption."""
     fetch(folder)
     root = folder / "emoji-datasource-google" / "package"
-    file_of = {
+    files_by_code = {
         code.upper(): entry["image"]
         for entry in json.loads((root / "emoji.json").read_text())
         for code in (entry["unified"], entry.get("non_qualified"))
@@ -107,42 +109,43 @@ def load_all(folder: Path) -> list[Emoji]:
             hexcode=entry["hexcode"].upper(),
             group=names["groups"].get(str(entry.get("group")), "none"),
             subgroup=names["subgroups"].get(str(entry.get("subgroup")), "none"),
-            pixels=over_white(root / "img/google/64" / file_of[entry["hexcode"].upper()]),
+            pixels=composite_over_white(root / "img/google/64" / files_by_code[entry["hexcode"].upper()]),
         )
         for entry in json.loads((package / "en/data.json").read_text())
-        if entry["hexcode"].upper() in file_of
+        if entry["hexcode"].upper() in files_by_code
     ]
 
 
-def is_asked_for(emoji: Emoji) -> bool:
-    return emoji.subgroup in ALSO or (emoji.group in GROUPS and emoji.subgroup not in LEFT_OUT)
+def is_common(emoji: Emoji) -> bool:
+    return emoji.subgroup in ALSO or (emoji.group in GROUPS and emoji.subgroup not in EXCLUDED)
 
 
-def apart(pictures: np.ndarray, least: float) -> list[int]:
-    """Indices of pictures ``uint8[N, H, W, 3]`` that differ by ``least`` grey levels from all those kept before."""
+def select_distinct(pictures: np.ndarray, min_distance: float) -> list[int]:
+    """Indices of pictures ``uint8[N, H, W, 3]`` that differ by ``min_distance`` grey levels from all kept before."""
     flat = pictures.reshape(len(pictures), -1).astype(np.float32)
     kept: list[int] = []
     for i, picture in enumerate(flat):
-        if (np.square(flat[kept] - picture).mean(axis=1) >= least**2).all():
+        if (np.square(flat[kept] - picture).mean(axis=1) >= min_distance**2).all():
             kept.append(i)
     return kept
 
 
-def with_own_tags(emoji: list[Emoji]) -> list[Emoji]:
+def keep_own_tags(emoji: list[Emoji]) -> list[Emoji]:
     """The same pictures with those keywords only that lead to them, short names first."""
     carriers = Counter(tag for item in emoji for tag in {*item.tags, item.label})
     taken = {item.label for item in emoji} | {SHORT[item.label] for item in emoji if item.label in SHORT}
     return [
-        replace(item, tags=own_tags(item, lambda tag: tag not in taken and carriers[tag] <= SHARED)) for item in emoji
+        replace(item, tags=select_own_tags(item, lambda tag: tag not in taken and carriers[tag] <= SHARED))
+        for item in emoji
     ]
 
 
-def own_tags(emoji: Emoji, is_free: Callable[[str], bool]) -> tuple[str, ...]:
+def select_own_tags(emoji: Emoji, is_free: Callable[[str], bool]) -> tuple[str, ...]:
     short = (SHORT[emoji.label],) if emoji.label in SHORT else ()
     return (*short, *(tag for tag in emoji.tags if is_free(tag)))
 
 
-def over_white(path: Path) -> np.ndarray:
+def composite_over_white(path: Path) -> np.ndarray:
     """``uint8[64, 64, 3]`` of an RGBA file composited over white."""
     picture = Image.open(path).convert("RGBA")
     ground = Image.new("RGBA", picture.size, "white")
@@ -150,18 +153,18 @@ def over_white(path: Path) -> np.ndarray:
     return np.asarray(ground.convert("RGB"))
 
 
-def captions_of(emoji: Emoji, rng: np.random.Generator) -> str:
+def draw_caption(emoji: Emoji, rng: np.random.Generator) -> str:
     """A training caption: mostly the label, with an article or without, else a keyword or both."""
     draw = rng.random()
     if draw < 0.55 or len(emoji.tags) == 0:
         return emoji.label
     if draw < 0.75:
-        return with_article(emoji.label)
+        return add_article(emoji.label)
     tag = emoji.tags[0] if emoji.label in SHORT and draw < 0.85 else str(rng.choice(emoji.tags))
     if draw < 0.88:
         return tag
-    return with_article(tag) if draw < 0.94 else f"{emoji.label}, {tag}"
+    return add_article(tag) if draw < 0.94 else f"{emoji.label}, {tag}"
 
 
-def with_article(words: str) -> str:
+def add_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words

@@ -22,12 +22,12 @@ def start_branches_at_zero(unet: torch.nn.Module, last_layers: tuple[str, ...]) 
             torch.nn.init.zeros_(module.bias)
 
 
-def averaged_copy(model: torch.nn.Module, decay: float = AVERAGE_DECAY) -> torch.optim.swa_utils.AveragedModel:
+def make_averaged_copy(model: torch.nn.Module, decay: float = AVERAGE_DECAY) -> torch.optim.swa_utils.AveragedModel:
     """A copy of ``model`` that follows it as an exponential moving average."""
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
 
 
-def optimizer_of(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 

@@ -17,21 +17,21 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training.data import Emoji, captions_of, load_for
+from training.data import Emoji, draw_caption, load_for
 from training.denoising import (
     AVERAGE_DECAY,
     AVERAGE_FROM,
-    averaged_copy,
     draw_timesteps,
     edit_json,
-    optimizer_of,
+    make_averaged_copy,
+    make_optimizer,
     start_branches_at_zero,
     velocity_loss,
 )
 from training.layout import run_script
-from training.loop import Training, options
+from training.loop import Training, make_parser
 from training.tokenizer import tokenizer_from_captions
-from training.vae import pictures_of
+from training.vae import pixels_from_emoji
 
 TOKENS = 32
 UNET = dict(
@@ -87,7 +87,7 @@ class TextToLatent(torch.nn.Module):
         return self.unet(noisy, t, self.text_encoder(tokens).last_hidden_state).sample
 
 
-def latents_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+def encode_latents(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
     """Scaled latent means ``float32[N, 8, 16, 16]``."""
     with torch.no_grad():
         means = [vae.encode(chunk).latent_dist.mode() for chunk in x.split(64)]
@@ -103,14 +103,14 @@ def first_guess_hits(model: TextToLatent, latents: torch.Tensor, tokens: torch.T
     return float((distance.argmin(1) == chosen).float().mean())
 
 
-def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """``int64[B, 32]``, padded and cut."""
     options = dict(padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
     return tokenizer(captions, **options).input_ids
 
 
-def training_captions(emoji: list[Emoji], chosen: np.ndarray, rng: np.random.Generator) -> list[str]:
-    return ["" if rng.random() < CAPTION_DROPOUT else captions_of(emoji[i], rng) for i in chosen]
+def draw_training_captions(emoji: list[Emoji], chosen: np.ndarray, rng: np.random.Generator) -> list[str]:
+    return ["" if rng.random() < CAPTION_DROPOUT else draw_caption(emoji[i], rng) for i in chosen]
 
 
 def save_pipeline(folder: Path, vae: AutoencoderKL, model: TextToLatent, tokenizer: CLIPTokenizer) -> None:
@@ -128,17 +128,17 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, model: TextToLatent, tokeniz
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     # As Stable Diffusion's file does: other schedulers' default is to clip x0 to [-1, 1], wrong for latents.
     edit_json(folder / "scheduler" / "scheduler_config.json", {"clip_sample": False})
-    edit_json(folder / "vae" / "config.json", {}, drop="_name_or_path")  # where it lay on this machine
+    edit_json(folder / "vae" / "config.json", {}, drop="_name_or_path")  # its path on this machine
 
 
-def begun(work: Path, emoji: list[Emoji]) -> tuple[AutoencoderKL, CLIPTokenizer, TextToLatent]:
+def start_fresh(work: Path, emoji: list[Emoji]) -> tuple[AutoencoderKL, CLIPTokenizer, TextToLatent]:
     """The autoencoder of ``training.vae``, the captions' tokenizer, and weights that know nothing."""
     tokenizer = tokenizer_from_captions(emoji, work / "tokenizer")
     torch.manual_seed(0)
     return AutoencoderKL.from_pretrained(work / "vae"), tokenizer, TextToLatent(tokenizer)
 
 
-def begun_from(folder: Path) -> tuple[AutoencoderKL, CLIPTokenizer, TextToLatent]:
+def start_from(folder: Path) -> tuple[AutoencoderKL, CLIPTokenizer, TextToLatent]:
     """All parts of a pipeline folder, such as a built-in model's, in float32."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
@@ -149,27 +149,27 @@ def begun_from(folder: Path) -> tuple[AutoencoderKL, CLIPTokenizer, TextToLatent
 
 
 def main() -> None:
-    parser = options(__doc__, samples=400_000, batch=32, lr=6e-4)
+    parser = make_parser(__doc__, samples=400_000, batch=32, lr=6e-4)
     parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
     parser.add_argument("--average", type=float, default=AVERAGE_DECAY, help="decay of the averaged weights, a step")
     parser.add_argument("--save-only", action="store_true", help="write the pipeline from the checkpoint and stop")
     args = parser.parse_args()
 
     emoji = load_for(args.work)
-    vae, tokenizer, model = begun(args.work, emoji) if args.start is None else begun_from(args.start)
-    latents = latents_of(vae, pictures_of(emoji))
-    averaged = averaged_copy(model, args.average)
+    vae, tokenizer, model = start_fresh(args.work, emoji) if args.start is None else start_from(args.start)
+    latents = encode_latents(vae, pixels_from_emoji(emoji))
+    averaged = make_averaged_copy(model, args.average)
     modules = {"model": model, "averaged": averaged}
-    training = Training(args.work / "diffusion.ckpt", modules, optimizer_of(model, args.lr), args)
+    training = Training(args.work / "diffusion.ckpt", modules, make_optimizer(model, args.lr), args)
     alphas_cumprod = PNDMScheduler(**SCHEDULER).alphas_cumprod
-    probe_tokens = tokens_of(tokenizer, [emoji[i].label for i in torch.linspace(0, len(emoji) - 1, 200).long()])
+    probe_tokens = tokenize(tokenizer, [emoji[i].label for i in torch.linspace(0, len(emoji) - 1, 200).long()])
     average_from = AVERAGE_FROM if args.start is None else 0
 
-    def loss_of(twin: torch.nn.Module, chosen: np.ndarray) -> torch.Tensor:
-        tokens = tokens_of(tokenizer, training_captions(emoji, chosen, training.state.rng))
+    def compute_loss(replica: torch.nn.Module, chosen: np.ndarray) -> torch.Tensor:
+        tokens = tokenize(tokenizer, draw_training_captions(emoji, chosen, training.state.rng))
         t = draw_timesteps(len(chosen), rising=True)  # text decides the picture where there is most noise
         with torch.autocast("cpu", torch.bfloat16):
-            return velocity_loss(lambda noisy, t: twin(noisy, t, tokens), alphas_cumprod, latents[chosen], t)
+            return velocity_loss(lambda noisy, t: replica(noisy, t, tokens), alphas_cumprod, latents[chosen], t)
 
     def average() -> None:
         if training.state.step >= average_from:
@@ -181,7 +181,7 @@ def main() -> None:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"latents {tuple(latents.shape)} std {latents.std():.3f}; {millions:.2f} M parameters")
     if not args.save_only:
-        training.run_in_threads(model, len(emoji), loss_of, average, report)
+        training.run_in_threads(model, len(emoji), compute_loss, average, report)
         training.state.record(args.work / "training.json", "diffusion", args.batch)
     save_pipeline(args.work / "model", vae, averaged.module, tokenizer)
 

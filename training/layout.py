@@ -1,4 +1,4 @@
-"""The folder that the training scripts work in: what layout it has and which pictures it is about.
+"""The folder that the training scripts work in: its layout and the pictures that it is for.
 
 ``layout.json`` says both. A folder of another layout, or of other pictures, is refused before anything in it is
 read: its checkpoints would fit by their shapes, and mean something else.
@@ -14,27 +14,27 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.errors import QdeployError, UsageError
-from qdeploy.files import read_note, staged_file
+from qdeploy.base.errors import QdeployError, UsageError
+from qdeploy.base.files import read_state, stage_file
 
 LAYOUT = 2  # 1: all 1,911 pictures, no layout.json
 MARKER = "layout.json"
-MADE = ("*.ckpt", "training.json", "tokenizer", "vae", "vqvae", "model", "model-uncond")
+OUTPUT_PATTERNS = ("*.ckpt", "training.json", "tokenizer", "vae", "vqvae", "model", "model-uncond")
 REMEDY = "give a new folder with --work; its `data` folder may be moved there, which saves fetching it again"
 
 
 def check_work(folder: Path) -> None:
     """UsageError unless ``folder`` is of this layout, or holds nothing that a training wrote."""
-    found = sorted(path.name for pattern in MADE for path in folder.glob(pattern))
+    outputs = sorted(path.name for pattern in OUTPUT_PATTERNS for path in folder.glob(pattern))
     marker = folder / MARKER
     if not marker.exists():
-        if found:
+        if outputs:
             raise UsageError(
-                f"{folder} is a training folder of an older layout: it holds {', '.join(found[:4])} and no {MARKER}, "
+                f"{folder} is a training folder of an older layout: it holds {', '.join(outputs[:4])} and no {MARKER}, "
                 f"expected layout {LAYOUT}; {REMEDY}"
             )
         return
-    layout = read_note(marker).get("layout")
+    layout = read_state(marker).get("layout")
     if layout != LAYOUT:
         raise UsageError(f"{marker}: got layout {layout!r}, expected {LAYOUT}; {REMEDY}")
 
@@ -45,14 +45,14 @@ def claim_work(folder: Path, pictures: np.ndarray) -> None:
     facts = {"layout": LAYOUT, "pictures": len(pictures), "sha256": hashlib.sha256(pictures.tobytes()).hexdigest()}
     marker = folder / MARKER
     if not marker.exists():
-        with staged_file(marker) as scratch:
+        with stage_file(marker) as scratch:
             scratch.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return
-    found = read_note(marker)
-    if found != facts:
+    stored = read_state(marker)
+    if stored != facts:
         raise UsageError(
-            f"{folder} was trained on {found.get('pictures')} pictures (sha256 {str(found.get('sha256'))[:12]}), these "
-            f"scripts choose {len(pictures)} ({facts['sha256'][:12]}); {REMEDY}"
+            f"{folder} was trained on {stored.get('pictures')} pictures (sha256 {str(stored.get('sha256'))[:12]}), "
+            f"these scripts choose {len(pictures)} ({facts['sha256'][:12]}); {REMEDY}"
         )
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
 from training.clock import Clock, add_clock_options
 from training.workers import train_in_threads
 
 
-def options(description: str | None, *, samples: int, batch: int, lr: float) -> argparse.ArgumentParser:
+def make_parser(description: str | None, *, samples: int, batch: int, lr: float) -> argparse.ArgumentParser:
     """The options of every training script, with its own defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
@@ -63,14 +63,14 @@ class LoopState:
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
-    def batch(self, count: int, size: int) -> np.ndarray:
+    def next_batch(self, count: int, size: int) -> np.ndarray:
         """The next ``size`` indices, each picture once before any comes again."""
         while len(self.order) < size:
             self.order = np.concatenate([self.order, self.rng.permutation(count)])
         take, self.order = self.order[:size], self.order[size:]
         return take
 
-    def note(self, loss: float, size: int) -> None:
+    def add_loss(self, loss: float, size: int) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss became {loss} at step {self.step}")
         self.loss = loss if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * loss
@@ -78,16 +78,16 @@ class LoopState:
         self.step += 1
 
     def save(self, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        aside = path.with_suffix(".part")
+        part_path = path.with_suffix(".part")
         torch.save(
             {
                 "modules": {name: module.state_dict() for name, module in modules.items()},
                 "optimizer": optimizer.state_dict(),
                 "progress": {"seen": self.seen, "step": self.step, "loss": self.loss},
             },
-            aside,
+            part_path,
         )
-        aside.replace(path)
+        part_path.replace(path)
 
     def record(self, path: Path, name: str, batch: int) -> None:
         """Add this run's samples, steps, batch and smoothed loss to a JSON file, for the model card."""
@@ -114,7 +114,7 @@ class LoopState:
 class Training:
     """One run that can be interrupted: what is trained, by which optimizer, and the file that keeps both.
 
-    settings: samples in all, batch, peak learning rate, minutes, as ``options`` reads them.
+    settings: samples in all, batch, peak learning rate, minutes, as ``make_parser`` reads them.
     """
 
     checkpoint: Path
@@ -145,17 +145,17 @@ class Training:
     ) -> bool:
         """Train to the end or for the minutes asked, and save; False when minutes ran out before the end.
 
-        loss_of: loss of the pictures with these indices, ``int64[batch]`` below ``pictures``.
-        report: what to say beside each checkpoint; random numbers that it draws do not change the run.
+        compute_loss: loss of the pictures with these indices, ``int64[batch]`` below ``pictures``.
+        report: what to print with each checkpoint; random numbers that it draws do not change the run.
         """
         state, settings = self.state, self.settings
         started, first = time.monotonic(), state.seen
-        while self.goes_on(started):
-            loss = loss_of(state.batch(pictures, settings.batch))
+        while self.should_continue(started):
+            loss = loss_of(state.next_batch(pictures, settings.batch))
             loss.backward()
             self._apply(loss.item())
             after_step()
-            self._tell(started, first, report, save_every)
+            self._report(started, first, report, save_every)
         self.save()
         return state.seen >= settings.samples
 
@@ -168,34 +168,37 @@ class Training:
         report: Callable[[], str] = lambda: "",
         save_every: int = 300,
     ) -> bool:
-        """As ``run``, on ``settings.threads`` cores; ``loss_of`` is given its own thread\'s ``module``."""
+        """As ``run``, on ``settings.threads`` cores; ``compute_loss`` is given its own thread\'s ``module``."""
         state, settings = self.state, self.settings
         started, first = time.monotonic(), state.seen
 
         def apply(loss: float) -> bool:
             self._apply(loss)
             after_step()
-            self._tell(started, first, report, save_every)
-            return self.goes_on(started)
+            self._report(started, first, report, save_every)
+            return self.should_continue(started)
 
-        if self.goes_on(started):
+        if self.should_continue(started):
             train_in_threads(
-                module, settings.threads, lambda twin: loss_of(twin, state.batch(pictures, settings.batch)), apply
+                module,
+                settings.threads,
+                lambda replica: loss_of(replica, state.next_batch(pictures, settings.batch)),
+                apply,
             )
         self.save()
         return state.seen >= settings.samples
 
     @property
-    def before_decay(self) -> Path:
+    def checkpoint_before_decay(self) -> Path:
         """The last checkpoint at the full rate: what a longer run goes on from."""
         return self.checkpoint.with_name(f"{self.checkpoint.stem}-before-decay.ckpt")
 
-    def goes_on(self, started: float) -> bool:
+    def should_continue(self, started: float) -> bool:
         state, settings = self.state, self.settings
         in_time = time.monotonic() < started + 60 * settings.minutes and not self.clock.is_over
         return state.seen < settings.samples and in_time and not self.stopped
 
-    def _tell(self, started: float, first: int, report: Callable[[], str], save_every: int) -> None:
+    def _report(self, started: float, first: int, report: Callable[[], str], save_every: int) -> None:
         state = self.state
         if state.step % 50 == 0:
             say(state, self.settings.samples, started, first)
@@ -207,15 +210,15 @@ class Training:
     def _apply(self, loss: float) -> None:
         """Update the weights from the gradients."""
         state, settings = self.state, self.settings
-        if self.clock.decays and self.at_full_rate:
-            state.save(self.before_decay, self.modules, self.optimizer)
-        self.at_full_rate = not self.clock.decays
+        if self.clock.is_decaying and self.at_full_rate:
+            state.save(self.checkpoint_before_decay, self.modules, self.optimizer)
+        self.at_full_rate = not self.clock.is_decaying
         for group in self.optimizer.param_groups:
-            group["lr"] = self.clock.factor() * learning_rate(settings.lr, state.seen, settings.samples)
+            group["lr"] = self.clock.compute_factor() * learning_rate(settings.lr, state.seen, settings.samples)
         torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        state.note(loss, settings.batch)
+        state.add_loss(loss, settings.batch)
 
     def save(self) -> None:
         self.state.save(self.checkpoint, self.modules, self.optimizer)

@@ -5,7 +5,7 @@
 Pictures are made by the exported fp32 bundle on the torch-free runtime and compared with the training
 pictures by their RGB values and by an extractor's features. Text-to-image: one for each of 200 seen captions, drawn
 evenly over the training set (the demo's guidance, steps and seed); how near each is to its caption's own picture, and
-KID of all. Unconditional: 200 (50 steps, seed 0) as a set, beside 200 training pictures and 200 decoded noises.
+KID of all. Unconditional: 200 (50 steps, seed 0) as a set, compared with 200 training pictures and 200 decoded noises.
 The card's column "first weights" is what this script said of the weights that training began with, on the same
 pictures: run it on their folder with ``--json``, and give that file as ``--first``.
 """
@@ -22,25 +22,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qdeploy.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
+from qdeploy.artifacts.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
+from qdeploy.base.errors import UsageError, join_names
+from qdeploy.base.files import read_state, stage_file
+from qdeploy.base.progress import show_progress
 from qdeploy.demo import GUIDANCE, SEED, STEPS
-from qdeploy.errors import UsageError, some_of
-from qdeploy.evaluate.extractors import Extractor, ExtractorOptions, extractor_names, open_extractor
+from qdeploy.evaluate.extractors import Extractor, ExtractorOptions, list_extractors, open_extractor
 from qdeploy.export.exporter import export_bundle
-from qdeploy.files import read_note, staged_file
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.source import load_model
-from qdeploy.progress import shown
 from qdeploy.runtime.image import pixels_from_decoded
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.runtime.pipeline import load as load_bundle
-from qdeploy.sampling.loop import unit_noise
-from qdeploy.spec import target_named
+from qdeploy.sampling.loop import draw_unit_noise
+from qdeploy.targets.spec import get_target
 from training.data import CAPTIONS, PICTURES, Emoji, load_for
 from training.figures import (
-    features_of,
+    compute_features,
     frechet,
-    frechet_of_features,
+    frechet_from_features,
     kernel_distance,
     nearest,
     ranks,
@@ -48,7 +48,7 @@ from training.figures import (
     white_corners,
 )
 from training.layout import run_script
-from training.sheet import captioned
+from training.sheet import draw_captioned
 from training.vq import nearest_indices, pixels
 
 COUNT = 200
@@ -61,16 +61,16 @@ CARDS = {
 
 
 @contextmanager
-def float_bundle(model: LatentDiffusion) -> Iterator[Pipeline]:
+def open_float_bundle(model: LatentDiffusion) -> Iterator[Pipeline]:
     """The model's fp32 bundle on the runtime."""
     with tempfile.TemporaryDirectory() as scratch:
-        with shown() as on_progress:
-            export_bundle(model, None, target_named("ort-cpu"), Path(scratch) / "fp32", on_progress)
+        with show_progress() as on_progress:
+            export_bundle(model, None, get_target("ort-cpu"), Path(scratch) / "fp32", on_progress)
         with load_bundle(Path(scratch) / "fp32") as pipe:
             yield pipe
 
 
-def evenly(total: int, count: int) -> np.ndarray:
+def space_evenly(total: int, count: int) -> np.ndarray:
     """``int[count]`` indices, evenly spaced over ``total``."""
     return np.linspace(0, total - 1, count).astype(int)
 
@@ -81,52 +81,52 @@ def draw_captions(pipe: Pipeline, captions: list[str]) -> np.ndarray:
     return np.stack(several)
 
 
-def nearness(shares: np.ndarray) -> dict[str, float]:
+def summarize_ranks(shares: np.ndarray) -> dict[str, float]:
     """In percent: captions whose own picture is the nearest, or among the nearest 1 and 10 %; the median share."""
-    among = {name: float((shares < most).mean() * 100) for name, most in NEAREST_SHARES.items()}
-    return {"nearest": float((shares == 0).mean() * 100), "median_rank": float(np.median(shares) * 100)} | among
+    by_limit = {name: float((shares < limit).mean() * 100) for name, limit in NEAREST_SHARES.items()}
+    return {"nearest": float((shares == 0).mean() * 100), "median_rank": float(np.median(shares) * 100)} | by_limit
 
 
-def text_figures(
+def measure_text_model(
     model: LatentDiffusion, emoji: list[Emoji], pictures: np.ndarray, extractor: Extractor
 ) -> tuple[dict[str, float], np.ndarray]:
     """How near the picture made for a caption is to the caption's own, and how near all are; the sheet's pictures."""
-    own = evenly(len(emoji), COUNT)
-    with float_bundle(model) as pipe:
-        made = draw_captions(pipe, [emoji[i].label for i in own])
-        sheet = draw_captions(pipe, [emoji[i].label for i in evenly(len(emoji), SHOWN)])
-    reference = features_of(pictures, extractor)
-    figures = nearness(ranks(made, own, pictures)) | {
-        "kid": kernel_distance(features_of(made, extractor), reference),
-        "kid_round_trip": kernel_distance(features_of(round_trip(model, pictures)[own], extractor), reference),
+    own = space_evenly(len(emoji), COUNT)
+    with open_float_bundle(model) as pipe:
+        generated = draw_captions(pipe, [emoji[i].label for i in own])
+        sheet = draw_captions(pipe, [emoji[i].label for i in space_evenly(len(emoji), SHOWN)])
+    reference = compute_features(pictures, extractor)
+    figures = summarize_ranks(ranks(generated, own, pictures)) | {
+        "kid": kernel_distance(compute_features(generated, extractor), reference),
+        "kid_round_trip": kernel_distance(compute_features(round_trip(model, pictures)[own], extractor), reference),
     }
     return figures, sheet
 
 
-def unconditional_figures(
+def measure_unconditional_model(
     model: LatentDiffusion, pictures: np.ndarray, extractor: Extractor
 ) -> tuple[dict[str, float], np.ndarray]:
     """Made pictures as a set, as many training pictures, and as many noises decoded without a UNet; the sheet.
 
-    All three are held against the other training pictures, so that equal numbers are compared.
+    All three are compared with the other training pictures, so that equal numbers are compared.
     """
-    drawn = np.zeros(len(pictures), bool)
-    drawn[evenly(len(pictures), COUNT)] = True
-    others = pictures[~drawn]
-    with float_bundle(model) as pipe:
-        noise = unit_noise(model.latents.shape, [(0, i) for i in range(COUNT)])
+    is_selected = np.zeros(len(pictures), bool)
+    is_selected[space_evenly(len(pictures), COUNT)] = True
+    others = pictures[~is_selected]
+    with open_float_bundle(model) as pipe:
+        noise = draw_unit_noise(model.latents.shape, [(0, i) for i in range(COUNT)])
         sets = {
             "made": pipe(count=COUNT, steps=50, seed=0).pixels,
-            "real": pictures[drawn],
+            "real": pictures[is_selected],
             "noise": pipe.decode(noise * np.float32(model.latents.scaling_factor)),
         }
     mean = pictures.mean(axis=0, keepdims=True).round()
-    figures = {"codes_used": codes_used(model, pictures), "mean_nearest": nearest(mean, others)}
-    reference = features_of(others, extractor)
+    figures = {"codes_used": count_codes(model, pictures), "mean_nearest": nearest(mean, others)}
+    reference = compute_features(others, extractor)
     for name, chosen in sets.items():
-        features = features_of(chosen, extractor)
+        features = compute_features(chosen, extractor)
         figures |= {
-            f"{name}_fid": frechet_of_features(features, reference),
+            f"{name}_fid": frechet_from_features(features, reference),
             f"{name}_kid": kernel_distance(features, reference),
             f"{name}_frechet": frechet(chosen, others),
             f"{name}_nearest": nearest(chosen, others),
@@ -136,7 +136,7 @@ def unconditional_figures(
     return figures, sets["made"][:SHOWN]
 
 
-def encoded(model: LatentDiffusion, pictures: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def iter_encoded(model: LatentDiffusion, pictures: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pictures in [-1, 1] and their latents (the mean, where there is a posterior), 64 at a time."""
     for chunk in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(64):
         x = chunk.float() / 127.5 - 1
@@ -144,22 +144,22 @@ def encoded(model: LatentDiffusion, pictures: np.ndarray) -> Iterator[tuple[torc
             yield x, model.vae_encoder(x)
 
 
-def codes_used(model: LatentDiffusion, pictures: np.ndarray) -> int:
+def count_codes(model: LatentDiffusion, pictures: np.ndarray) -> int:
     """How many codes of a VQ model the pictures need."""
     codes = model.vae_decoder.inner.quantize.embedding.weight
-    return len(torch.cat([nearest_indices(pixels(z), codes) for _, z in encoded(model, pictures)]).unique())
+    return len(torch.cat([nearest_indices(pixels(z), codes) for _, z in iter_encoded(model, pictures)]).unique())
 
 
 def round_trip(model: LatentDiffusion, pictures: np.ndarray) -> np.ndarray:
     """The pictures, encoded and decoded: ``uint8[N, H, W, 3]``."""
     with torch.no_grad():
-        decoded = torch.cat([model.vae_decoder(z) for _, z in encoded(model, pictures)])
+        decoded = torch.cat([model.vae_decoder(z) for _, z in iter_encoded(model, pictures)])
     return pixels_from_decoded(decoded.numpy())
 
 
-def psnr_db(found: np.ndarray, pictures: np.ndarray) -> float:
+def psnr_db(decoded: np.ndarray, pictures: np.ndarray) -> float:
     """Mean PSNR over pictures, ``uint8[N, H, W, 3]``."""
-    square = np.square(found.astype(np.float64) - pictures).mean(axis=(1, 2, 3))
+    square = np.square(decoded.astype(np.float64) - pictures).mean(axis=(1, 2, 3))
     return float((10 * np.log10(255**2 / np.maximum(square, 1e-6))).mean())
 
 
@@ -169,10 +169,10 @@ def measure(
     """All figures, and the sheet's pictures with what stands under each."""
     pictures = np.stack([item.pixels for item in emoji])
     if model.reads_text:
-        figures, sheet = text_figures(model, emoji, pictures, extractor)
-        names = [emoji[i].label for i in evenly(len(emoji), SHOWN)]
+        figures, sheet = measure_text_model(model, emoji, pictures, extractor)
+        names = [emoji[i].label for i in space_evenly(len(emoji), SHOWN)]
     else:
-        figures, sheet = unconditional_figures(model, pictures, extractor)
+        figures, sheet = measure_unconditional_model(model, pictures, extractor)
         names = [""] * SHOWN
     figures["round_trip"] = psnr_db(round_trip(model, pictures), pictures)
     return figures, sheet, names
@@ -183,17 +183,17 @@ def write_card(
 ) -> None:
     """Fill in the card of this kind of model; ``first``: figures of the first weights."""
     before = {f"first_{name}": value for name, value in first.items()}
-    with staged_file(path) as scratch:
+    with stage_file(path) as scratch:
         scratch.write_text(CARDS[kind].read_text().format(**facts, **figures, **before), encoding="utf-8")
 
 
 def read_figures(path: Path, wanted: Collection[str]) -> dict[str, float]:
     """What ``--json`` wrote of a model of the same kind; UsageError when it is something else."""
-    found = read_note(path)
+    found = read_state(path)
     if set(found) != set(wanted) or not all(isinstance(value, int | float) for value in found.values()):
         raise UsageError(
-            f"--first: {path} holds {some_of(sorted(found)) or 'no figures'}, expected numbers for "
-            f"{some_of(sorted(wanted))}; make it with `python -m training.measure --model FIRST --json FILE`"
+            f"--first: {path} holds {join_names(sorted(found)) or 'no figures'}, expected numbers for "
+            f"{join_names(sorted(wanted))}; make it with `python -m training.measure --model FIRST --json FILE`"
         )
     return found
 
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the training data")
     parser.add_argument("--model", default="builtin:emoji")
-    parser.add_argument("--extractor", choices=extractor_names(), default="open-nsfw", help="features of KID and FID")
+    parser.add_argument("--extractor", choices=list_extractors(), default="open-nsfw", help="features of KID and FID")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheet", type=Path, help=f"write {SHOWN} unselected pictures here, a PNG")
     parser.add_argument("--prompts", type=Path, help="write all labels here, one a line")
@@ -222,8 +222,8 @@ def main() -> None:
     if args.json is not None:
         args.json.write_text(text + "\n")
     if args.sheet is not None:
-        with staged_file(args.sheet) as scratch:
-            captioned(sheet, names).save(scratch, format="PNG", optimize=True)
+        with stage_file(args.sheet) as scratch:
+            draw_captioned(sheet, names).save(scratch, format="PNG", optimize=True)
     if args.card is not None:
         training = json.loads((args.work / "training.json").read_text())
         facts = dict(pictures=PICTURES, captions=CAPTIONS, count=len(emoji), measured=COUNT, extractor=args.extractor)

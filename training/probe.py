@@ -1,4 +1,4 @@
-"""Look at a training that runs: pictures of its averaged weights, and how many are nearest to their own.
+"""Inspect a running training: pictures of its averaged weights, and how many are nearest to their own.
 
     python -m training.probe --work DIR [-o DIR/probe.png] [--count 48]
 
@@ -20,10 +20,10 @@ from training.data import load_for
 from training.figures import ranks
 from training.layout import run_script
 from training.loop import LoopState
-from training.sheet import stacked
+from training.sheet import stack_rows
 
 
-def averaged_pipeline(start: Path, checkpoint: Path) -> tuple[StableDiffusionPipeline, LoopState]:
+def load_averaged_pipeline(start: Path, checkpoint: Path) -> tuple[StableDiffusionPipeline, LoopState]:
     """The pipeline ``start`` with the averaged weights of a checkpoint, and how far that is."""
     pipe = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
     saved = torch.load(checkpoint, weights_only=True, mmap=True)
@@ -35,17 +35,17 @@ def averaged_pipeline(start: Path, checkpoint: Path) -> tuple[StableDiffusionPip
     return pipe, LoopState(**saved["progress"])
 
 
-def drawn(pipe: StableDiffusionPipeline, captions: list[str]) -> np.ndarray:
+def draw_pictures(pipe: StableDiffusionPipeline, captions: list[str]) -> np.ndarray:
     """One picture a caption, ``uint8[N, 64, 64, 3]``."""
     pipe.set_progress_bar_config(disable=True)
-    made = []
-    for at in range(0, len(captions), 16):
-        several = captions[at : at + 16]
+    pictures = []
+    for start in range(0, len(captions), 16):
+        several = captions[start : start + 16]
         noise = [torch.Generator().manual_seed(SEED) for _ in several]
-        made += pipe(several, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, width=64, height=64)[
-            0
-        ]
-    return np.stack([np.asarray(picture) for picture in made])
+        pictures += pipe(
+            several, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, width=64, height=64
+        )[0]
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def main() -> None:
@@ -60,14 +60,14 @@ def main() -> None:
     emoji = load_for(args.work)
     pictures = np.stack([item.pixels for item in emoji])
     own = np.linspace(0, len(emoji) - 1, args.count).astype(int)
-    pipe, state = averaged_pipeline(args.start, args.checkpoint or args.work / "diffusion.ckpt")
-    made = drawn(pipe, [emoji[i].label for i in own])
-    shares = ranks(made, own, pictures)
+    pipe, state = load_averaged_pipeline(args.start, args.checkpoint or args.work / "diffusion.ckpt")
+    generated = draw_pictures(pipe, [emoji[i].label for i in own])
+    shares = ranks(generated, own, pictures)
     print(
         f"{state.seen} samples, loss {state.loss:.4f}: nearest {(shares == 0).mean():.1%},"
         f" among the nearest 1 % {(shares < 0.01).mean():.1%}, 10 % {(shares < 0.1).mean():.1%}"
     )
-    stacked([pictures[own], made]).save(args.out or args.work / "probe.png")
+    stack_rows([pictures[own], generated]).save(args.out or args.work / "probe.png")
 
 
 if __name__ == "__main__":

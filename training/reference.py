@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from qdeploy.files import staged_folder
+from qdeploy.base.files import stage_folder
 from training.data import load_for
 from training.layout import run_script
 
@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     emoji = load_for(args.work)
-    with staged_folder(args.out) as scratch:
+    with stage_folder(args.out) as scratch:
         for item in emoji:
             folder = scratch / item.group
             folder.mkdir(exist_ok=True)

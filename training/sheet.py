@@ -14,7 +14,7 @@ LINE = 12  # pixels; two lines of caption go under each picture
 LETTERS = 20  # of a line, in Pillow's own font at this width
 
 
-def captioned(pictures: np.ndarray, captions: Sequence[str]) -> Image.Image:
+def draw_captioned(pictures: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """``uint8[N, 64, 64, 3]`` enlarged, eight in a row, each over its caption."""
     side, text = pictures.shape[1] * ZOOM, 2 * LINE + 6 if any(captions) else 4
     rows = -(-len(pictures) // ACROSS)
@@ -22,13 +22,13 @@ def captioned(pictures: np.ndarray, captions: Sequence[str]) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = (i % ACROSS) * (side + 4), (i // ACROSS) * (side + text)
-        canvas.paste(enlarged(picture), (left, top))
+        canvas.paste(enlarge(picture), (left, top))
         for line, words in enumerate(textwrap.wrap(caption, LETTERS)[:2]):
             draw.text((left + 2, top + side + LINE * line), words, fill="black")
     return canvas
 
 
-def stacked(rows: Sequence[np.ndarray], across: int = 12) -> Image.Image:
+def stack_rows(rows: Sequence[np.ndarray], across: int = 12) -> Image.Image:
     """Pictures of ``rows`` under each other, ``across`` columns a band, enlarged."""
     count, size = len(rows[0]), rows[0].shape[1]
     bands = -(-count // across)
@@ -37,9 +37,9 @@ def stacked(rows: Sequence[np.ndarray], across: int = 12) -> Image.Image:
         for i, picture in enumerate(pictures):
             top, left = ((i // across) * len(rows) + r) * size, (i % across) * size
             canvas[top : top + size, left : left + size] = picture
-    return enlarged(canvas)
+    return enlarge(canvas)
 
 
-def enlarged(picture: np.ndarray) -> Image.Image:
-    made = Image.fromarray(picture)
-    return made.resize((made.width * ZOOM, made.height * ZOOM), Image.Resampling.NEAREST)
+def enlarge(picture: np.ndarray) -> Image.Image:
+    image = Image.fromarray(picture)
+    return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)

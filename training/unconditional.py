@@ -20,17 +20,17 @@ from training.data import load_for
 from training.denoising import (
     AVERAGE_DECAY,
     AVERAGE_FROM,
-    averaged_copy,
     draw_timesteps,
     edit_json,
-    optimizer_of,
+    make_averaged_copy,
+    make_optimizer,
     start_branches_at_zero,
     velocity_loss,
 )
 from training.layout import run_script
-from training.loop import Training, options
-from training.vae import pictures_of
-from training.vq import latents_of
+from training.loop import Training, make_parser
+from training.vae import pixels_from_emoji
+from training.vq import encode_latents
 
 UNET = dict(
     sample_size=16,
@@ -76,7 +76,7 @@ def save_pipeline(folder: Path, vqvae: VQModel, unet: UNet2DModel) -> None:
     """Write the LDMPipeline folder in fp16."""
     pipeline = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(**SCHEDULER))
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    edit_json(folder / "vqvae" / "config.json", {}, drop="_name_or_path")  # where it lay on this machine
+    edit_json(folder / "vqvae" / "config.json", {}, drop="_name_or_path")  # its path on this machine
 
 
 def begun(work: Path) -> tuple[VQModel, UNet2DModel]:
@@ -94,20 +94,20 @@ def begun_from(folder: Path) -> tuple[VQModel, UNet2DModel]:
 
 
 def main() -> None:
-    parser = options(__doc__, samples=150_000, batch=32, lr=6e-4)
+    parser = make_parser(__doc__, samples=150_000, batch=32, lr=6e-4)
     parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
     parser.add_argument("--average", type=float, default=AVERAGE_DECAY, help="decay of the averaged weights, a step")
     args = parser.parse_args()
-    x = pictures_of(load_for(args.work))
+    x = pixels_from_emoji(load_for(args.work))
     vqvae, unet = begun(args.work) if args.start is None else begun_from(args.start)
-    latents = latents_of(vqvae, x)
-    averaged = averaged_copy(unet, args.average)
+    latents = encode_latents(vqvae, x)
+    averaged = make_averaged_copy(unet, args.average)
     modules = {"unet": unet, "averaged": averaged}
-    training = Training(args.work / "unconditional.ckpt", modules, optimizer_of(unet, args.lr), args)
+    training = Training(args.work / "unconditional.ckpt", modules, make_optimizer(unet, args.lr), args)
     alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
     average_from = AVERAGE_FROM if args.start is None else 0
 
-    def loss_of(twin: torch.nn.Module, chosen: np.ndarray) -> torch.Tensor:
+    def compute_loss(twin: torch.nn.Module, chosen: np.ndarray) -> torch.Tensor:
         # Evenly: half of this schedule's timesteps already hold less than an eighth of the signal's power.
         t = draw_timesteps(len(chosen), rising=False)
         with torch.autocast("cpu", torch.bfloat16):
@@ -122,7 +122,7 @@ def main() -> None:
     training.run_in_threads(
         unet,
         len(latents),
-        loss_of,
+        compute_loss,
         average,
         report=lambda: f"averaged weights' loss {probe_loss(averaged.module, alphas_cumprod, latents):.4f}",
     )

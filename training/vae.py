@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 
 from training.data import Emoji, load_for
 from training.layout import run_script
-from training.loop import Training, options
+from training.loop import Training, make_parser
 
 CONFIG = dict(
     in_channels=3,
@@ -29,7 +29,7 @@ CONFIG = dict(
 )
 
 
-def pictures_of(emoji: list[Emoji]) -> torch.Tensor:
+def pixels_from_emoji(emoji: list[Emoji]) -> torch.Tensor:
     """``float32[N, 3, 64, 64]`` in [-1, 1]."""
     stack = np.stack([item.pixels for item in emoji])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -40,7 +40,7 @@ def reconstruction_loss(error: torch.Tensor) -> torch.Tensor:
     return error.abs().mean() + 5 * error.square().mean()
 
 
-def loss_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+def compute_loss(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
     """Reconstruction from a drawn latent, with a light KL term."""
     posterior = vae.encode(x).latent_dist
     return reconstruction_loss(vae.decode(posterior.sample()).sample - x) + 1e-6 * posterior.kl().mean()
@@ -72,13 +72,13 @@ def center_latents(vae: AutoencoderKL, x: torch.Tensor) -> None:
 
 
 def main() -> None:
-    args = options(__doc__, samples=30_000, batch=16, lr=1.5e-3).parse_args()
-    x = pictures_of(load_for(args.work))
+    args = make_parser(__doc__, samples=30_000, batch=16, lr=1.5e-3).parse_args()
+    x = pixels_from_emoji(load_for(args.work))
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG)
     optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     training = Training(args.work / "vae.ckpt", {"vae": vae}, optimizer, args)
-    training.run(len(x), lambda chosen: loss_of(vae, x[chosen]), report=lambda: f"{psnr_db(vae, x[::16]):.2f} dB")
+    training.run(len(x), lambda chosen: compute_loss(vae, x[chosen]), report=lambda: f"{psnr_db(vae, x[::16]):.2f} dB")
     training.state.record(args.work / "training.json", "vae", args.batch)
     center_latents(vae, x)
     print(f"round trip {psnr_db(vae, x):.2f} dB over {len(x)} pictures")

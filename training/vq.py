@@ -3,8 +3,8 @@
     python -m training.vq --work DIR --samples 26000 --decoder-samples 12000
 
 First an autoencoder without a codebook, its latents blurred by noise as large as quantization's error. Then
-the encoder stands still: k-means over the latents of all pictures gives the codes, so that none is dead, and
-the decoder goes on learning, from codes alone. Resumes from ``DIR/vq.ckpt``, then ``DIR/vq-decoder-N.ckpt``
+the encoder is frozen: k-means over the latents of all pictures gives the codes, so that none is dead, and
+the decoder continues to train, only from codes. Resumes from ``DIR/vq.ckpt``, then ``DIR/vq-decoder-N.ckpt``
 (N steps of the first part: a longer first part means new codes and a new second part). Writes ``DIR/vqvae``.
 """
 
@@ -20,8 +20,8 @@ from diffusers import VQModel
 
 from training.data import load_for
 from training.layout import run_script
-from training.loop import Training, options
-from training.vae import CONFIG, pictures_of, reconstruction_loss
+from training.loop import Training, make_parser
+from training.vae import CONFIG, pixels_from_emoji, reconstruction_loss
 
 VQ = CONFIG | dict(latent_channels=4, num_vq_embeddings=8192, scaling_factor=1.0)
 NOISE = 0.08  # of the latents' standard deviation; what 8192 codes in 4 dimensions leave
@@ -31,15 +31,15 @@ def blurred_loss(vq: VQModel, x: torch.Tensor) -> torch.Tensor:
     """Reconstruction without a codebook, from latents with noise in proportion to their own spread."""
     z = vq.encode(x).latents
     z = z + NOISE * z.std() * torch.randn_like(z)
-    return reconstruction_loss(decoded(vq, z) - x)
+    return reconstruction_loss(decode_latents(vq, z) - x)
 
 
-def decoded(vq: VQModel, z: torch.Tensor) -> torch.Tensor:
+def decode_latents(vq: VQModel, z: torch.Tensor) -> torch.Tensor:
     """Pictures ``float32[B, 3, H, W]`` of latents taken as they are: codes already, or free of a codebook."""
     return vq.decode(z, force_not_quantize=True).sample
 
 
-def latents_of(vq: VQModel, x: torch.Tensor) -> torch.Tensor:
+def encode_latents(vq: VQModel, x: torch.Tensor) -> torch.Tensor:
     """Latents before quantization, ``float32[N, 4, 16, 16]``."""
     with torch.no_grad():
         return torch.cat([vq.encode(chunk).latents for chunk in x.split(64)])
@@ -89,7 +89,7 @@ def pixels(z: torch.Tensor) -> torch.Tensor:
     return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def codes_of(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def encode_codes(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The nearest codes of latents ``float32[N, C, h, w]``, in that shape."""
     indices = nearest_indices(pixels(z), codebook).unflatten(0, (len(z), *z.shape[2:]))
     return torch.nn.functional.embedding(indices, codebook).permute(0, 3, 1, 2)
@@ -97,7 +97,7 @@ def codes_of(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 def make_codebook(vq: VQModel, x: torch.Tensor) -> None:
     """Normalise the latents of the pictures ``x`` and set the codes by clustering them."""
-    z = normalize_latents(vq, latents_of(vq, x))
+    z = normalize_latents(vq, encode_latents(vq, x))
     with torch.no_grad():
         vq.quantize.embedding.weight.copy_(k_means(pixels(z), vq.config.num_vq_embeddings))
 
@@ -107,7 +107,7 @@ def psnr_db(vq: VQModel, x: torch.Tensor, z: torch.Tensor) -> float:
     values = []
     with torch.no_grad():
         for chunk, latents in zip(x.split(64), z.split(64), strict=True):
-            levels = (decoded(vq, latents).clamp(-1, 1) - chunk).mul(127.5).round()
+            levels = (decode_latents(vq, latents).clamp(-1, 1) - chunk).mul(127.5).round()
             values.append(10 * torch.log10(255**2 / levels.square().mean(dim=(1, 2, 3)).clamp(min=1e-6)))
     return float(torch.cat(values).mean())
 
@@ -122,7 +122,7 @@ def train_autoencoder(vq: VQModel, x: torch.Tensor, args: argparse.Namespace) ->
     training = Training(args.work / "vq.ckpt", {"vq": vq}, adam(learning, args.lr), args)
 
     def report() -> str:
-        return f"{psnr_db(vq, x[::16], latents_of(vq, x[::16])):.2f} dB without codes"
+        return f"{psnr_db(vq, x[::16], encode_latents(vq, x[::16])):.2f} dB without codes"
 
     training.run(len(x), lambda chosen: blurred_loss(vq, x[chosen]), report=report)
     training.state.record(args.work / "training.json", "vq", args.batch)
@@ -130,16 +130,16 @@ def train_autoencoder(vq: VQModel, x: torch.Tensor, args: argparse.Namespace) ->
 
 
 def train_decoder(vq: VQModel, x: torch.Tensor, args: argparse.Namespace, checkpoint: Path) -> torch.Tensor:
-    """The second part: the decoder alone, from the nearest codes, which are returned: ``float32[N, 4, 16, 16]``."""
+    """The second part: only the decoder, from the nearest codes, which are returned: ``float32[N, 4, 16, 16]``."""
     if not checkpoint.exists():
         make_codebook(vq, x)
     optimizer = adam(chain(vq.post_quant_conv.parameters(), vq.decoder.parameters()), args.lr)
     training = Training(checkpoint, {"vq": vq}, optimizer, args)
     training.save()  # the codes, which are drawn at random
-    codes = codes_of(latents_of(vq, x), vq.quantize.embedding.weight.detach())
+    codes = encode_codes(encode_latents(vq, x), vq.quantize.embedding.weight.detach())
     training.run(
         len(x),
-        lambda chosen: reconstruction_loss(decoded(vq, codes[chosen]) - x[chosen]),
+        lambda chosen: reconstruction_loss(decode_latents(vq, codes[chosen]) - x[chosen]),
         report=lambda: f"{psnr_db(vq, x[::16], codes[::16]):.2f} dB",
     )
     training.state.record(args.work / "training.json", "vq_decoder", args.batch)
@@ -147,16 +147,16 @@ def train_decoder(vq: VQModel, x: torch.Tensor, args: argparse.Namespace, checkp
 
 
 def main() -> None:
-    parser = options(__doc__, samples=26_000, batch=16, lr=1.5e-3)
+    parser = make_parser(__doc__, samples=26_000, batch=16, lr=1.5e-3)
     parser.add_argument("--decoder-samples", type=int, default=12_000, help="for the second part, at half the rate")
     args = parser.parse_args()
-    x = pictures_of(load_for(args.work)).contiguous(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    x = pixels_from_emoji(load_for(args.work)).contiguous(memory_format=torch.channels_last)  # a fifth faster on a CPU
     torch.manual_seed(0)
     vq = VQModel(**VQ).to(memory_format=torch.channels_last)
     first = train_autoencoder(vq, x, args)
     if first.state.seen < args.samples:
         return
-    print(f"without codes {psnr_db(vq, x, latents_of(vq, x)):.2f} dB over {len(x)} pictures")
+    print(f"without codes {psnr_db(vq, x, encode_latents(vq, x)):.2f} dB over {len(x)} pictures")
     second = argparse.Namespace(**vars(args) | {"samples": args.decoder_samples, "lr": args.lr / 2})
     codes = train_decoder(vq, x, second, args.work / f"vq-decoder-{first.state.step}.ckpt")
     used = len(pixels(codes).unique(dim=0))

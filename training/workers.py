@@ -15,16 +15,16 @@ import torch
 
 
 def mirror(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy that reads ``module``'s parameters where they lie, and has gradients of its own."""
-    twin = copy.deepcopy(module)
-    for own, other in zip(twin.parameters(), module.parameters(), strict=True):
+    """A copy that shares ``module``'s parameters, and has gradients of its own."""
+    replica = copy.deepcopy(module)
+    for own, other in zip(replica.parameters(), module.parameters(), strict=True):
         own.data = other.data
-    return twin
+    return replica
 
 
-def take_gradients(module: torch.nn.Module, twin: torch.nn.Module) -> None:
+def take_gradients(module: torch.nn.Module, replica: torch.nn.Module) -> None:
     """Move the gradients of a mirror to the module that the optimizer knows."""
-    for own, other in zip(module.parameters(), twin.parameters(), strict=True):
+    for own, other in zip(module.parameters(), replica.parameters(), strict=True):
         own.grad, other.grad = other.grad, None
 
 
@@ -42,19 +42,19 @@ def train_in_threads(
 
     def work() -> None:
         torch.set_num_threads(1)
-        twin = mirror(module)
+        replica = mirror(module)
         try:
             while not stopped.is_set():
-                loss = step(twin)
+                loss = step(replica)
                 loss.backward()
                 with lock:
                     if not stopped.is_set():
-                        take_gradients(module, twin)
+                        take_gradients(module, replica)
                         if not apply(loss.item()):
                             stopped.set()
         finally:
             stopped.set()
 
     with ThreadPoolExecutor(count) as pool:
-        for done in [pool.submit(work) for _ in range(count)]:
-            done.result()
+        for future in [pool.submit(work) for _ in range(count)]:
+            future.result()

@@ -1,1 +1,1 @@
-"""Figures about bundles: latency, load time, memory and fidelity to the float twin. No torch."""
+"""Measure bundles: latency, load time, memory and fidelity to the float reference. No torch."""

@@ -1,4 +1,4 @@
-"""The calls that are timed: one component alone, or a whole picture, on inputs that were made before."""
+"""The calls that are timed: a single component, or a whole picture, on inputs that were made before."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qdeploy.bench.figures import DECODE, PICTURE, STEP, TEXT_ENCODER
-from qdeploy.bench.plan import BenchSettings
+from qdeploy.artifacts.components import choose_graph_batch
+from qdeploy.bench.results import DECODE, PICTURE, STEP, TEXT_ENCODER
+from qdeploy.bench.settings import BenchSettings
 from qdeploy.runtime.pipeline import Pipeline
-from qdeploy.spec import graph_batch
 
 Call = Callable[[], object]
 TIMESTEP = 500
 
 
-def call_of(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call | None:
+def build_call(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call | None:
     """What to time of ``stage``, on fixed inputs at the graph's own batch; None where the bundle has no such stage."""
     if stage == PICTURE:
-        return lambda: one_picture(pipeline, settings)
+        return lambda: make_picture(pipeline, settings)
     if stage == TEXT_ENCODER:
         return (lambda: pipeline.encode([settings.prompt])) if pipeline.reads_text else None
     rng = np.random.default_rng(0)
@@ -27,24 +27,24 @@ def call_of(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call | N
         return lambda: pipeline.decode(latents)
     assert stage == STEP
     inputs = pipeline.components["unet"].info.inputs
-    # what a dimension is that the graph leaves open; both halves of guidance where it reads text
-    usual = (
-        graph_batch("unet", pipeline.reads_text),
+    # size of a dimension that the graph leaves open; both halves of guidance where it reads text
+    default_shape = (
+        choose_graph_batch("unet", pipeline.reads_text),
         pipeline.latents.channels,
         pipeline.latents.height,
         pipeline.latents.width,
     )
 
-    def drawn(name: str) -> np.ndarray:
-        shape = [usual[axis] if side < 0 else side for axis, side in enumerate(inputs[name].shape)]
+    def draw_input(name: str) -> np.ndarray:
+        shape = [default_shape[axis] if side < 0 else side for axis, side in enumerate(inputs[name].shape)]
         return rng.standard_normal(shape, np.float32)
 
-    x = drawn("sample")
-    context = drawn("encoder_hidden_states") if "encoder_hidden_states" in inputs else None
+    x = draw_input("sample")
+    context = draw_input("encoder_hidden_states") if "encoder_hidden_states" in inputs else None
     return lambda: pipeline.predict(x, TIMESTEP, context)
 
 
-def one_picture(pipeline: Pipeline, settings: BenchSettings, **watched: object) -> object:
-    """Prompt or nothing to pixels; ``watched`` goes on to the pipeline, such as ``cancel``."""
+def make_picture(pipeline: Pipeline, settings: BenchSettings, **options: object) -> object:
+    """Prompt or nothing to pixels; ``options`` are passed to the pipeline, such as ``cancel``."""
     prompt = settings.prompt if pipeline.reads_text else None
-    return pipeline(prompt, steps=settings.steps, guidance_scale=settings.guidance_scale, **watched)  # type: ignore[arg-type]
+    return pipeline(prompt, steps=settings.steps, guidance_scale=settings.guidance_scale, **options)  # type: ignore[arg-type]

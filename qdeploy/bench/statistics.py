@@ -1,7 +1,7 @@
-"""Statistics of latency samples: percentiles, paired ratios, and the band within which noise alone moves them. Pure.
+"""Statistics of latency samples: percentiles, paired ratios, and the band within which noise moves them. Pure.
 
 The machine's speed drifts, so neighbouring samples are alike. Two contenders are therefore compared round by
-round, where both met the same machine, and intervals are bootstrapped over blocks of neighbouring rounds:
+round, in which the machine was the same for both, and intervals are bootstrapped over blocks of neighbouring rounds:
 
 - the bootstrap: B. Efron, "Bootstrap Methods: Another Look at the Jackknife", Ann. Statist. 7 (1979), its
   percentile interval;
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-FEWEST = 5  # samples, for an interval: of 5 the extremes enclose the median with 94 %, of 4 with 87 %
+MIN_SAMPLES = 5  # samples, for an interval: of 5 the extremes enclose the median with 94 %, of 4 with 87 %
 RESAMPLES = 2000
-AT_ONCE = 100  # resamples in memory
+BATCH = 100  # resamples in memory
 PERCENTS = (50, 90, 95, 99)
 
 
@@ -60,7 +60,7 @@ class Interval:
         return max(math.log(self.value / self.low), math.log(self.high / self.value)) if self.is_known else math.nan
 
 
-def summary(samples: Sequence[float]) -> Summary:
+def summarize(samples: Sequence[float]) -> Summary:
     """Of at least one sample; percentiles are interpolated linearly."""
     array = np.asarray(samples, np.float64)
     std = float(array.std(ddof=1)) if len(array) > 1 else 0.0
@@ -71,16 +71,16 @@ def median_interval(samples: Sequence[float], seed: int = 0) -> Interval:
     """The median of at least one positive sample, with its bootstrapped interval."""
     array = np.asarray(samples, np.float64)
     value = float(np.median(array))
-    if len(array) < FEWEST:
+    if len(array) < MIN_SAMPLES:
         return Interval(value, math.nan, math.nan)
     rng = np.random.default_rng(seed)
-    medians = [np.median(array[_block_indices(len(array), rng)], axis=1) for _ in range(RESAMPLES // AT_ONCE)]
+    medians = [np.median(array[_draw_block_indices(len(array), rng)], axis=1) for _ in range(RESAMPLES // BATCH)]
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(np.concatenate(medians), (tail, 100 - tail))
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-def paired_ratio(samples: Sequence[float], reference: Sequence[float], seed: int = 0) -> Interval:
+def compute_paired_ratio(samples: Sequence[float], reference: Sequence[float], seed: int = 0) -> Interval:
     """The median over the rounds of samples / reference, where sample i of both was taken in round i.
 
     An interrupted round may have left one more sample of one of them: it is not read.
@@ -89,14 +89,14 @@ def paired_ratio(samples: Sequence[float], reference: Sequence[float], seed: int
     return median_interval(np.asarray(samples[:rounds]) / np.asarray(reference[:rounds]), seed)  # type: ignore[arg-type]
 
 
-def drift(samples: Sequence[float]) -> float:
+def measure_drift(samples: Sequence[float]) -> float:
     """Median of the later half / median of the earlier half - 1; NaN of fewer than 2 samples."""
     half = len(samples) // 2
     return float(np.median(samples[-half:]) / np.median(samples[:half])) - 1 if half else math.nan
 
 
-def _block_indices(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """``int64[AT_ONCE, count]``: in each row, blocks of neighbours that begin anywhere and go round at the end."""
+def _draw_block_indices(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """``int64[BATCH, count]``: in each row, blocks of neighbours that begin anywhere and wrap around at the end."""
     length = round(count ** (1 / 3))
-    starts = rng.integers(0, count, (AT_ONCE, -(-count // length), 1))
-    return ((starts + np.arange(length)) % count).reshape(AT_ONCE, -1)[:, :count]
+    starts = rng.integers(0, count, (BATCH, -(-count // length), 1))
+    return ((starts + np.arange(length)) % count).reshape(BATCH, -1)[:, :count]

@@ -1,4 +1,4 @@
-"""Finished batches of a long recording, kept beside its output so that an interrupted run can go on."""
+"""Finished batches of a long recording, kept next to its output so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any
 
 from torch import Tensor
 
-from qdeploy.files import read_json, staged_file
+from qdeploy.base.files import read_json, stage_file
 
 KEY = "key.json"
 
 
 @contextmanager
-def checkpoint_beside(out: Path) -> Iterator[Path]:
+def checkpoint_folder(out: Path) -> Iterator[Path]:
     """The scratch folder of ``out``; it stays when the block fails and goes when it succeeds."""
     folder = out.with_name(f".{out.name}.part")
     yield folder
-    _clear(folder)
+    _remove_batches(folder)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RecordingCheckpoint:
     """Batches of one recording, by their number; without a folder it keeps nothing."""
 
     folder: Path | None
 
     @classmethod
-    def opened(cls, folder: Path | None, key: Mapping[str, Any]) -> Checkpoint:
-        """Go on in ``folder`` if its batches were made under the same ``key`` (plain JSON values), else start anew."""
-        if folder is not None and _key_of(folder) != json.loads(json.dumps(key)):
-            _clear(folder)
-            with staged_file(folder / KEY) as scratch:
+    def open(cls, folder: Path | None, key: Mapping[str, Any]) -> RecordingCheckpoint:
+        """Resume in ``folder`` if its batches were made under the same ``key`` (plain JSON values), else start anew."""
+        if folder is not None and _read_key(folder) != json.loads(json.dumps(key)):
+            _remove_batches(folder)
+            with stage_file(folder / KEY) as scratch:
                 scratch.write_text(json.dumps(key), encoding="utf-8")
         return cls(folder)
 
     def load(self, number: int) -> dict[str, Tensor] | None:
-        """The finished batch, or None when there is none or it is cut."""
+        """The finished batch, or None when there is none or it is truncated."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if self.folder is None or not batch_file(self.folder, number).is_file():
+        if self.folder is None or not batch_path(self.folder, number).is_file():
             return None
         try:
-            return load_file(batch_file(self.folder, number))
+            return load_file(batch_path(self.folder, number))
         except (SafetensorError, OSError):
             return None
 
@@ -56,29 +56,29 @@ class Checkpoint:
         from safetensors.torch import save_file
 
         if self.folder is not None:
-            with staged_file(batch_file(self.folder, number)) as scratch:
+            with stage_file(batch_path(self.folder, number)) as scratch:
                 save_file(tensors, scratch)
 
 
-def batch_file(folder: Path, number: int) -> Path:
-    """Where finished piece ``number`` lies in its folder."""
+def batch_path(folder: Path, number: int) -> Path:
+    """The path of finished piece ``number`` in its folder."""
     return folder / f"batch-{number:06d}.safetensors"
 
 
-def _key_of(folder: Path) -> Any:
+def _read_key(folder: Path) -> Any:
     try:
         return read_json(folder / KEY)
     except (OSError, ValueError):
         return None
 
 
-def _clear(folder: Path) -> None:
+def _remove_batches(folder: Path) -> None:
     """Remove our own files, folders of them included, and then the folder, unless it holds something else."""
     if not folder.is_dir():
         return
     for inner in folder.iterdir():
         if not inner.is_symlink():
-            _clear(inner)
+            _remove_batches(inner)
     for path in (*folder.glob("batch-*.safetensors"), *folder.glob(".batch-*.part"), folder / KEY):
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):

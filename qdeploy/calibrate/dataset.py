@@ -1,4 +1,4 @@
-"""A calibration set: the inputs that each component really sees, in one safetensors file."""
+"""A calibration set: the inputs that each component receives in sampling, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.errors import CalibrationError
-from qdeploy.files import staged_file
+from qdeploy.base.errors import CalibrationError
+from qdeploy.base.files import stage_file
 
 SCHEMA_VERSION = 1
-LATENT_PIXELS = 2**13  # a batch's; half of it for the decoder, whose maps are the largest: one Stable Diffusion picture
-MOST_ROWS = 16
+BATCH_LATENT_PIXELS = (
+    2**13
+)  # of a batch; half of it for the decoder, whose maps are largest: one Stable Diffusion picture
+MAX_ROWS = 16
 
 Feeds = Mapping[str, Tensor]  # a component's inputs by name
 
@@ -29,11 +31,11 @@ class CalibrationSet:
     timestep: ``int64[N]``, the t that belongs to each x_t.
     prompt: ``int64[N]``, row of ``contexts`` for the conditional half.
     contexts: ``float16[P, T, D]``, text embeddings; row 0 is the empty prompt, the unconditional half.
-    input_ids: ``int64[P, T]``, the tokens behind ``contexts``.
+    input_ids: ``int64[P, T]``, the tokens of ``contexts``.
     latents: ``float16[M, C, h, w]``, final latents, divided by the scaling factor: the decoder's input.
 
     A set of an unconditional model has neither ``prompt`` nor ``contexts`` nor ``input_ids``. One read from
-    Q-Diffusion's layout has no ``input_ids`` and no ``latents``: it says nothing of text encoder and decoder,
+    Q-Diffusion's layout has no ``input_ids`` and no ``latents``: it has no inputs for text encoder and decoder,
     so :meth:`batches` yields none for them.
     """
 
@@ -51,9 +53,9 @@ class CalibrationSet:
         The UNet takes one t a call, so its samples are grouped by timestep.
         """
         if component == "text_encoder":
-            yield from ({"input_ids": chunk} for chunk in _chunks(self.input_ids, size))
+            yield from ({"input_ids": chunk} for chunk in _split(self.input_ids, size))
         elif component == "vae_decoder":
-            yield from ({"latents": chunk.float()} for chunk in _chunks(self.latents, size))
+            yield from ({"latents": chunk.float()} for chunk in _split(self.latents, size))
         else:
             for t in self.timestep.unique():
                 for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // self._halves)):
@@ -81,32 +83,32 @@ class CalibrationSet:
         return {"sample": torch.cat([x, x]), "timestep": t, "encoder_hidden_states": torch.cat([uncond, cond])}
 
 
-def batch_rows(calibration: CalibrationSet, component: str) -> int:
+def choose_batch_size(calibration: CalibrationSet, component: str) -> int:
     """Inputs to run at once: 16 for small latents; for Stable Diffusion's 64x64 2, of the decoder 1."""
     height, width = calibration.sample.shape[-2:]
-    rows = LATENT_PIXELS // (height * width)
-    return max(1, min(MOST_ROWS, rows // 2 if component == "vae_decoder" else rows))
+    rows = BATCH_LATENT_PIXELS // (height * width)
+    return max(1, min(MAX_ROWS, rows // 2 if component == "vae_decoder" else rows))
 
 
-def rows_of(feeds: Feeds) -> int:
+def count_rows(feeds: Feeds) -> int:
     """B, the inputs that ``feeds`` holds; the scalar timestep has none."""
     return len(next(value for value in feeds.values() if value.dim() > 0))
 
 
-def spread(calibration: CalibrationSet, component: str, samples: int) -> Iterator[Feeds]:
+def sample_feeds(calibration: CalibrationSet, component: str, samples: int) -> Iterator[Feeds]:
     """About ``samples`` inputs of ``component``, evenly over the set and so over the timesteps."""
     stride = max(1, calibration.count(component) // samples)
     if component != "unet":
-        yield from list(calibration.batches(component, batch_rows(calibration, component)))[::stride]
+        yield from list(calibration.batches(component, choose_batch_size(calibration, component)))[::stride]
         return
     # one t a call: thin out within each timestep rather than between them
-    thin = replace(
+    thinned_set = replace(
         calibration,
         sample=calibration.sample[::stride],
         timestep=calibration.timestep[::stride],
         prompt=None if calibration.prompt is None else calibration.prompt[::stride],
     )
-    yield from thin.batches(component, batch_rows(calibration, component))
+    yield from thinned_set.batches(component, choose_batch_size(calibration, component))
 
 
 # name: (dtype, dimensions); a file without the optional ones is one of fewer components.
@@ -120,12 +122,12 @@ OPTIONAL = {
 
 
 def save_calibration(calibration: CalibrationSet, path: Path) -> None:
-    """Write the set to ``path``, aside first and then renamed."""
+    """Write the set to ``path``, atomically."""
     from safetensors.torch import save_file
 
     header = json.dumps({"schema_version": SCHEMA_VERSION, "provenance": dict(calibration.provenance)})
     tensors = {name: getattr(calibration, name) for name in (*REQUIRED, *OPTIONAL)}
-    with staged_file(path) as scratch:
+    with stage_file(path) as scratch:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
             scratch,
@@ -134,7 +136,7 @@ def save_calibration(calibration: CalibrationSet, path: Path) -> None:
 
 
 def load_calibration(path: Path) -> CalibrationSet:
-    """Read a set; CalibrationError when the file is not one or is cut."""
+    """Read a set; CalibrationError when the file is not one or is truncated."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -148,7 +150,7 @@ def load_calibration(path: Path) -> CalibrationSet:
             calibration = CalibrationSet(
                 **{name: file.get_tensor(name) for name in present}, provenance=dict(header["provenance"])
             )
-        _check_whole(calibration)
+        _check_tensors(calibration)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
         raise CalibrationError(
             f"{path} is not a readable calibration set ({exc}); make it again with `qdeploy calibrate`"
@@ -156,18 +158,18 @@ def load_calibration(path: Path) -> CalibrationSet:
     return calibration
 
 
-def check_fits(
+def check_shapes(
     calibration: CalibrationSet, latent_shape: tuple[int, int, int], context_shape: tuple[int, int] | None
 ) -> None:
     """CalibrationError unless the set has the model's shapes and is finite.
 
     ``latent_shape`` is (C, h, w); ``context_shape`` (T, D) of the text embeddings, None without text.
     """
-    found = (tuple(calibration.sample.shape[1:]), _context_shape(calibration))
-    if found != (latent_shape, context_shape):
+    shapes = (tuple(calibration.sample.shape[1:]), _get_context_shape(calibration))
+    if shapes != (latent_shape, context_shape):
         raise CalibrationError(
-            f"calibration set was recorded for latents {list(found[0])} and {_text(found[1])}, the model has "
-            f"{list(latent_shape)} and {_text(context_shape)}; calibrate this model"
+            f"calibration set was recorded for latents {list(shapes[0])} and {_format_text_shape(shapes[1])}, the "
+            f"model has {list(latent_shape)} and {_format_text_shape(context_shape)}; calibrate this model"
         )
     for name in ("sample", "contexts", "latents"):
         tensor = getattr(calibration, name)
@@ -176,7 +178,7 @@ def check_fits(
 
 
 def check_model(calibration: CalibrationSet, model_sha256: str) -> None:
-    """CalibrationError when the set says that it was made with other weights; a converted set says nothing."""
+    """CalibrationError when the set says that it was made with other weights; a converted set does not say which."""
     made_with = calibration.provenance.get("model_sha256")
     if made_with is not None and made_with != model_sha256:
         raise CalibrationError(
@@ -185,19 +187,19 @@ def check_model(calibration: CalibrationSet, model_sha256: str) -> None:
         )
 
 
-def _chunks(tensor: Tensor | None, size: int) -> tuple[Tensor, ...]:
+def _split(tensor: Tensor | None, size: int) -> tuple[Tensor, ...]:
     return () if tensor is None else tensor.split(size)
 
 
-def _context_shape(calibration: CalibrationSet) -> tuple[int, ...] | None:
+def _get_context_shape(calibration: CalibrationSet) -> tuple[int, ...] | None:
     return None if calibration.contexts is None else tuple(calibration.contexts.shape[1:])
 
 
-def _text(shape: tuple[int, ...] | None) -> str:
+def _format_text_shape(shape: tuple[int, ...] | None) -> str:
     return "no text" if shape is None else f"text {list(shape)}"
 
 
-def _check_whole(calibration: CalibrationSet) -> None:
+def _check_tensors(calibration: CalibrationSet) -> None:
     """ValueError unless the tensors have their types and agree with one another."""
     for name, (dtype, dimensions) in {**REQUIRED, **OPTIONAL}.items():
         tensor = getattr(calibration, name)

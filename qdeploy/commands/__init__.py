@@ -18,20 +18,20 @@ from click.core import ParameterSource
 PATH = click.Path(path_type=Path)
 
 
-def command_names() -> list[str]:
+def find_commands() -> list[str]:
     """All commands, found by their files."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def command_named(name: str) -> click.Command | None:
+def load_command(name: str) -> click.Command | None:
     """The command ``name``, loaded now; None when there is no such command."""
-    if name not in command_names():
+    if name not in find_commands():
         return None
     return getattr(importlib.import_module(f"{__name__}.{name}"), name)
 
 
-def loading_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how MODEL is loaded, alike in every command that loads one, which gets ``loading``."""
+def add_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how MODEL is loaded, alike in every command that loads one, which gets ``model_options``."""
 
     @click.option(
         "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
@@ -41,17 +41,17 @@ def loading_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--ema", is_flag=True, help="Take the averaged UNet of a checkpoint file.")
     @click.option("--allow-download", is_flag=True, help="Fetch a missing tokenizer from the hub.")
     @functools.wraps(command)
-    def with_loading(
+    def wrapper(
         *args: Any, loras: Sequence[str], config: Path | None, ema: bool, allow_download: bool, **kwargs: Any
     ) -> None:
         from qdeploy.models.options import LoraFile, ModelOptions
 
-        fused = tuple(LoraFile.from_text(text) for text in loras)
-        command(*args, loading=ModelOptions(fused, config, ema, allow_download), **kwargs)
+        lora_files = tuple(LoraFile.from_text(text) for text in loras)
+        command(*args, model_options=ModelOptions(lora_files, config, ema, allow_download), **kwargs)
 
-    return with_loading
+    return wrapper
 
 
-def was_typed(name: str) -> bool:
+def is_typed(name: str) -> bool:
     """Whether the user gave the running command's parameter ``name``, be it with its default value."""
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from qdeploy.base.errors import UsageError
 from qdeploy.commands import PATH
-from qdeploy.errors import UsageError
 
 
 @click.command()
@@ -18,11 +18,11 @@ from qdeploy.errors import UsageError
     "--metrics", default="fid,kid,pr,psnr,ssim,sqnr", show_default=True,
     help="Some of fid, kid, is, pr (precision and recall), clip, psnr, ssim, lpips, sqnr (of each step).",
 )  # fmt: skip
-@click.option("--reference", type=PATH, help="Folder of pictures, LSUN lmdb, or a bundle: the float twin.")
-@click.option("--reference-count", type=click.IntRange(2), help="Pictures of it, drawn by the seed. Default: all.")
+@click.option("--reference", type=PATH, help="Folder of pictures, LSUN lmdb, or a bundle (fp32: the reference bundle).")
+@click.option("--reference-count", type=click.IntRange(2), help="Its pictures to use, by the seed. Default: all.")
 @click.option("--fit", is_flag=True, help="Cut and scale the reference's pictures to the bundles' size (bicubic).")
 @click.option("--count", default=256, show_default=True, help="Pictures a bundle.")
-@click.option("--prompts", type=PATH, help="Text file, one a line: picture i has line i, round and round.")
+@click.option("--prompts", type=PATH, help="Text file, one a line: picture i has line i, starting over at the end.")
 @click.option("--steps", default=25, show_default=True)
 @click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale.")
 @click.option("--seed", default=0, show_default=True)
@@ -54,19 +54,19 @@ def evaluate(
     html_path: Path | None, tables: Sequence[str],
 ) -> None:  # fmt: skip
     """Measure how good the pictures of BUNDLEs are: FID, KID, IS, precision and recall, CLIPScore of all of
-    them; PSNR, SSIM, LPIPS and the SQNR of each step beside the float twin.
+    them; PSNR, SSIM, LPIPS and the SQNR of each step compared with the float reference bundle.
 
-    The twin is the --reference if that is an fp32 bundle, else the first fp32 BUNDLE. OUT gets
+    The reference bundle is the --reference if that is fp32, else the first fp32 BUNDLE. OUT gets
     pictures/, features/, result.json, table.md and table.csv; with quantized bundles also
     calibration.csv, the table of calibrations and bits. The same command again makes what is
     missing, so it can be stopped at any time, and --count raised.
 
-    FID, KID and IS are comparable with published figures with Inception's weights alone. Without
+    FID, KID and IS are comparable with published figures only with Inception's weights. Without
     them the features are open-nsfw's, a small network that a package carries, and every table says
     so. IS then needs a reference with a folder for each class, to which a classifier is fitted.
 
-    --html makes one self-contained page: figures, the same seeds side by side with difference maps, the
-    SQNR of each step, size against quality. With --table also each layer beside the float model's, on an
+    --html makes one self-contained page: figures, pictures of the same seeds with difference maps, the
+    SQNR of each step, size against quality. With --table also each layer compared with the float model's, on an
     input that the table recorded, and histograms of the worst (needs torch and the model).
 
     Put --ray last, or write --ray=ADDRESS: what follows it is taken for the address.
@@ -80,30 +80,30 @@ def evaluate(
       qdeploy evaluate bedroom/bundle --reference data/lsun/bedroom_train_lmdb --fit --count 50000 \\
         --reference-count 50000 --inception weights-inception-2015-12-05-6726825d.pth -o figures --ray
     """
-    from qdeploy.bench.report import print_table
+    from qdeploy.base.lists import read_prompt_file
+    from qdeploy.base.progress import show_progress
     from qdeploy.evaluate.extractors import ExtractorOptions
-    from qdeploy.evaluate.layer_figures import tables_of
+    from qdeploy.evaluate.layer_figures import match_tables
     from qdeploy.evaluate.layers import check_models, measure_layers
-    from qdeploy.evaluate.page import page_of
-    from qdeploy.evaluate.report import calibration_table, notes_under, table_of, write_tables
-    from qdeploy.evaluate.run import evaluate as run
-    from qdeploy.evaluate.settings import Settings
-    from qdeploy.lists import prompts_in
-    from qdeploy.page import check_packages, write_page
-    from qdeploy.progress import shown
+    from qdeploy.evaluate.page import build_page
+    from qdeploy.evaluate.report import build_calibration_table, build_table, list_notes, write_tables
+    from qdeploy.evaluate.run import run_evaluation as run
+    from qdeploy.evaluate.settings import EvaluationSettings
+    from qdeploy.reporting.page import check_packages, write_page
+    from qdeploy.reporting.tables import print_table
 
     if tables and html_path is None:
         raise UsageError("--table goes with --html FILE, the page that shows the layers")
     if html_path is not None:
         check_packages()  # before hours of sampling
-    matched = tables_of(tables, bundles)
-    check_models(matched)
-    settings = Settings(
+    matched_tables = match_tables(tables, bundles)
+    check_models(matched_tables)
+    settings = EvaluationSettings(
         metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
         count=count,
-        prompts=None if prompts is None else tuple(prompts_in(prompts)),
+        prompts=None if prompts is None else tuple(read_prompt_file(prompts)),
         steps=steps,
-        guidance=guidance,
+        guidance_scale=guidance,
         seed=seed,
         scheduler=scheduler,
         batch=batch,
@@ -118,17 +118,17 @@ def evaluate(
         threads=threads,
         ray=ray,
     )
-    with shown(show) as on_progress:
+    with show_progress(show) as on_progress:
         result = run(bundles, reference, settings, out, on_progress)
-        layers = measure_layers(matched, [one.name for one in result.contenders], on_progress)
-    print_table(*table_of(result), title="")
-    table = calibration_table([result])
+        layers = measure_layers(matched_tables, [contender.name for contender in result.contenders], on_progress)
+    print_table(*build_table(result), title="")
+    table = build_calibration_table([result])
     if table is not None:
         print_table(*table, title="")
-    for note in notes_under(result):
+    for note in list_notes(result):
         click.echo(note)
     written = [out / "result.json", *write_tables(out, result)]
     if html_path is not None:
-        write_page(html_path, page_of(result, out, layers))
+        write_page(html_path, build_page(result, out, layers))
         written.append(html_path)
     click.echo("wrote " + ", ".join(map(str, written)))

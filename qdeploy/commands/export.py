@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qdeploy.commands import PATH, loading_options
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
+from qdeploy.commands import PATH, add_model_options
 
 if TYPE_CHECKING:
     from qdeploy.models.options import ModelOptions
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=PATH, required=True, help="Bundle folder to write.")
 @click.option("--target", default="ort-cpu", show_default=True, help="What the graphs are lowered for.")
 @click.option("--precision", help="Default: int8 for a QUANT table; for a MODEL fp32, on GPU targets fp16.")
-@click.option("--model", help="Where a table's model lies now, if it moved.")
+@click.option("--model", help="The table's model, if it was moved.")
 @click.option(
     "--with-encoder",
     is_flag=True,
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Weight codes up to ±127 where CPU targets take those within ±64: slow or refused on CPUs without VNNI.",
 )
-@loading_options
+@add_model_options
 @click.pass_obj
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
-    dynamic: str | None, build: bool, profile: str | None, full_range: bool, loading: ModelOptions,
+    dynamic: str | None, build: bool, profile: str | None, full_range: bool, model_options: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
@@ -67,33 +67,33 @@ def export(
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt --build
     """
-    from qdeploy.describe import gate_texts
-    from qdeploy.engines.nvidia.profiles import parse_sizes
+    from qdeploy.artifacts.table import load_table
+    from qdeploy.base.progress import show_progress
+    from qdeploy.engines.nvidia.profiles import sizes_from_text
     from qdeploy.export.exporter import export_bundle
     from qdeploy.export.open_dims import OpenDims
     from qdeploy.export.plans import check_buildable
+    from qdeploy.inspection.describe import format_gate
     from qdeploy.models.source import load_model
-    from qdeploy.progress import shown
-    from qdeploy.spec import target_named
-    from qdeploy.table import load_table
+    from qdeploy.targets.spec import get_target
 
     open_dims = OpenDims.from_text(dynamic)
-    spec = target_named(target)
+    spec = get_target(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
-    natural = spec.float_type if table is None else "int8"
-    spec.check_precision(precision or natural)
-    if (precision or natural) != natural:
-        raise UsageError(f"--precision {precision} does not fit {source}: it exports as {natural}")
-    sizes = None if profile is None else parse_sizes(profile)
+    default_precision = spec.float_type if table is None else "int8"
+    spec.check_precision(precision or default_precision)
+    if (precision or default_precision) != default_precision:
+        raise UsageError(f"--precision {precision} does not fit {source}: it exports as {default_precision}")
+    sizes = None if profile is None else sizes_from_text(profile)
     if build:
         check_buildable(spec)
-    loaded = load_model(model or (source if table is None else table.model), loading)
-    with shown(show) as on_progress:
+    loaded = load_model(model or (source if table is None else table.model), model_options)
+    with show_progress(show) as on_progress:
         manifest = export_bundle(
             loaded, table, spec, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
             build=build, full_range=full_range,
         )  # fmt: skip
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:
-            click.echo(f"{name}: {'; '.join(gate_texts(info))}")
+            click.echo(f"{name}: {'; '.join(format_gate(info))}")
     click.echo(f"wrote {out}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qdeploy.commands import PATH, was_typed
+from qdeploy.commands import PATH, is_typed
 
 
 @click.command()
@@ -15,7 +15,7 @@ from qdeploy.commands import PATH, was_typed
 @click.option(
     "-o", "--out", type=PATH, default=Path("out.png"), show_default=True, help="Picture; numbered if several."
 )
-@click.option("--negative", "--negative-prompt", "negative", default="", help="What the picture is not to show.")
+@click.option("--negative", "--negative-prompt", "negative", default="", help="What the picture should not show.")
 @click.option("--image", type=PATH, help="Picture to start from; cut and scaled to the bundle's size.")
 @click.option("--strength", type=float, help="How far to go from --image, 0 to 1. Default: 0.8, with --mask 1.")
 @click.option("--mask", type=PATH, help="Picture as large as --image: white is repainted, black kept.")
@@ -23,11 +23,11 @@ from qdeploy.commands import PATH, was_typed
 @click.option("--height", type=int, help="The same.")
 @click.option("--engine", help="Default: the one the bundle was exported for.")
 @click.option("--threads", type=int, help="Default: all cores.")
-@click.option("--low-memory", is_flag=True, help="Load each component for its stage only; slower, least memory.")
+@click.option("--low-memory", is_flag=True, help="Load each component only for its stage; slower, least memory.")
 @click.option("--steps", default=25, show_default=True)
 @click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale; 1 turns it off.")
 @click.option(
-    "--guidance-rescale", default=0.0, show_default=True, help="0 to 1: takes back what high guidance overexposes."
+    "--guidance-rescale", default=0.0, show_default=True, help="0 to 1: reduces the overexposure of high guidance."
 )
 @click.option("--weighting", is_flag=True, help="Read weights in PROMPT: (red:1.3), [less], \\( for a bracket itself.")
 @click.option("--seed", default=0, show_default=True)
@@ -52,32 +52,35 @@ def generate(
       qdeploy generate bundle "a red cat" --image cat.png --strength 0.6
       qdeploy generate bundle "a hat" --image cat.png --mask head.png
     """
-    from qdeploy.bundle import open_bundle
-    from qdeploy.cpu import slow_weights_note
-    from qdeploy.files import staged_file
-    from qdeploy.progress import shown
+    from qdeploy.artifacts.bundle import open_bundle
+    from qdeploy.base.cpu import explain_slow_weights
+    from qdeploy.base.files import stage_file
+    from qdeploy.base.progress import show_progress
     from qdeploy.runtime.image import read_pictures
     from qdeploy.runtime.pipeline import load
-    from qdeploy.runtime.request import check_text, checked_size
+    from qdeploy.runtime.request import check_text, resolve_size
 
     text_options = ("guidance", "guidance_rescale", "negative", "weighting")
-    typed = [f"--{name.replace('_', '-')}" for name in text_options if was_typed(name)]
+    typed = [f"--{name.replace('_', '-')}" for name in text_options if is_typed(name)]
     manifest = open_bundle(bundle, verify=False).manifest
     check_text(manifest, prompt, typed)
-    size = checked_size(width, height, manifest.latents)
+    size = resolve_size(width, height, manifest.latents)
     picture, mask_picture = read_pictures(image, mask, (size.image_width, size.image_height))
-    with load(bundle, engine=engine, threads=threads, low_memory=low_memory) as pipe, shown(show) as on_progress:
+    with (
+        load(bundle, engine=engine, threads=threads, low_memory=low_memory) as pipe,
+        show_progress(show) as on_progress,
+    ):
         result = pipe(
             prompt, negative_prompt=negative, image=picture, mask=mask_picture, strength=strength, steps=steps,
             guidance_scale=guidance, guidance_rescale=guidance_rescale, weighting=weighting, seed=seed, count=count,
             width=width, height=height, scheduler=scheduler, eta=eta,
             callback=lambda step: on_progress("steps", step.index + 1, step.count),
         )  # fmt: skip
-    note = slow_weights_note(engine or manifest.engine, manifest.largest_weight_codes)
+    note = explain_slow_weights(engine or manifest.engine, manifest.largest_weight_codes)
     if note is not None:
         click.echo(note, err=True)
     for number, made in enumerate(result.images):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")
-        with staged_file(path) as scratch:
+        with stage_file(path) as scratch:
             made.save(scratch, format="PNG")
         click.echo(f"wrote {path}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdeploy.commands import PATH, loading_options
+from qdeploy.commands import PATH, add_model_options
 
 if TYPE_CHECKING:
     from qdeploy.models.options import ModelOptions
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     "--gptq/--no-gptq",
     default=True,
     show_default=True,
-    help="Round weights for the least error of a layer's output, not of the weight; --adaround has its own way.",
+    help="Round weights for the least error of the layer's output instead of the weight; --adaround learns it instead.",
 )
 @click.option(
     "--full-range",
     is_flag=True,
-    help="Choose 8-bit weights for codes up to ±127 only, not for ±64 too; for tables that go to GPUs alone.",
+    help="Choose 8-bit weights only for codes up to ±127, not for ±64 too; for tables that only GPUs use.",
 )
-@click.option("--split/--no-split", default=False, show_default=True, help="Split convolutions behind a concatenation.")
+@click.option("--split/--no-split", default=False, show_default=True, help="Split convolutions of a concatenation.")
 @click.option(
     "--timestep-table/--no-timestep-table", default=False, show_default=True,
-    help="Precompute all that depends on t alone.",
+    help="Precompute everything that depends only on t.",
 )  # fmt: skip
-@click.option("--keep-float", multiple=True, metavar="NAME", help="UNet layers to keep in float besides; last names.")
+@click.option("--keep-float", multiple=True, metavar="NAME", help="UNet layers to keep in float too; last names.")
 @click.option(
     "--adaround/--no-adaround",
     default=None,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--cache-gb", default=8.0, show_default=True, help="Disk for the blocks' inputs and outputs.")
 @click.option("--device", default="cpu", show_default=True, help="Where blocks are fitted: cpu or cuda.")
-@click.option("--sensitivity", is_flag=True, help="Measure each layer alone; `inspect` shows it.")
+@click.option("--sensitivity", is_flag=True, help="Measure each layer by itself; `inspect` shows it.")
 @click.option(
     "--float-macs", default=0.0, show_default=True, help="Share of MACs to keep in float where it helps most."
 )
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     "--max-mb", type=float, help="Most MB of integer weights for the UNet: mixes 4 and 8 bits where it hurts least."
 )
 @click.option(
-    "--noise-correction", is_flag=True, help="PTQD: measure the UNet's mean error by step; the runtime takes it off."
+    "--noise-correction", is_flag=True, help="PTQD: measure the UNet's mean error by step; the runtime subtracts it."
 )
 @click.option("--first-token-float", is_flag=True, help="Keep the text's first token in float in cross-attention.")
 @click.option(
@@ -72,31 +72,31 @@ if TYPE_CHECKING:
     show_default=True,
     help="Bits of the attentions' own products: 0 (float), 8, or 16, which cannot be exported.",
 )
-@loading_options
+@add_model_options
 @click.pass_obj
-def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptions, **options: Any) -> None:
+def quantize(show: bool, model: str, calib: Path, out: Path, model_options: ModelOptions, **options: Any) -> None:
     """Choose ranges and round MODEL's weights; the result is a QuantTable.
 
-    An interrupted --adaround goes on behind its last finished block when the same command is run again.
+    An interrupted --adaround resumes after its last finished block when the same command is run again.
 
     \b
     Examples:
       qdeploy quantize builtin:emoji --calib calibration.safetensors -o w8a8.safetensors
       qdeploy quantize builtin:emoji --calib calibration.safetensors -o w4a8.safetensors --weight-bits 4 --effort fast
     """
-    from qdeploy.calibrate.checkpoint import checkpoint_beside
+    from qdeploy.artifacts.table import save_table
+    from qdeploy.base.progress import show_progress
+    from qdeploy.calibrate.checkpoint import checkpoint_folder
     from qdeploy.calibrate.dataset import load_calibration
     from qdeploy.calibrate.quantize import quantize_model
-    from qdeploy.describe_table import widths_text
+    from qdeploy.calibrate.spec import spec_from_options
+    from qdeploy.inspection.table import format_widths
     from qdeploy.models.source import load_model
-    from qdeploy.progress import shown
-    from qdeploy.spec import spec_from_options
-    from qdeploy.table import save_table
 
     spec = spec_from_options(**options)
     calibration = load_calibration(calib)
-    with shown(show) as on_progress, checkpoint_beside(out) as work:
-        loaded = load_model(model, loading)
+    with show_progress(show) as on_progress, checkpoint_folder(out) as work:
+        loaded = load_model(model, model_options)
         table = quantize_model(loaded, calibration, spec, on_progress, work)
         save_table(table, out)
     for name in loaded.components:
@@ -105,7 +105,7 @@ def quantize(show: bool, model: str, calib: Path, out: Path, loading: ModelOptio
             continue
         quant = table.components[name]
         click.echo(
-            f"{name}: {len(quant.layers)} layers in {widths_text(quant.weight_bits)}A{spec.act_bits} "
+            f"{name}: {len(quant.layers)} layers in {format_widths(quant.weight_bits)}A{spec.act_bits} "
             f"({quant.integer_mac_share():.1%} of MACs), {len(quant.float_layers)} in float"
         )
     click.echo(f"wrote {out}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from qdeploy.commands import PATH, was_typed
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
+from qdeploy.commands import PATH, is_typed
 
 
 @click.command()
@@ -17,9 +17,9 @@ from qdeploy.errors import UsageError
     "--scale", type=click.Choice(["full", "tiny"]), default="full", show_default=True,
     help="tiny runs the recipe on a small random model of its architecture, in about a minute.",
 )  # fmt: skip
-@click.option("--model", help="Where the recipe's model lies.")
-@click.option("--data", type=PATH, help="Where the pictures that it calibrates on lie.")
-@click.option("--from-qdiffusion", type=PATH, help="Where its Q-Diffusion .pt set lies.")
+@click.option("--model", help="Path of the recipe's model.")
+@click.option("--data", type=PATH, help="Path of the pictures that it calibrates on.")
+@click.option("--from-qdiffusion", type=PATH, help="Path of its Q-Diffusion .pt set.")
 @click.option("--pictures", type=click.IntRange(1), help="Pictures to make.")
 @click.pass_obj
 def run(
@@ -33,24 +33,24 @@ def run(
     taken from the folder that you run it in. OUT gets calibration.safetensors, table.safetensors,
     bundle/, pictures/ and a receipt for each step.
 
-    The same command again goes on where it was stopped. Steps that are finished stay; a changed
-    setting or file redoes its step and all behind it, pictures included.
+    The same command again resumes where it was stopped. Finished steps are kept; a changed
+    setting or file redoes its step and all following ones, pictures included.
 
     \b
     Examples:
       qdeploy run recipes/lsun_bedroom_w4a8.toml -o bedroom-trial --scale tiny
       qdeploy run recipes/lsun_bedroom_w4a8.toml -o bedroom --model lsun_beds256.ckpt --pictures 16
     """
-    from qdeploy.progress import shown
+    from qdeploy.base.progress import show_progress
     from qdeploy.recipe.read import read_recipe
     from qdeploy.recipe.run import run_full
-    from qdeploy.recipe.tiny import run_tiny, shrunk
+    from qdeploy.recipe.tiny import run_tiny, shrink
 
-    asked = read_recipe(recipe)
-    files = [f"--{name.replace('_', '-')}" for name in ("model", "data", "from_qdiffusion") if was_typed(name)]
+    loaded = read_recipe(recipe)
+    files = [f"--{name.replace('_', '-')}" for name in ("model", "data", "from_qdiffusion") if is_typed(name)]
     if scale == "tiny" and files:
         raise UsageError(f"{files[0]} does not go with --scale tiny, which makes what it reads")
-    asked = (shrunk(asked) if scale == "tiny" else asked).with_files(model, data, from_qdiffusion, pictures)
-    with shown(show) as on_progress:
-        folder = (run_tiny if scale == "tiny" else run_full)(asked, out, on_progress)
-    click.echo(f"{asked.sample.count} pictures are in {folder}")
+    loaded = (shrink(loaded) if scale == "tiny" else loaded).replace_files(model, data, from_qdiffusion, pictures)
+    with show_progress(show) as on_progress:
+        folder = (run_tiny if scale == "tiny" else run_full)(loaded, out, on_progress)
+    click.echo(f"{loaded.sample.count} pictures are in {folder}")

@@ -1,6 +1,6 @@
 """What every engine offers; one engine is one sibling file whose name is its command-line name.
 
-What several engines share lies in folders beside them (``nvidia/``).
+Code that several engines share is in folders next to them (``nvidia/``).
 
 An engine module has three functions::
 
@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import EngineError, EngineUnavailableError, UsageError
+from qdeploy.base.errors import EngineError, EngineUnavailableError, UsageError
 
-OPEN = -1  # a dimension that a graph leaves open
+OPEN_DIM = -1  # a dimension that a graph leaves open
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EngineOptions:
     providers: ONNX Runtime's execution providers in order of preference; None takes the engine's own.
     cuda_graph: NVIDIA's engines record a call's kernels once and replay them, where shapes are static.
     largest_weight_code: of the graph's integer weights, in magnitude, 0 without any; None where it is not known, and
-        then CPU engines take the way that is exact for any.
+        then CPU engines choose kernels that are exact for any.
     simulate_qdq: ONNX Runtime's CPU provider computes QuantizeLinear and DequantizeLinear one by one around float
         products: the same numbers on every processor, at float's speed.
     """
@@ -52,13 +52,13 @@ class EngineOptions:
     def check_providers(self, engine: str, known: tuple[str, ...]) -> None:
         """UsageError unless ``providers`` are the ``known`` ones, all that ``engine`` runs on."""
         if self.providers is not None and self.providers != known:
-            runs_on = f"runs on {', '.join(known)} alone" if known else "has no execution providers"
+            runs_on = f"runs only on {', '.join(known)}" if known else "has no execution providers"
             raise UsageError(f"providers: got {', '.join(self.providers) or 'none'}; the engine {engine} {runs_on}")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One node of the graph that an engine really runs.
+    """One node of the graph that an engine runs.
 
     names: of the ONNX nodes that it computes, as far as the engine still knows them.
     constants: of the ONNX graph, or names that begin like theirs, that it reads, directly or through what only
@@ -84,12 +84,12 @@ class Port:
 
     @property
     def is_static(self) -> bool:
-        return OPEN not in self.dims
+        return OPEN_DIM not in self.dims
 
-    def takes(self, array: NDArray) -> bool:
+    def accepts(self, array: NDArray) -> bool:
         """Whether type and shape fit."""
         sides = len(self.dims) == array.ndim and all(
-            dim in (OPEN, side) for dim, side in zip(self.dims, array.shape, strict=True)
+            dim in (OPEN_DIM, side) for dim, side in zip(self.dims, array.shape, strict=True)
         )
         return sides and array.dtype == self.dtype
 
@@ -97,21 +97,21 @@ class Port:
 def check_feeds(path: Path, ports: Iterable[Port], feeds: Mapping[str, NDArray]) -> None:
     """EngineError unless ``feeds`` are just what the graph at ``path`` reads; for engines that do not look themselves.
 
-    An engine that casts a wrong type, or computes on whatever lies where a missing input should, would be silent.
+    An engine that casts a wrong type, or computes without a missing input, would not report it.
     """
     expected = {port.name: port for port in ports}
     if set(feeds) != set(expected):
         raise EngineError(f"{path}: got inputs {sorted(feeds)}, expected {sorted(expected)}")
     for name, port in expected.items():
         feed = np.asarray(feeds[name])
-        if not port.takes(feed):
+        if not port.accepts(feed):
             raise EngineError(
                 f"{path}: input {name!r}: got {feed.dtype}{list(feed.shape)}, expected {port.dtype}{list(port.dims)}"
             )
 
 
-def imported(module: str, package: str, install: str) -> Any:
-    """The module of that name; EngineUnavailableError with the command that installs the package it is in."""
+def import_package(module: str, package: str, install: str) -> Any:
+    """Import the module ``name``; EngineUnavailableError with the command that installs its package."""
     try:
         return importlib.import_module(module)
     except ImportError as exc:
@@ -140,29 +140,29 @@ class Engine(Protocol):
     ) -> list[Kernel]: ...
 
 
-TIMED_RUNS = 5  # that ``kernels`` takes the mean of, behind one that does not count
+TIMED_RUNS = 5  # that ``kernels`` takes the mean of, after one that does not count
 
 
-def engine_names() -> list[str]:
+def list_engines() -> list[str]:
     """Command-line names of all engines, found by their files."""
     import qdeploy.engines as package
 
-    files = [found.name for found in pkgutil.iter_modules(package.__path__) if not found.ispkg]
+    files = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
     return sorted(name.replace("_", "-") for name in files if name != "base")
 
 
-def engine_named(name: str) -> Engine:
+def load_engine(name: str) -> Engine:
     """The engine's module; UsageError lists the known ones."""
-    if name not in engine_names():
-        raise UsageError(f"unknown --engine {name!r}; known engines: {', '.join(engine_names())}")
+    if name not in list_engines():
+        raise UsageError(f"unknown --engine {name!r}; known engines: {', '.join(list_engines())}")
     return importlib.import_module(f"qdeploy.engines.{name.replace('-', '_')}")  # type: ignore[return-value]
 
 
-def engine_for(bundle: Path, exported_for: str, asked: str | None) -> str:
-    """What to run ``bundle`` on: the engine ``asked`` for, else its own; EngineUnavailableError where there is none."""
-    if asked is None and exported_for not in engine_names():
+def choose_engine(bundle: Path, exported_for: str, requested: str | None) -> str:
+    """The engine to run ``bundle`` on: ``requested``, else its own; EngineUnavailableError where there is none."""
+    if requested is None and exported_for not in list_engines():
         raise EngineUnavailableError(
             f"{bundle} was exported for the engine {exported_for}, which this qdeploy cannot run (it runs "
-            f"{', '.join(engine_names())}); export it for another --target, or give an --engine to compute its graphs"
+            f"{', '.join(list_engines())}); export it for another --target, or give an --engine to compute its graphs"
         )
-    return exported_for if asked is None else asked
+    return exported_for if requested is None else requested

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.cpu import integer_arithmetic
-from qdeploy.engines.base import OPEN, TIMED_RUNS, EngineOptions, Kernel, Port, check_feeds, imported
-from qdeploy.errors import EngineError
-from qdeploy.numerics import HALF_RANGE_MAX
+from qdeploy.base.cpu import detect_arithmetic
+from qdeploy.base.errors import EngineError
+from qdeploy.base.numerics import HALF_RANGE_MAX
+from qdeploy.engines.base import OPEN_DIM, TIMED_RUNS, EngineOptions, Kernel, Port, check_feeds, import_package
 
 if TYPE_CHECKING:
     import openvino
@@ -22,7 +22,7 @@ RUNTIME_FACTS = ("layerType", "primitiveType", "originalLayersNames")
 NOT_COMPUTED = ("Const", "Input", "Output")
 SIGNED_CODES = ("i8", "i4")  # element types of integer weights
 INTEGER_KERNEL = "_I8"  # what names of oneDNN's integer kernels end with
-CONVOLUTION_ITSELF = "/WithoutBiases"  # what the plugin appends where it splits a bias off
+CONVOLUTION_ITSELF = "/WithoutBiases"  # suffix that the plugin appends where it splits off a bias
 
 
 class OpenVinoSession:
@@ -32,7 +32,7 @@ class OpenVinoSession:
         self._compiled: openvino.CompiledModel | None = compiled
         self._path = path
         self._free: list[openvino.InferRequest] = []  # append and pop are atomic
-        self._inputs = [_port(port) for port in compiled.inputs]
+        self._inputs = [_port_from_output(port) for port in compiled.inputs]
         self._outputs = [port.any_name for port in compiled.outputs]
 
     def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -46,8 +46,8 @@ class OpenVinoSession:
         except IndexError:
             request = compiled.create_infer_request()
         try:
-            found = request.infer({name: np.asarray(feed) for name, feed in feeds.items()})
-            outputs = {name: found[index] for index, name in enumerate(self._outputs)}
+            results = request.infer({name: np.asarray(feed) for name, feed in feeds.items()})
+            outputs = {name: results[index] for index, name in enumerate(self._outputs)}
         except Exception as exc:  # OpenVINO raises plain RuntimeError
             raise EngineError(f"{self._path}: {exc}") from exc
         self._free.append(request)
@@ -58,14 +58,14 @@ class OpenVinoSession:
         self._free.clear()
 
 
-def _port(port: openvino.ConstOutput) -> Port:
-    dims = tuple(OPEN if dim.is_dynamic else dim.get_length() for dim in port.partial_shape)
+def _port_from_output(port: openvino.ConstOutput) -> Port:
+    dims = tuple(OPEN_DIM if dim.is_dynamic else dim.get_length() for dim in port.partial_shape)
     return Port(port.any_name, np.dtype(port.element_type.to_dtype()), dims)
 
 
 def versions() -> dict[str, str]:
     """Package versions; EngineUnavailableError when OpenVINO is not installed."""
-    return {"openvino": _openvino().__version__.partition("-")[0]}
+    return {"openvino": _import_openvino().__version__.partition("-")[0]}
 
 
 def open_session(path: Path, options: EngineOptions) -> OpenVinoSession:
@@ -85,30 +85,30 @@ def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | N
             for node in request.profiling_info if run else ():
                 spent = node.real_time.total_seconds() / TIMED_RUNS
                 seconds[node.node_name] = seconds.get(node.node_name, 0.0) + spent
-    found = []
+    nodes = []
     for op in compiled.get_runtime_model().get_ordered_ops():
-        about = {key: value.astype(str) for key, value in op.get_rt_info().items() if key in RUNTIME_FACTS}
-        if about.get("layerType") not in NOT_COMPUTED:
+        facts = {key: value.astype(str) for key, value in op.get_rt_info().items() if key in RUNTIME_FACTS}
+        if facts.get("layerType") not in NOT_COMPUTED:
             name = op.get_friendly_name()
-            names = {name, *about.get("originalLayersNames", "").split(",")}
-            names |= {one.removesuffix(CONVOLUTION_ITSELF) for one in names}
-            kernel = about.get("primitiveType", "")
+            names = {name, *facts.get("originalLayersNames", "").split(",")}
+            names |= {layer.removesuffix(CONVOLUTION_ITSELF) for layer in names}
+            kernel = facts.get("primitiveType", "")
             integer = kernel.endswith(INTEGER_KERNEL)
-            found.append(Kernel(f"{about['layerType']} {kernel}", tuple(names), (), integer, seconds.get(name)))
-    return found
+            nodes.append(Kernel(f"{facts['layerType']} {kernel}", tuple(names), (), integer, seconds.get(name)))
+    return nodes
 
 
 def _compile(path: Path, options: EngineOptions, **more: bool) -> openvino.CompiledModel:
-    ov = _openvino()
-    # The plugin's own choice is bfloat16 where the CPU has it, which the simulator does not compute.
+    ov = _import_openvino()
+    # The plugin's default is bfloat16 where the CPU has it, which the simulator does not compute.
     config: dict[str, str | int | bool] = {"INFERENCE_PRECISION_HINT": "f32", **more}
     if options.threads is not None:
         config["INFERENCE_NUM_THREADS"] = options.threads
     try:
         core = ov.Core()
         model = core.read_model(path)
-        if not integer_arithmetic().is_exact_for(options.largest_weight_code):
-            check_codes(path, _largest_code(model))
+        if not detect_arithmetic().is_exact_for(options.largest_weight_code):
+            check_codes(path, _find_largest_code(model))
         return core.compile_model(model, "CPU", config)
     except EngineError:
         raise
@@ -121,9 +121,9 @@ def check_codes(path: Path, largest_code: int | None) -> None:
 
     largest_code: in magnitude, of the graph's integer weights; None where it is not known.
     """
-    if integer_arithmetic().is_exact_for(largest_code):
+    if detect_arithmetic().is_exact_for(largest_code):
         return
-    reach = "a range that the bundle does not tell" if largest_code is None else f"codes up to {largest_code}"
+    reach = "a range that the bundle does not give" if largest_code is None else f"codes up to {largest_code}"
     raise EngineError(
         f"{path} has integer weights with {reach}, and on this processor OpenVINO adds pairs of products in 16 bits "
         f"(no VNNI), which is exact for codes within {-HALF_RANGE_MAX}..{HALF_RANGE_MAX} only and silently wrong "
@@ -131,7 +131,7 @@ def check_codes(path: Path, largest_code: int | None) -> None:
     )
 
 
-def _largest_code(model: openvino.Model) -> int:
+def _find_largest_code(model: openvino.Model) -> int:
     """Largest magnitude among the model's constants of 8 or 4 signed bits; 0 without any."""
     ends = [0]
     for op in model.get_ordered_ops():
@@ -141,5 +141,5 @@ def _largest_code(model: openvino.Model) -> int:
     return max(ends)
 
 
-def _openvino() -> ModuleType:
-    return imported("openvino", "openvino", "pip install 'qdeploy[openvino]'")
+def _import_openvino() -> ModuleType:
+    return import_package("openvino", "openvino", "pip install 'qdeploy[openvino]'")

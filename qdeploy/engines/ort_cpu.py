@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
-from qdeploy.cpu import integer_arithmetic
-from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, imported
-from qdeploy.errors import EngineError
+from qdeploy.base.cpu import detect_arithmetic
+from qdeploy.base.errors import EngineError
+from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, import_package
 
 if TYPE_CHECKING:
     import onnx
@@ -48,7 +48,7 @@ class OrtSession:
             raise EngineError(f"{self._path}: {exc}") from exc
 
     def close(self) -> None:
-        """Free the engine's memory; behind a fork, where that would never end, leave it to the process's end."""
+        """Free the engine's memory; after a fork, where freeing would hang, leave it to the end of the process."""
         if self._session is not None and os.getpid() != self._pid:
             # ONNX Runtime's destructor joins its threads, which a fork does not copy: one reference stays for good
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
@@ -60,21 +60,21 @@ class OrtSession:
 
 def versions() -> dict[str, str]:
     """Package versions; EngineUnavailableError when ONNX Runtime is not installed."""
-    return {"onnxruntime": _onnxruntime().__version__}
+    return {"onnxruntime": _import_onnxruntime().__version__}
 
 
 def open_session(path: Path, options: EngineOptions) -> OrtSession:
-    """Load ``path`` on the CPU provider alone; UsageError where ``options`` ask for another."""
+    """Load ``path`` on the CPU provider only; UsageError where ``options`` ask for another."""
     options.check_providers("ort-cpu", (PROVIDER,))
-    return OrtSession(_load(path, _settings(options)), path)
+    return OrtSession(_load(path, _build_settings(options)), path)
 
 
 def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
-    """Every node of the graph that ONNX Runtime makes of ``path``; timed when there are ``feeds`` to run it on."""
-    return graph_kernels(_settings(options), lambda settings: _load(path, settings), feeds)
+    """Every node of ONNX Runtime's optimized graph of ``path``; timed when there are ``feeds`` to run it on."""
+    return list_graph_kernels(_build_settings(options), lambda settings: _load(path, settings), feeds)
 
 
-def graph_kernels(
+def list_graph_kernels(
     settings: onnxruntime.SessionOptions,
     load: Callable[[onnxruntime.SessionOptions], onnxruntime.InferenceSession],
     feeds: Mapping[str, NDArray] | None,
@@ -92,34 +92,34 @@ def graph_kernels(
             settings.enable_profiling, settings.profile_file_prefix = True, str(Path(scratch) / "profile")
         session = load(settings)
         graph = onnx.load(optimized, load_external_data=False).graph
-        timed: list[Kernel] = []
+        timings: list[Kernel] = []
         if feeds is not None:
             for _ in range(TIMED_RUNS + 1):
                 session.run(None, dict(feeds))
-            timed = _timed_kernels(Path(session.end_profiling()))
-    seconds = {kernel.names[0]: kernel.seconds for kernel in timed}
+            timings = _read_timings(Path(session.end_profiling()))
+    seconds = {kernel.names[0]: kernel.seconds for kernel in timings}
     constants = {tensor.name for tensor in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
-    found = [
+    nodes = [
         Kernel(
             node.op_type,
             (node.name, *node.output),
-            tuple(_constants_of(node, constants, producers)),
+            tuple(_find_constants(node, constants, producers)),
             node.op_type in INTEGER_OPS,
             seconds.get(node.name),
         )
         for node in graph.node
     ]
     known = {node.name for node in graph.node}
-    return found + [kernel for kernel in timed if kernel.names[0] not in known]  # nodes without a name
+    return nodes + [kernel for kernel in timings if kernel.names[0] not in known]  # nodes without a name
 
 
-def _settings(options: EngineOptions) -> onnxruntime.SessionOptions:
-    settings = _onnxruntime().SessionOptions()
+def _build_settings(options: EngineOptions) -> onnxruntime.SessionOptions:
+    settings = _import_onnxruntime().SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
     if options.simulate_qdq:
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    elif not integer_arithmetic().is_exact_for(options.largest_weight_code):
+    elif not detect_arithmetic().is_exact_for(options.largest_weight_code):
         # ORT's u8 x s8 kernels would add pairs in 16 bits and saturate: silently wrong results. This makes it use
         # u8 x u8, which is exact and slower than float32; so never where the codes or the processor do without.
         settings.add_session_config_entry("session.x64quantprecision", "1")
@@ -130,29 +130,31 @@ def _settings(options: EngineOptions) -> onnxruntime.SessionOptions:
 
 def _load(path: Path, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        return _onnxruntime().InferenceSession(str(path), settings, providers=[PROVIDER])
+        return _import_onnxruntime().InferenceSession(str(path), settings, providers=[PROVIDER])
     except Exception as exc:
         raise EngineError(f"ONNX Runtime cannot load {path}: {exc}") from exc
 
 
-def _constants_of(node: onnx.NodeProto, constants: set[str], producers: Mapping[str, onnx.NodeProto]) -> Iterator[str]:
-    """Initializers that ``node`` reads, looking through live DequantizeLinear and the like."""
+def _find_constants(
+    node: onnx.NodeProto, constants: set[str], producers: Mapping[str, onnx.NodeProto]
+) -> Iterator[str]:
+    """Initializers that ``node`` reads, also through DequantizeLinear and similar nodes."""
     for name in node.input:
         if name in constants:
             yield name
         elif name in producers and producers[name].op_type in CARRIES_CONSTANTS:
-            yield from _constants_of(producers[name], constants, producers)
+            yield from _find_constants(producers[name], constants, producers)
 
 
-def _timed_kernels(profile: Path) -> list[Kernel]:
+def _read_timings(profile: Path) -> list[Kernel]:
     """Each node with its mean time over all runs but the first."""
     times: dict[tuple[str, str], list[float]] = {}
     for event in json.loads(profile.read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith(TIMED):
             node = event["args"]["op_name"], event["name"].removesuffix(TIMED)
             times.setdefault(node, []).append(event["dur"] / 1e6)
-    return [Kernel(op, (name,), seconds=sum(found[1:]) / TIMED_RUNS) for (op, name), found in times.items()]
+    return [Kernel(op, (name,), seconds=sum(seconds[1:]) / TIMED_RUNS) for (op, name), seconds in times.items()]
 
 
-def _onnxruntime() -> ModuleType:
-    return imported("onnxruntime", "onnxruntime", "pip install onnxruntime")
+def _import_onnxruntime() -> ModuleType:
+    return import_package("onnxruntime", "onnxruntime", "pip install onnxruntime")

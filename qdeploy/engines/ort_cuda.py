@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
+from qdeploy.base.errors import EngineUnavailableError
 from qdeploy.engines.base import EngineOptions, Kernel
 from qdeploy.engines.nvidia.graph_inputs import is_static
-from qdeploy.engines.nvidia.machine import Needs, check_here, lack_of
-from qdeploy.engines.nvidia.onnxruntime import opened, quiet_stdout, session_for
-from qdeploy.engines.ort_cpu import OrtSession, graph_kernels
-from qdeploy.errors import EngineUnavailableError
+from qdeploy.engines.nvidia.machine import Requirements, check_machine, find_missing_package
+from qdeploy.engines.nvidia.onnxruntime import bind_session, open_on_provider, silence_stdout
+from qdeploy.engines.ort_cpu import OrtSession, list_graph_kernels
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,39 +31,39 @@ CUFFT = {12: 11, 13: 12}  # CUDA's major version -> its cuFFT's
 
 def versions() -> dict[str, str]:
     """Package and GPU; EngineUnavailableError names everything that is missing."""
-    gpu = check_here("ort-cuda", needs(), lambda: onnxruntime_with(PROVIDER))
-    ort = onnxruntime_with(PROVIDER)
+    gpu = check_machine("ort-cuda", find_requirements(), lambda: import_onnxruntime(PROVIDER))
+    ort = import_onnxruntime(PROVIDER)
     return {"onnxruntime-gpu": ort.__version__, "cuda": ort.cuda_version, "gpu": str(gpu)}
 
 
 def open_session(path: Path, options: EngineOptions) -> OrtSession:
-    """Load ``path`` on the CUDA provider alone; UsageError where ``options`` ask for another."""
+    """Load ``path`` on the CUDA provider only; UsageError where ``options`` ask for another."""
     options.check_providers("ort-cuda", (PROVIDER,))
     versions()
-    return session_for(_opened(path, options, _settings(options)), path)
+    return bind_session(_open(path, options, _build_settings(options)), path)
 
 
 def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
-    """Every node of the graph that ONNX Runtime makes of ``path``; timed when there are ``feeds`` to run it on."""
+    """Every node of ONNX Runtime's optimized graph of ``path``; timed when there are ``feeds`` to run it on."""
     versions()
-    no_graph = EngineOptions(options.threads, options.providers, cuda_graph=False)  # each kernel is timed alone
-    return graph_kernels(_settings(options), lambda settings: _opened(path, no_graph, settings), feeds)
+    no_graph = EngineOptions(options.threads, options.providers, cuda_graph=False)  # to time each kernel by itself
+    return list_graph_kernels(_build_settings(options), lambda settings: _open(path, no_graph, settings), feeds)
 
 
-def needs() -> Needs:
-    """What the CUDA provider of this ONNX Runtime links, by the version of CUDA that it was built with."""
-    if lack_of(lambda: onnxruntime_with(PROVIDER)):
-        return Needs(OLDEST_CUDA)
+def find_requirements() -> Requirements:
+    """Libraries that the CUDA provider of this ONNX Runtime links, by the version of CUDA that it was built with."""
+    if find_missing_package(lambda: import_onnxruntime(PROVIDER)):
+        return Requirements(OLDEST_CUDA)
     import onnxruntime
 
     major = int(onnxruntime.cuda_version.split(".")[0])
-    named = ("cudart", "cublas", "cublasLt")
-    libraries = [f"lib{name}.so.{major}" for name in named]
+    names = ("cudart", "cublas", "cublasLt")
+    libraries = [f"lib{name}.so.{major}" for name in names]
     libraries += [f"libcufft.so.{CUFFT.get(major, major)}", "libcurand.so.10", "libcudnn.so.9"]
-    return Needs(major * 1000, tuple((name,) for name in libraries), "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    return Requirements(major * 1000, tuple((name,) for name in libraries), "pip install 'onnxruntime-gpu[cuda,cudnn]'")
 
 
-def onnxruntime_with(provider: str) -> ModuleType:
+def import_onnxruntime(provider: str) -> ModuleType:
     """ONNX Runtime with ``provider`` built in and NVIDIA's packaged libraries loaded; else EngineUnavailableError."""
     try:
         import onnxruntime
@@ -73,12 +73,12 @@ def onnxruntime_with(provider: str) -> ModuleType:
         raise EngineUnavailableError(
             f"this environment's ONNX Runtime has no {provider}; in an environment of its own run `{INSTALL}`"
         )
-    with quiet_stdout():
+    with silence_stdout():
         onnxruntime.preload_dlls()  # of the packages nvidia-*, which the loader would not find
     return onnxruntime
 
 
-def _settings(options: EngineOptions) -> onnxruntime.SessionOptions:
+def _build_settings(options: EngineOptions) -> onnxruntime.SessionOptions:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -87,8 +87,8 @@ def _settings(options: EngineOptions) -> onnxruntime.SessionOptions:
     return settings
 
 
-def _opened(path: Path, options: EngineOptions, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    chosen = {"device_id": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "0"}
+def _open(path: Path, options: EngineOptions, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    provider_options = {"device_id": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "0"}
     if options.cuda_graph and is_static(path):
-        chosen["enable_cuda_graph"] = "1"
-    return opened(path, settings, PROVIDER, chosen)
+        provider_options["enable_cuda_graph"] = "1"
+    return open_on_provider(path, settings, PROVIDER, provider_options)

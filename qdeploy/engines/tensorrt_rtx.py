@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.errors import EngineUnavailableError
 from qdeploy.engines.base import EngineOptions, Kernel
-from qdeploy.engines.nvidia.caches import cache_folder
-from qdeploy.engines.nvidia.graph_inputs import inputs_of
-from qdeploy.engines.nvidia.machine import Needs, check_here
-from qdeploy.engines.nvidia.onnxruntime import DTYPES, opened, session_for
-from qdeploy.engines.nvidia.profiles import profile_for, provider_shapes
+from qdeploy.engines.nvidia.caches import make_cache_folder
+from qdeploy.engines.nvidia.graph_inputs import read_inputs
+from qdeploy.engines.nvidia.machine import Requirements, check_machine
+from qdeploy.engines.nvidia.onnxruntime import DTYPES, bind_session, open_on_provider
+from qdeploy.engines.nvidia.profiles import format_provider_shapes, read_profile
 from qdeploy.engines.ort_cpu import OrtSession
-from qdeploy.errors import EngineUnavailableError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -32,13 +32,15 @@ PROVIDER = "NvTensorRTRTXExecutionProvider"
 PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 INSTALL = "pip install 'qdeploy[tensorrt-rtx]'"
 # tensorrt_rtx_provider_options.h of 0.5.0, IsComputeCapabilitySupported: H100 and A100 are not among them
-SERVED = "the plug-in runs on SM 8.6, 8.9 and from 12.0 on (GeForce and RTX cards); native TensorRT serves the others"
-NEEDS = Needs(13000, sms=(SERVED, frozenset({(8, 6), (8, 9)}), (12, 0)))
+SUPPORTED_GPUS = (
+    "the plug-in runs on SM 8.6, 8.9 and from 12.0 on (GeForce and RTX cards); native TensorRT serves the others"
+)
+NEEDS = Requirements(13000, sms=(SUPPORTED_GPUS, frozenset({(8, 6), (8, 9)}), (12, 0)))
 
 
 def versions() -> dict[str, str]:
     """Packages and GPU; EngineUnavailableError names everything that is missing."""
-    gpu = check_here("tensorrt-rtx", NEEDS, _plugin)
+    gpu = check_machine("tensorrt-rtx", NEEDS, _import_plugin)
     import onnxruntime
 
     return {"onnxruntime": onnxruntime.__version__, PACKAGE: metadata.version(PACKAGE), "gpu": str(gpu)}
@@ -54,10 +56,10 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
     settings = onnxruntime.SessionOptions()
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
     if not devices:
-        raise EngineUnavailableError(f"{PACKAGE} offers no device here: {SERVED}")
-    settings.add_provider_for_devices(devices[:1], provider_options(path, options))
-    session = opened(path, settings, PROVIDER, None)
-    return session_for(session, path, fill=_fill, read=_read)
+        raise EngineUnavailableError(f"{PACKAGE} offers no device here: {SUPPORTED_GPUS}")
+    settings.add_provider_for_devices(devices[:1], build_provider_options(path, options))
+    session = open_on_provider(path, settings, PROVIDER, None)
+    return bind_session(session, path, fill=_fill, read=_read)
 
 
 def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
@@ -67,16 +69,16 @@ def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | N
     )
 
 
-def provider_options(path: Path, options: EngineOptions) -> dict[str, str]:
+def build_provider_options(path: Path, options: EngineOptions) -> dict[str, str]:
     """The plug-in's options for ``path`` (tensorrt_rtx_provider_options.h)."""
-    ports = inputs_of(path)
-    chosen = {"nv_runtime_cache_path": str(cache_folder(f"tensorrt-rtx/{metadata.version(PACKAGE)}"))}
+    ports = read_inputs(path)
+    provider_options = {"nv_runtime_cache_path": str(make_cache_folder(f"tensorrt-rtx/{metadata.version(PACKAGE)}"))}
     if all(port.is_static for port in ports):
-        return chosen | ({"enable_cuda_graph": "1"} if options.cuda_graph else {})
-    return chosen | provider_shapes(profile_for(path), ports, "nv_profile")
+        return provider_options | ({"enable_cuda_graph": "1"} if options.cuda_graph else {})
+    return provider_options | format_provider_shapes(read_profile(path), ports, "nv_profile")
 
 
-def _plugin() -> ModuleType:
+def _import_plugin() -> ModuleType:
     try:
         import onnxruntime_ep_nv_tensorrt_rtx
     except ImportError as exc:
@@ -89,7 +91,7 @@ def _register() -> None:
     """Once a process: a second time ONNX Runtime refuses the name."""
     import onnxruntime
 
-    plugin = _plugin()
+    plugin = _import_plugin()
     try:
         onnxruntime.register_execution_provider_library(PROVIDER, plugin.get_library_path())
     except Exception as exc:

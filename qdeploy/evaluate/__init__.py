@@ -1,1 +1,1 @@
-"""How good a bundle's pictures are, as a set beside reference pictures and one by one beside a float twin."""
+"""Quality of a bundle's pictures: as a set compared with reference pictures, and one by one with a float bundle's."""

@@ -1,4 +1,4 @@
-"""What quantizing did to each layer alone, and which table belongs to which bundle. No torch; ``layers`` measures."""
+"""The error of each quantized layer, and which table belongs to which bundle. No torch; ``layers`` measures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.bundle import Manifest, open_bundle
-from qdeploy.errors import UsageError
-from qdeploy.table import QuantTable, load_table
+from qdeploy.artifacts.bundle import Manifest, open_bundle
+from qdeploy.artifacts.table import QuantTable, load_table
+from qdeploy.base.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Histogram:
+class LayerHistogram:
     """Counts of values before and after quantization, between equal ``edges float[bins + 1]``."""
 
     edges: NDArray[np.floating]
@@ -25,10 +25,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """One layer by itself: its float input and weight against what the integers make of them.
+    """One layer by itself: its float input and weight compared with the quantized ones.
 
     weight_db: SQNR of the weight, in the model's own units. input_db: of the input.
-    output_db: of the quantized layer's output on the very input that the float layer reads.
+    output_db: of the quantized layer's output on the same input as the float layer.
     """
 
     component: str
@@ -38,12 +38,12 @@ class LayerFigures:
     weight_db: float
     input_db: float
     output_db: float
-    weight: Histogram
-    input: Histogram
+    weight: LayerHistogram
+    input: LayerHistogram
 
 
 @dataclass(frozen=True)
-class Layers:
+class BundleLayers:
     """All layers of one bundle, by component in order of computation; ``bundle`` is the contender's name."""
 
     bundle: str
@@ -51,11 +51,11 @@ class Layers:
 
     def worst(self, count: int) -> list[LayerFigures]:
         """Those with the least SQNR of their output."""
-        return sorted(self.figures, key=lambda one: one.output_db)[:count]
+        return sorted(self.figures, key=lambda layer: layer.output_db)[:count]
 
 
 @dataclass(frozen=True)
-class TableOfBundle:
+class BundleTable:
     """A bundle's place among the command's, its manifest and its table."""
 
     number: int
@@ -64,29 +64,29 @@ class TableOfBundle:
     table: QuantTable
 
 
-def tables_of(texts: Sequence[str], bundles: Sequence[Path]) -> list[TableOfBundle]:
-    """The bundle of each ``TABLE`` (by what both record of their making) or ``BUNDLE=TABLE``.
+def match_tables(texts: Sequence[str], bundles: Sequence[Path]) -> list[BundleTable]:
+    """The bundle of each ``TABLE`` (by the provenance of both) or ``BUNDLE=TABLE``.
 
     UsageError where a table has none, TableError for a file that is no table.
     """
     manifests = [open_bundle(path).manifest for path in bundles]
-    found: dict[int, TableOfBundle] = {}
+    matched: dict[int, BundleTable] = {}
     for text in texts:
-        named, _, rest = text.partition("=")
-        given = [number for number, path in enumerate(bundles) if rest and path == Path(named)]
-        path = Path(rest if given else text)
+        bundle, _, rest = text.partition("=")
+        named = [number for number, path in enumerate(bundles) if rest and path == Path(bundle)]
+        path = Path(rest if named else text)
         table = load_table(path)
-        matching = given or [number for number, manifest in enumerate(manifests) if made_of(manifest, table)]
+        matching = named or [number for number, manifest in enumerate(manifests) if is_made_from(manifest, table)]
         if not matching:
             raise UsageError(
                 f"--table {text}: no bundle given says that it was made from this table; give --table BUNDLE=TABLE "
                 "with BUNDLE as it stands on the command line"
             )
-        found |= {number: TableOfBundle(number, manifests[number], path, table) for number in matching}
-    return [found[number] for number in sorted(found)]
+        matched |= {number: BundleTable(number, manifests[number], path, table) for number in matching}
+    return [matched[number] for number in sorted(matched)]
 
 
-def made_of(manifest: Manifest, table: QuantTable) -> bool:
+def is_made_from(manifest: Manifest, table: QuantTable) -> bool:
     """Whether model, calibration and settings that ``manifest`` records are the table's."""
     recorded = manifest.provenance
     return (recorded.get("model_sha256"), recorded.get("quantization")) == (table.model_sha256, table.provenance)

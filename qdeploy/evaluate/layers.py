@@ -1,4 +1,4 @@
-"""Each quantized layer beside its float original, on the first input that the table recorded. Needs torch."""
+"""Compare each quantized layer with its float original, on the first input that the table recorded. Needs torch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import PackageMissingError, TableError
-from qdeploy.evaluate.layer_figures import Histogram, LayerFigures, Layers, TableOfBundle
-from qdeploy.numerics import sqnr_db
-from qdeploy.progress import OnProgress, silent
-from qdeploy.table import ComponentQuant, LayerQuant
+from qdeploy.artifacts.table import ComponentQuant, LayerQuant
+from qdeploy.base.errors import PackageMissingError, TableError
+from qdeploy.base.numerics import sqnr_db
+from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.evaluate.layer_figures import BundleLayers, BundleTable, LayerFigures, LayerHistogram
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qdeploy.models.components import Component
-    from qdeploy.spec import TargetSpec
+    from qdeploy.models.components import TorchComponent
+    from qdeploy.targets.spec import TargetSpec
 
 BINS = 64
 ACT_BITS = 8  # of one pass; two make 16
 
 
-def check_models(tables: Sequence[TableOfBundle]) -> None:
+def check_models(tables: Sequence[BundleTable]) -> None:
     """Whether the model of each table is there, before hours of sampling.
 
     PackageMissingError without torch, ModelError without the model, TableError where it holds other weights.
@@ -33,82 +33,84 @@ def check_models(tables: Sequence[TableOfBundle]) -> None:
         return
     try:
         from qdeploy.models.options import ModelOptions
-        from qdeploy.models.source import model_sha256
+        from qdeploy.models.source import hash_model
     except ImportError as exc:
         raise PackageMissingError(
             f"--table needs the package {exc.name}; run `pip install 'qdeploy[quantize]'`"
         ) from exc
-    hashes = {one.table.model: model_sha256(one.table.model, ModelOptions()) for one in tables}
-    for one in tables:
-        if hashes[one.table.model] != one.table.model_sha256:
+    hashes = {entry.table.model: hash_model(entry.table.model, ModelOptions()) for entry in tables}
+    for entry in tables:
+        if hashes[entry.table.model] != entry.table.model_sha256:
             raise TableError(
-                f"{one.path} was made for other weights than {one.table.model} holds now, or with LoRA files fused "
+                f"{entry.path} was made for other weights than {entry.table.model} holds now, or with LoRA files fused "
                 "in; leave --table out, or quantize this model again"
             )
 
 
 def measure_layers(
-    tables: Sequence[TableOfBundle], names: Sequence[str], on_progress: OnProgress = silent
-) -> list[Layers]:
+    tables: Sequence[BundleTable], names: Sequence[str], on_progress: OnProgress = ignore_progress
+) -> list[BundleLayers]:
     """The layers of each table's bundle, on the float model that the table names; ``names`` are of all bundles."""
     if not tables:
         return []
     from qdeploy.models.source import load_model
-    from qdeploy.spec import target_named
+    from qdeploy.targets.spec import get_target
 
-    models = {source: load_model(source) for source in dict.fromkeys(one.table.model for one in tables)}
-    found = []
-    for one in tables:
-        target, name = target_named(one.manifest.target), names[one.number]
+    models = {source: load_model(source) for source in dict.fromkeys(entry.table.model for entry in tables)}
+    measured = []
+    for entry in tables:
+        target, name = get_target(entry.manifest.target), names[entry.number]
         figures: list[LayerFigures] = []
-        for done, (component, quant) in enumerate(one.table.components.items()):
-            on_progress(f"{name}, its layers", done, len(one.table.components), component)
-            probes = one.table.probes.get(component)
+        for done, (component, quant) in enumerate(entry.table.components.items()):
+            on_progress(f"{name}, its layers", done, len(entry.table.components), component)
+            probes = entry.table.probes.get(component)
             if probes:
-                figures += layers_of(component, models[one.table.model].component(component), quant, target, probes[0])
-        on_progress(f"{name}, its layers", len(one.table.components), len(one.table.components))
-        found.append(Layers(name, figures))
-    return found
+                figures += measure_bundle_layers(
+                    component, models[entry.table.model].component(component), quant, target, probes[0]
+                )
+        on_progress(f"{name}, its layers", len(entry.table.components), len(entry.table.components))
+        measured.append(BundleLayers(name, figures))
+    return measured
 
 
-def layers_of(
-    name: str, component: Component, quant: ComponentQuant, target: TargetSpec, feeds: Mapping[str, NDArray]
+def measure_bundle_layers(
+    name: str, component: TorchComponent, quant: ComponentQuant, target: TargetSpec, feeds: Mapping[str, NDArray]
 ) -> list[LayerFigures]:
-    """Every layer that ``target`` computes in integers, on what it reads where the float one runs on ``feeds``."""
+    """Every layer that ``target`` computes in integers, on its inputs in the float model run on ``feeds``."""
     import torch
 
-    from qdeploy.models.rewrites import apply_rewrite, copy_of
-    from qdeploy.simulate.twin import on_target
+    from qdeploy.models.rewrites import apply_rewrite, copy_module
+    from qdeploy.simulate.simulator import restrict_to_target
 
-    component = copy_of(component)
+    component = copy_module(component)
     for rewrite in quant.rewrites:
         apply_rewrite(component, rewrite)
     modules = dict(component.inner.named_modules())
-    found: dict[str, LayerFigures] = {}
+    figures: dict[str, LayerFigures] = {}
 
-    def watch(path: str, layer: LayerQuant) -> Callable[..., None]:
+    def make_hook(path: str, layer: LayerQuant) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if path not in found:
-                found[path] = compare(name, path, module, layer, target, args[0], output)
+            if path not in figures:
+                figures[path] = measure_layer(name, path, module, layer, target, args[0], output)
 
         return hook
 
     handles = []
-    for path, layer in on_target(quant, target).layers.items():
+    for path, layer in restrict_to_target(quant, target).layers.items():
         module = modules.get(path)
         if module is None:
             raise TableError(f"the table's layer {path} is not in the model; wrong model?")
-        handles.append(module.register_forward_hook(watch(path, layer)))
+        handles.append(module.register_forward_hook(make_hook(path, layer)))
     try:
         with torch.no_grad():
             component(**{key: torch.from_numpy(np.asarray(x)) for key, x in feeds.items()})
     finally:
         for handle in handles:
             handle.remove()
-    return list(found.values())
+    return list(figures.values())
 
 
-def compare(
+def measure_layer(
     component: str,
     path: str,
     module: nn.Conv2d | nn.Linear,
@@ -119,41 +121,41 @@ def compare(
 ) -> LayerFigures:
     """One layer: ``module`` made ``y`` of ``x``."""
     from qdeploy.simulate.layers import InputQuant
-    from qdeploy.simulate.twin import quantized_layer
+    from qdeploy.simulate.simulator import build_quant_layer
 
-    quantized = quantized_layer(module, layer, target.conv_output_quantized, target.signed_activations)
+    quantized = build_quant_layer(module, layer, target.conv_output_quantized, target.signed_activations)
     values, ratio = x[:, 1:] if layer.first_token_float else x, layer.input_ratio
     axis = 1 if len(layer.weight.shape) == 4 else x.dim() - 1
     reader = InputQuant(layer, target.signed_activations)
-    read = sum(back(codes) for codes, back in reader(values, axis)).numpy()  # type: ignore[union-attr]
-    read = read if ratio is None else read * along(ratio, read.ndim, axis)
-    weight, original = weight_of(layer), module.weight.detach().float().numpy()
+    dequantized = sum(dequantize(codes) for codes, dequantize in reader(values, axis)).numpy()  # type: ignore[union-attr]
+    dequantized = dequantized if ratio is None else dequantized * broadcast_along(ratio, dequantized.ndim, axis)
+    weight, original = dequantize_weight(layer), module.weight.detach().float().numpy()
     return LayerFigures(
         component=component,
         name=path,
         weight_bits=layer.weight_bits,
         act_bits=ACT_BITS * layer.passes,
         weight_db=sqnr_db(original, weight),
-        input_db=sqnr_db(values.numpy(), read),
+        input_db=sqnr_db(values.numpy(), dequantized),
         output_db=sqnr_db(y.numpy(), quantized(x).numpy()),
-        weight=histogram(original, weight),
-        input=histogram(values.numpy(), read),
+        weight=build_histogram(original, weight),
+        input=build_histogram(values.numpy(), dequantized),
     )
 
 
-def weight_of(layer: LayerQuant) -> NDArray[np.float32]:
-    """What the codes stand for in the model's own units: ``codes * weight_scale / input_ratio``."""
-    weight = layer.weight * along(layer.weight_scale, layer.weight.ndim, 0)
-    return weight if layer.input_ratio is None else weight / along(layer.input_ratio, weight.ndim, 1)
+def dequantize_weight(layer: LayerQuant) -> NDArray[np.float32]:
+    """The values of the codes in the model's own units: ``codes * weight_scale / input_ratio``."""
+    weight = layer.weight * broadcast_along(layer.weight_scale, layer.weight.ndim, 0)
+    return weight if layer.input_ratio is None else weight / broadcast_along(layer.input_ratio, weight.ndim, 1)
 
 
-def along(values: NDArray, dims: int, axis: int) -> NDArray:
+def broadcast_along(values: NDArray, dims: int, axis: int) -> NDArray:
     """``values`` shaped to broadcast along ``axis`` of an array with ``dims`` dimensions."""
-    return values.reshape([-1 if one == axis else 1 for one in range(dims)])
+    return values.reshape([-1 if dim == axis else 1 for dim in range(dims)])
 
 
-def histogram(before: NDArray, after: NDArray) -> Histogram:
+def build_histogram(before: NDArray, after: NDArray) -> LayerHistogram:
     """Both over the range of the two."""
     low, high = min(before.min(), after.min()), max(before.max(), after.max())
     counts, edges = np.histogram(before, BINS, (float(low), float(high)))
-    return Histogram(edges, counts, np.histogram(after, edges)[0])
+    return LayerHistogram(edges, counts, np.histogram(after, edges)[0])

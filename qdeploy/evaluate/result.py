@@ -1,4 +1,4 @@
-"""What an evaluation found, with all that must stand beside a figure; one JSON file, read back the same."""
+"""The result of an evaluation, with everything that its figures depend on; one JSON file, read back the same."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qdeploy.bundle import Manifest
-from qdeploy.errors import PictureError
+from qdeploy.artifacts.bundle import Manifest
+from qdeploy.base.errors import PictureError
+from qdeploy.base.files import read_json, stage_file
 from qdeploy.evaluate.extractors import ExtractorInfo
-from qdeploy.files import read_json, staged_file
 
-SCHEMA_VERSION = 1
-BASELINE, WITHOUT, WITH = "baseline", "W/O", "W"  # the experiments' words for how a bundle was calibrated
+SCHEMA_VERSION = 2
+BASELINE, WITHOUT, WITH = "baseline", "W/O", "W"  # names of the experiments for how a bundle was calibrated
 FLOAT = "W32A32"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The set that others are held against; ``size`` is (width, height) of its pictures behind ``fit``."""
+    """The set that bundles are compared with; ``size`` is (width, height) of its pictures after ``fit``."""
 
     name: str
     kind: str
@@ -32,10 +32,10 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Twin:
-    """Beside the float twin, picture by picture at equal numbers, and step by step on the twin's own trajectory.
+class ReferenceComparison:
+    """A bundle compared with its float reference: picture by picture, and step by step on the reference's trajectory.
 
-    psnr_db, ssim, lpips: of each picture that both have, in order of ``numbers``; () where not asked.
+    psnr_db, ssim, lpips: of each picture that both have, in order of ``numbers``; () where not measured.
     mean_psnr_db: of the squared errors of all pixels, so that one equal picture does not make it infinite.
     """
 
@@ -51,7 +51,7 @@ class Twin:
 
 
 @dataclass(frozen=True)
-class Contender:
+class BundleResult:
     """One bundle's figures, by their names in ``report.FIGURES``.
 
     bits: "W4A8" and the like, of the UNet. calibration: "baseline" for a float bundle, "W/O" or "W".
@@ -70,32 +70,32 @@ class Contender:
     broken: tuple[str, ...]
     figures: Mapping[str, float | None]
     provenance: Mapping[str, Any]
-    twin: Twin | None = None
+    comparison: ReferenceComparison | None = None
     warnings: tuple[str, ...] = ()
     size_bytes: int | None = None
     seconds_per_picture: float | None = None
 
 
 @dataclass(frozen=True)
-class Result:
-    """All of it. settings: the options; notes: what a reader of any table must know."""
+class EvaluationResult:
+    """The whole result. settings: the options; notes: for readers of any table."""
 
     settings: Mapping[str, Any]
     environment: Mapping[str, str]
     reference: Reference | None
     extractor: ExtractorInfo | None
-    contenders: tuple[Contender, ...]
+    contenders: tuple[BundleResult, ...]
     notes: tuple[str, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
 
-def bits_of(manifest: Manifest) -> str:
+def format_bits(manifest: Manifest) -> str:
     """Weight and activation bits of the UNet, the narrowest weights of a mixed one."""
     unet = manifest.components["unet"]
     return f"W{min(unet.weight_bits)}A{unet.act_bits}"
 
 
-def calibration_of(manifest: Manifest) -> str:
+def classify_calibration(manifest: Manifest) -> str:
     """How the bundle was calibrated, as the experiments name it.
 
     "W/O" is without a calibration set: extremes of a batch of noise, nothing learned (``recipes/*_uncalibrated``).
@@ -104,50 +104,59 @@ def calibration_of(manifest: Manifest) -> str:
     if not isinstance(quantization, Mapping):
         return BASELINE
     spec, calibration = (quantization.get(part) or {} for part in ("spec", "calibration"))
-    nearest = spec.get("reconstruction") is None and not spec.get("equalize", True)
-    return WITHOUT if calibration.get("mode") == "noise_data" and spec.get("observer") == "minmax" and nearest else WITH
+    is_nearest = spec.get("reconstruction") is None and not spec.get("equalize", True)
+    return (
+        WITHOUT if calibration.get("mode") == "noise_data" and spec.get("observer") == "minmax" and is_nearest else WITH
+    )
 
 
-def write_result(path: Path, result: Result) -> None:
+def write_result(path: Path, result: EvaluationResult) -> None:
     """Write ``result`` as JSON; infinite decibels as the text "inf"."""
-    with staged_file(path) as scratch:
-        scratch.write_text(json.dumps(_finite(asdict(result)), indent=1, allow_nan=False, default=str) + "\n", "utf-8")
+    with stage_file(path) as scratch:
+        scratch.write_text(
+            json.dumps(_replace_nonfinite(asdict(result)), indent=1, allow_nan=False, default=str) + "\n", "utf-8"
+        )
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path) -> EvaluationResult:
     """The result in the file at ``path``; PictureError for another file."""
     try:
-        found = _numbers(read_json(path))
-        if found["schema_version"] != SCHEMA_VERSION:
-            raise PictureError(f"{path} has schema {found['schema_version']!r}, this qdeploy reads {SCHEMA_VERSION}")
-        reference, extractor = found.pop("reference"), found.pop("extractor")
+        document = _restore_numbers(read_json(path))
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise PictureError(f"{path} has schema {document['schema_version']!r}, this qdeploy reads {SCHEMA_VERSION}")
+        reference, extractor = document.pop("reference"), document.pop("extractor")
         contenders = tuple(
-            Contender(**{**entry, "twin": None if entry["twin"] is None else Twin(**entry["twin"])})
-            for entry in found.pop("contenders")
+            BundleResult(
+                **{
+                    **entry,
+                    "comparison": None if entry["comparison"] is None else ReferenceComparison(**entry["comparison"]),
+                }
+            )
+            for entry in document.pop("contenders")
         )
-        return Result(
+        return EvaluationResult(
             reference=None if reference is None else Reference(**reference),
             extractor=None if extractor is None else ExtractorInfo(**extractor),
             contenders=contenders,
-            **found,
+            **document,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise PictureError(f"{path} is no result of `qdeploy evaluate` ({exc!r}); make it again") from exc
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     """``value`` without numbers that JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _replace_nonfinite(item) for key, item in value.items()}
+    return [_replace_nonfinite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _numbers(value: Any) -> Any:
+def _restore_numbers(value: Any) -> Any:
     """The way back, lists as tuples."""
     if isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     if isinstance(value, Mapping):
-        return {key: _numbers(one) for key, one in value.items()}
-    return tuple(_numbers(one) for one in value) if isinstance(value, list) else value
+        return {key: _restore_numbers(item) for key, item in value.items()}
+    return tuple(_restore_numbers(item) for item in value) if isinstance(value, list) else value

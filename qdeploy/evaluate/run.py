@@ -1,4 +1,4 @@
-"""An evaluation: pictures of every bundle, features of every set, then the measures; stopped, it goes on."""
+"""An evaluation: pictures of every bundle, features of every set, then the metrics; resumable."""
 
 from __future__ import annotations
 
@@ -7,110 +7,129 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qdeploy.bench.environment import environment
-from qdeploy.engines.base import engine_for
-from qdeploy.errors import UsageError
-from qdeploy.evaluate.beside_twin import beside_twin, figures_of_twin
-from qdeploy.evaluate.contenders import PICTURES, RECEIPTS, Made, draw_pictures, opened_bundles
+from qdeploy.base.errors import UsageError
+from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.engines.base import choose_engine
+from qdeploy.evaluate.bundles import PICTURES, RECEIPTS, BundlePictures, make_pictures, open_bundles
+from qdeploy.evaluate.comparison import compare_with_reference, summarize_comparison
 from qdeploy.evaluate.extractors import Extractor, open_extractor
-from qdeploy.evaluate.features import Features, features_of
-from qdeploy.evaluate.figures import Measures, clip_figure, measures_of
+from qdeploy.evaluate.features import Features, extract_features
+from qdeploy.evaluate.measure import FigureMeasurer, build_measurer, measure_clip_score
+from qdeploy.evaluate.metrics.adapters import check_torchmetrics
 from qdeploy.evaluate.metrics.clip_score import ClipScore
-from qdeploy.evaluate.metrics.given import check_torchmetrics
 from qdeploy.evaluate.metrics.lpips import Lpips
-from qdeploy.evaluate.references import described, is_bundle, reference_source
-from qdeploy.evaluate.result import Contender, Result, bits_of, calibration_of, write_result
-from qdeploy.evaluate.settings import NEED_REFERENCE, OF_PAIRS, OF_SETS, OF_STEPS, Settings
-from qdeploy.evaluate.timing import seconds_per_picture
-from qdeploy.progress import OnProgress, silent
+from qdeploy.evaluate.references import describe_reference, is_bundle, open_reference
+from qdeploy.evaluate.result import BundleResult, EvaluationResult, classify_calibration, format_bits, write_result
+from qdeploy.evaluate.settings import PAIR_METRICS, REFERENCE_METRICS, SET_METRICS, STEP_METRICS, EvaluationSettings
+from qdeploy.evaluate.timing import read_seconds_per_picture
+from qdeploy.reporting.environment import describe_environment
 
 FEATURES, RESULT = "features", "result.json"
 
 
-def evaluate(
-    bundles: Sequence[Path], reference: Path | None, settings: Settings, out: Path, on_progress: OnProgress = silent
-) -> Result:
-    """Evaluate ``bundles`` beside ``reference`` (pictures or a bundle); ``out`` gets all that is made.
+def run_evaluation(
+    bundles: Sequence[Path],
+    reference: Path | None,
+    settings: EvaluationSettings,
+    out: Path,
+    on_progress: OnProgress = ignore_progress,
+) -> EvaluationResult:
+    """Evaluate ``bundles`` against ``reference`` (pictures or a bundle); all output is written to ``out``.
 
-    That is pictures/NAME/, features/, receipts/ and result.json. A second call makes only what is missing.
+    That is pictures/NAME/, features/, receipts/ and result.json. A second call makes only what is still missing.
     """
     check_torchmetrics()
-    also = [reference] if reference is not None and is_bundle(reference) and reference not in bundles else []
-    opened = opened_bundles([*bundles, *also], settings, out)
-    twin = twin_of(opened, reference)
-    check(settings, opened[: len(bundles)], reference, twin)
-    clip = ClipScore(settings.clip) if settings.asked("clip") else None
-    lpips = Lpips(settings.lpips, settings.weights.allow_download) if settings.asked("lpips") else None
-    extractor = open_extractor(settings.extractor_name, settings.weights) if settings.asked(*OF_SETS) else None
+    extra = [reference] if reference is not None and is_bundle(reference) and reference not in bundles else []
+    bundle_pictures = open_bundles([*bundles, *extra], settings, out)
+    reference_bundle = choose_reference_bundle(bundle_pictures, reference)
+    check_metrics(settings, bundle_pictures[: len(bundles)], reference, reference_bundle)
+    clip = ClipScore(settings.clip) if settings.has_any("clip") else None
+    lpips = Lpips(settings.lpips, settings.weights.allow_download) if settings.has_any("lpips") else None
+    extractor = open_extractor(settings.extractor_name, settings.weights) if settings.has_any(*SET_METRICS) else None
 
-    for made in opened:
-        draw_pictures(made, settings, out, on_progress)
-    rows, held = all_features(opened, reference, extractor, settings, out, on_progress)
-    measures = None if extractor is None else measures_of(settings, extractor.info, held)
+    for pictures in bundle_pictures:
+        make_pictures(pictures, settings, out, on_progress)
+    rows, reference_features = extract_all_features(bundle_pictures, reference, extractor, settings, out, on_progress)
+    measurer = None if extractor is None else build_measurer(settings, extractor.info, reference_features)
     contenders = []
-    for made in opened[: len(bundles)]:
-        figures, warnings = ({}, []) if measures is None else measures.of(rows[made.name])
+    for pictures in bundle_pictures[: len(bundles)]:
+        figures, warnings = ({}, []) if measurer is None else measurer.measure(rows[pictures.name])
         if clip is not None and settings.prompts is not None:
-            figures["clip"] = clip_figure(clip, made.source(), settings.prompts, on_progress)
-        beside = None
-        if twin is not None and twin is not made and settings.asked(*OF_PAIRS, *OF_STEPS):
-            beside = beside_twin(twin, made, settings, lpips, on_progress)
-            figures |= figures_of_twin(beside)
+            figures["clip"] = measure_clip_score(clip, pictures.to_source(), settings.prompts, on_progress)
+        comparison = None
+        if (
+            reference_bundle is not None
+            and reference_bundle is not pictures
+            and settings.has_any(*PAIR_METRICS, *STEP_METRICS)
+        ):
+            comparison = compare_with_reference(reference_bundle, pictures, settings, lpips, on_progress)
+            figures |= summarize_comparison(comparison)
         contenders.append(
-            Contender(
-                name=made.name,
-                bundle=str(made.path),
-                bundle_sha256=made.sha256,
-                bits=bits_of(made.manifest),
-                calibration=calibration_of(made.manifest),
-                pictures=f"{PICTURES}/{made.name}",
-                count=len(rows[made.name]) if rows else made.count,
-                broken=rows[made.name].broken if rows else (),
+            BundleResult(
+                name=pictures.name,
+                bundle=str(pictures.path),
+                bundle_sha256=pictures.sha256,
+                bits=format_bits(pictures.manifest),
+                calibration=classify_calibration(pictures.manifest),
+                pictures=f"{PICTURES}/{pictures.name}",
+                count=len(rows[pictures.name]) if rows else pictures.count,
+                broken=rows[pictures.name].broken if rows else (),
                 figures=figures,
-                provenance=made.manifest.provenance,
-                twin=beside,
+                provenance=pictures.manifest.provenance,
+                comparison=comparison,
                 warnings=tuple(warnings),
-                size_bytes=made.size_bytes,
-                seconds_per_picture=seconds_per_picture(out / RECEIPTS / made.name),
+                size_bytes=pictures.size_bytes,
+                seconds_per_picture=read_seconds_per_picture(out / RECEIPTS / pictures.name),
             )
         )
-    engines = {engine_for(made.path, made.manifest.engine, settings.engine) for made in opened}
-    result = Result(
-        settings=told(settings),
-        environment=environment(engines, settings.threads),
-        reference=None if reference is None or held is None else described(reference, held, settings.fit),
+    engines = {choose_engine(pictures.path, pictures.manifest.engine, settings.engine) for pictures in bundle_pictures}
+    result = EvaluationResult(
+        settings=options_to_json(settings),
+        environment=describe_environment(engines, settings.threads),
+        reference=None
+        if reference is None or reference_features is None
+        else describe_reference(reference, reference_features, settings.fit),
         extractor=None if extractor is None else extractor.info,
         contenders=tuple(contenders),
-        notes=notes_of(settings, measures, clip, reference),
+        notes=write_notes(settings, measurer, clip, reference),
     )
     write_result(out / RESULT, result)
     return result
 
 
-def twin_of(opened: Sequence[Made], reference: Path | None) -> Made | None:
-    """The float bundle that others are held against: the reference where it is one, else the first."""
-    floats = [made for made in opened if made.is_float]
-    return next((made for made in floats if made.path == reference), floats[0] if floats else None)
+def choose_reference_bundle(bundles: Sequence[BundlePictures], reference: Path | None) -> BundlePictures | None:
+    """The float bundle that others are compared with: the reference where it is one, else the first."""
+    float_bundles = [bundle for bundle in bundles if bundle.is_float]
+    return next(
+        (bundle for bundle in float_bundles if bundle.path == reference), float_bundles[0] if float_bundles else None
+    )
 
 
-def check(settings: Settings, bundles: Sequence[Made], reference: Path | None, twin: Made | None) -> None:
-    """UsageError for a measure that has nothing to be made of, before any picture is."""
+def check_metrics(
+    settings: EvaluationSettings,
+    bundles: Sequence[BundlePictures],
+    reference: Path | None,
+    reference_bundle: BundlePictures | None,
+) -> None:
+    """UsageError for a metric whose inputs are missing, before any picture is made."""
     for name in settings.metrics:
-        if name in NEED_REFERENCE and reference is None:
+        if name in REFERENCE_METRICS and reference is None:
             raise UsageError(f"the metric {name} needs --reference: a folder of pictures, an LSUN lmdb or a bundle")
-        if name in (*OF_PAIRS, *OF_STEPS) and twin is None:
-            raise UsageError(f"the metric {name} needs the float twin: give an fp32 bundle too, or as --reference")
+        if name in (*PAIR_METRICS, *STEP_METRICS) and reference_bundle is None:
+            raise UsageError(
+                f"the metric {name} needs a float bundle to compare with: give an fp32 bundle too, or as --reference"
+            )
         if name == "clip" and settings.prompts is None:
-            raise UsageError("the metric clip needs captions: it goes with text-to-image bundles and --prompts FILE")
-        if name in NEED_REFERENCE and len(bundles) == 1 and bundles[0].path == reference:
+            raise UsageError("the metric clip needs captions: it is for text-to-image bundles with --prompts FILE")
+        if name in REFERENCE_METRICS and len(bundles) == 1 and bundles[0].path == reference:
             raise UsageError(f"the metric {name}: the only bundle is the reference itself; give another of the two")
 
 
-def all_features(
-    opened: Sequence[Made],
+def extract_all_features(
+    bundle_pictures: Sequence[BundlePictures],
     reference: Path | None,
     extractor: Extractor | None,
-    settings: Settings,
+    settings: EvaluationSettings,
     out: Path,
     on_progress: OnProgress,
 ) -> tuple[dict[str, Features], Features | None]:
@@ -118,32 +137,39 @@ def all_features(
     if extractor is None:
         return {}, None
 
-    sources = [made.source() for made in opened]
+    sources = [pictures.to_source() for pictures in bundle_pictures]
     if reference is not None and not is_bundle(reference):
-        sources = [reference_source(reference, settings, opened[0].manifest.latents), *sources]
-    found = [features_of(one, extractor, out / FEATURES, settings.skip_broken, on_progress) for one in sources]
-    rows = {made.name: features for made, features in zip(opened, found[-len(opened) :], strict=True)}
-    if len(found) > len(opened):
-        return rows, found[0]
-    return rows, next((rows[made.name] for made in opened if made.path == reference), None)
+        sources = [open_reference(reference, settings, bundle_pictures[0].manifest.latents), *sources]
+    extracted = [
+        extract_features(source, extractor, out / FEATURES, settings.skip_broken, on_progress) for source in sources
+    ]
+    rows = {
+        pictures.name: features
+        for pictures, features in zip(bundle_pictures, extracted[-len(bundle_pictures) :], strict=True)
+    }
+    if len(extracted) > len(bundle_pictures):
+        return rows, extracted[0]
+    return rows, next((rows[pictures.name] for pictures in bundle_pictures if pictures.path == reference), None)
 
 
-def told(settings: Settings) -> dict[str, Any]:
+def options_to_json(settings: EvaluationSettings) -> dict[str, Any]:
     """The options as JSON values."""
     options = asdict(settings)
-    options["extractor"] = settings.extractor_name if settings.asked(*OF_SETS) else None
+    options["extractor"] = settings.extractor_name if settings.has_any(*SET_METRICS) else None
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
-def notes_of(
-    settings: Settings, measures: Measures | None, clip: ClipScore | None, reference: Path | None
+def write_notes(
+    settings: EvaluationSettings, measurer: FigureMeasurer | None, clip: ClipScore | None, reference: Path | None
 ) -> tuple[str, ...]:
-    """What must stand under every table."""
-    sampler = settings.scheduler or "each bundle's own sampler"
-    text = f", guidance {settings.guidance:g}, {len(settings.prompts)} prompts" if settings.prompts else ""
-    notes = [f"n = {settings.count} pictures a bundle, seed {settings.seed}, {settings.steps} steps of {sampler}{text}"]
-    notes += [] if measures is None else measures.notes
-    if measures is not None and measures.held is not None and is_bundle(reference):
+    """Notes under every table."""
+    scheduler = settings.scheduler or "each bundle's own scheduler"
+    text = f", guidance {settings.guidance_scale:g}, {len(settings.prompts)} prompts" if settings.prompts else ""
+    notes = [
+        f"n = {settings.count} pictures a bundle, seed {settings.seed}, {settings.steps} steps of {scheduler}{text}"
+    ]
+    notes += [] if measurer is None else measurer.notes
+    if measurer is not None and measurer.reference is not None and is_bundle(reference):
         notes.append(
             "the reference is a bundle and its pictures have the same seeds: distances to it are smaller than to "
             "pictures of its own kind with others"

@@ -1,29 +1,29 @@
-"""What `evaluate` is asked: which measures, of how many pictures, made how, beside what."""
+"""The settings of `evaluate`: metrics, number of pictures, how they are made, and the reference."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
 from qdeploy.evaluate.extractors import ExtractorOptions
 
-OF_SETS = ("fid", "kid", "is", "pr")  # of all pictures, by their features
-OF_CAPTIONS = ("clip",)
-OF_PAIRS = ("psnr", "ssim", "lpips")  # of each picture and its float twin's
-OF_STEPS = ("sqnr",)
-METRICS = (*OF_SETS, *OF_CAPTIONS, *OF_PAIRS, *OF_STEPS)
-NEED_REFERENCE = ("fid", "kid", "pr")
-MOST_PICTURES = 10**6  # their names have six digits
+SET_METRICS = ("fid", "kid", "is", "pr")  # of all pictures, by their features
+CAPTION_METRICS = ("clip",)
+PAIR_METRICS = ("psnr", "ssim", "lpips")  # of each picture and the float reference's
+STEP_METRICS = ("sqnr",)
+METRICS = (*SET_METRICS, *CAPTION_METRICS, *PAIR_METRICS, *STEP_METRICS)
+REFERENCE_METRICS = ("fid", "kid", "pr")
+MAX_PICTURES = 10**6  # their names have six digits
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """The options of the command.
 
-    reference_count: of the reference's pictures, drawn by the seed; None takes all.
+    reference_count: number of the reference's pictures, chosen by the seed; None takes all.
     fit: cut and scale the reference's pictures to the bundle's size.
-    extractor: None is Inception where its weights are to be had, else open-nsfw.
+    extractor: None is Inception where its weights are available, else open-nsfw.
     ray: the address of a Ray cluster; None makes pictures in this process.
     """
 
@@ -31,7 +31,7 @@ class Settings:
     count: int = 256
     prompts: tuple[str, ...] | None = None
     steps: int = 25
-    guidance: float = 7.5
+    guidance_scale: float = 7.5
     seed: int = 0
     scheduler: str | None = None
     batch: int = 8
@@ -50,20 +50,20 @@ class Settings:
         for name in self.metrics:
             if name not in METRICS:
                 raise UsageError(f"--metrics: got {name!r}, expected some of {','.join(METRICS)}")
-        for name, least in (("count", 2), ("batch", 1), ("steps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name}: got {getattr(self, name)}, expected at least {least}")
-        if self.count > MOST_PICTURES:
-            raise UsageError(f"--count: got {self.count}, expected at most {MOST_PICTURES}")
+        for name, minimum in (("count", 2), ("batch", 1), ("steps", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise UsageError(f"--{name}: got {getattr(self, name)}, expected at least {minimum}")
+        if self.count > MAX_PICTURES:
+            raise UsageError(f"--count: got {self.count}, expected at most {MAX_PICTURES}")
 
     @property
     def extractor_name(self) -> str:
         """The extractor to take."""
         if self.extractor is not None:
             return self.extractor
-        is_there = self.weights.inception is not None or self.weights.allow_download
-        return "inception" if is_there else "open-nsfw"
+        is_available = self.weights.inception is not None or self.weights.allow_download
+        return "inception" if is_available else "open-nsfw"
 
-    def asked(self, *metrics: str) -> bool:
+    def has_any(self, *metrics: str) -> bool:
         """Whether any of them is."""
         return any(name in self.metrics for name in metrics)

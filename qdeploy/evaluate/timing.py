@@ -1,4 +1,4 @@
-"""Seconds that a bundle's pictures took, kept beside their receipt so that a run that resumes still knows them."""
+"""Seconds that a bundle's pictures took, kept next to their receipt so that a resumed run still has them."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qdeploy.files import read_note, staged_file
-from qdeploy.receipt import read_receipt
-from qdeploy.sample.folder import OURS
-from qdeploy.sample.work import WHAT
+from qdeploy.artifacts.receipt import read_receipt
+from qdeploy.base.files import read_state, stage_file
+from qdeploy.sample.folder import PICTURE_NAME
+from qdeploy.sample.work import STEP_NAME
 
 TIMING = "timing.json"
 
 
 @contextmanager
-def timed(pictures: Path, receipts: Path) -> Iterator[None]:
-    """Add what is made in ``pictures`` meanwhile, and its seconds, to what was; also where it is interrupted."""
-    before, start = names_in(pictures), time.perf_counter()
+def record_time(pictures: Path, receipts: Path) -> Iterator[None]:
+    """Add the pictures made inside and their seconds to the earlier ones, also after an interruption."""
+    before, start = list_names(pictures), time.perf_counter()
     try:
         yield
     finally:
-        seconds, made = time.perf_counter() - start, len(names_in(pictures) - before)
-        if made:
-            key, known = read_receipt(receipts, WHAT).get("key"), told(receipts)
-            entry = {"key": key, "pictures": made + known[0], "seconds": seconds + known[1]}
-            with staged_file(receipts / TIMING) as scratch:
+        seconds, count = time.perf_counter() - start, len(list_names(pictures) - before)
+        if count:
+            key, previous = read_receipt(receipts, STEP_NAME).get("key"), read_timing(receipts)
+            entry = {"key": key, "pictures": count + previous[0], "seconds": seconds + previous[1]}
+            with stage_file(receipts / TIMING) as scratch:
                 scratch.write_text(json.dumps(entry) + "\n", encoding="utf-8")
 
 
-def seconds_per_picture(receipts: Path) -> float | None:
+def read_seconds_per_picture(receipts: Path) -> float | None:
     """The mean over all that was timed; None where nothing was."""
-    pictures, seconds = told(receipts)
+    pictures, seconds = read_timing(receipts)
     return seconds / pictures if pictures else None
 
 
-def told(receipts: Path) -> tuple[int, float]:
-    """Pictures and seconds of those that the receipt speaks of; zeros where there is no such file."""
+def read_timing(receipts: Path) -> tuple[int, float]:
+    """Number and seconds of the pictures of the current receipt; zeros where there is no such file."""
     try:
-        found = read_note(receipts / TIMING)
-        if found["key"] == read_receipt(receipts, WHAT).get("key"):
-            return int(found["pictures"]), float(found["seconds"])
+        entry = read_state(receipts / TIMING)
+        if entry["key"] == read_receipt(receipts, STEP_NAME).get("key"):
+            return int(entry["pictures"]), float(entry["seconds"])
     except (ValueError, KeyError, TypeError):
         pass
     return 0, 0.0
 
 
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.png") if OURS.fullmatch(path.name)}
+def list_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.png") if PICTURE_NAME.fullmatch(path.name)}

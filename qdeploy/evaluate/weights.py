@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**30
 
 
-def state_dict_of(path: Path | None, url: str) -> tuple[dict[str, Tensor], Path]:
+def load_state_dict(path: Path | None, url: str) -> tuple[dict[str, Tensor], Path]:
     """The tensors in the file at ``path`` and that path; without one, of ``url``, fetched once by ``torch.hub``.
 
     Nothing in the file is executed. What is fetched must have the SHA-256 that its name ends in.
@@ -31,9 +31,9 @@ def state_dict_of(path: Path | None, url: str) -> tuple[dict[str, Tensor], Path]
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no such weights are")
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as exc:
         raise UsageError(f"{path} is not a readable PyTorch state dict ({exc}); fetch {url} again") from exc
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise UsageError(f"{path} holds no state dict; fetch {url} again")
-    return found, path
+    return state_dict, path

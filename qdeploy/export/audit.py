@@ -1,4 +1,4 @@
-"""What of a graph runs in integers, what does not and why, and where the time goes: read off the engine's own graph."""
+"""Which products of a graph run in integers, which do not and why, and their time: read from the engine's own graph."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qdeploy.engines.base import EngineOptions, Kernel, engine_named
-from qdeploy.errors import AuditError, ExportError, some_of
+from qdeploy.artifacts.table import ComponentQuant
+from qdeploy.base.errors import AuditError, ExportError, join_names
+from qdeploy.engines.base import EngineOptions, Kernel, load_engine
 from qdeploy.export.open_dims import close_dims
 from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
 from qdeploy.export.passes.name_by_layer import FUSED_ATTENTION, PRODUCTS
 from qdeploy.export.passes.split_gate import GATE
-from qdeploy.table import ComponentQuant
 
 PRODUCT_OPS = ("Conv", "MatMul", "Gemm", INTEGER_MATMUL, FUSED_ATTENTION)
-PASSED_THROUGH = ("Transpose", "Reshape", "Cast")  # between what lies in the file and the product that reads it
-QUANTIZING = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Quantize", "Convert")
-REARRANGING = ("Transpose", "Reorder", "ReorderInput", "ReorderOutput")
+TRANSPARENT_OPS = ("Transpose", "Reshape", "Cast")  # between a constant in the file and the product that reads it
+QUANTIZE_OPS = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Quantize", "Convert")
+LAYOUT_OPS = ("Transpose", "Reorder", "ReorderInput", "ReorderOutput")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Product:
     """One Conv, MatMul, Gemm or fused attention of an ONNX graph."""
 
     name: str
-    output: str  # what engines may call a node that computes a graph's output
+    output: str  # names that engines may give a node that computes a graph's output
     macs: int
     quantized: bool  # both factors come by DequantizeLinear, or are codes
     constants: tuple[str, ...]  # that it reads through DequantizeLinear and the like
@@ -38,7 +38,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Finding:
-    """How one product of the graph really runs."""
+    """How the engine runs one product of the graph."""
 
     layer: str
     op_type: str  # of the engine's kernel; "" when none was found
@@ -70,48 +70,48 @@ class Audit:
         return sum(finding.macs for finding in self.findings if finding.integer) / total if total else 0.0
 
     def mac_share(self, finding: Finding) -> float:
-        return finding.macs / sum(one.macs for one in self.findings)
+        return finding.macs / sum(other.macs for other in self.findings)
 
     def seconds_by_op(self) -> dict[str, tuple[int, float]]:
         """Op type -> nodes and seconds a run, the longest first; empty when the kernels were not timed."""
-        found: dict[str, tuple[int, float]] = {}
+        totals: dict[str, tuple[int, float]] = {}
         for kernel in self.kernels:
             if kernel.seconds is not None:
-                nodes, seconds = found.get(kernel.op_type, (0, 0.0))
-                found[kernel.op_type] = nodes + 1, seconds + kernel.seconds
-        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+                nodes, seconds = totals.get(kernel.op_type, (0, 0.0))
+                totals[kernel.op_type] = nodes + 1, seconds + kernel.seconds
+        return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
 
     def time_share(self, op_types: Iterable[str]) -> float:
         """Share of the time that nodes of ``op_types`` take, 0..1."""
-        wanted = set(op_types)
+        selected = set(op_types)
         seconds = {op: spent for op, (_, spent) in self.seconds_by_op().items()}
         total = sum(seconds.values())
-        return sum(spent for op, spent in seconds.items() if op.split(" ")[0] in wanted) / total if total else 0.0
+        return sum(spent for op, spent in seconds.items() if op.split(" ")[0] in selected) / total if total else 0.0
 
     def check(self, component: str, quant: ComponentQuant) -> None:
         """AuditError naming every layer and attention of the table that is not an integer kernel."""
         products = [f"{attention}.{product}" for attention in quant.attention for product in PRODUCTS]
-        found = {finding.layer: finding for finding in self.findings}
-        rest = [f"{name}.rest" for name, layer in quant.layers.items() if layer.passes == 2]
-        gates = [name for name in found if name.removesuffix(GATE) in quant.layers]
-        failed = {name: found.get(name) for name in (*quant.layers, *gates, *rest, *products)}
+        by_layer = {finding.layer: finding for finding in self.findings}
+        second_passes = [f"{name}.rest" for name, layer in quant.layers.items() if layer.passes == 2]
+        gates = [name for name in by_layer if name.removesuffix(GATE) in quant.layers]
+        failed = {name: by_layer.get(name) for name in (*quant.layers, *gates, *second_passes, *products)}
         failed = {name: finding for name, finding in failed.items() if finding is None or not finding.integer}
         if failed:
             names = [f"{name} ({'is not in the graph' if f is None else f.reason})" for name, f in failed.items()]
             raise AuditError(
                 f"{component}: {len(failed)} of {len(quant.layers) + len(products)} layers that the table quantizes do "
-                f"not run as integer kernels: {some_of(names)}. Keep them in float, or report the graph pattern"
+                f"not run as integer kernels: {join_names(names)}. Keep them in float, or report the graph pattern"
             )
 
 
 def audit_graph(
     path: Path, engine: str, options: EngineOptions | None = None, feeds: Mapping[str, NDArray] | None = None
 ) -> Audit:
-    """Load ``path`` in ``engine``, take the graph that it makes for itself, and look each product up.
+    """Load ``path`` in ``engine``, take its optimized graph, and look up each product.
 
     With ``feeds`` the kernels are timed on them. Raises EngineError and ExportError.
     """
-    kernels = engine_named(engine).kernels(path, options or EngineOptions(), feeds)
+    kernels = load_engine(engine).kernels(path, options or EngineOptions(), feeds)
     by_name: dict[str, list[Kernel]] = {}
     by_constant: dict[str, list[Kernel]] = {}
     for kernel in kernels:
@@ -120,8 +120,8 @@ def audit_graph(
         for name in kernel.constants:
             by_constant.setdefault(name, []).append(kernel)
     findings = []
-    for product in products_of(ir.load(path)):
-        ran = by_name.get(product.name) or by_name.get(product.output) or kernels_reading(product, by_constant)
+    for product in find_products(ir.load(path)):
+        ran = by_name.get(product.name) or by_name.get(product.output) or find_kernels(product, by_constant)
         slowest = next((kernel for kernel in ran if not kernel.integer), ran[0] if ran else None)
         op_type = "" if slowest is None else slowest.op_type
         integer = slowest is not None and slowest.integer
@@ -130,30 +130,33 @@ def audit_graph(
 
 
 def audit_file(path: Path) -> Audit:
-    """What the file at ``path`` asks for, no engine asked: a product of two DequantizeLinear counts as integer."""
-    products = products_of(ir.load(path))
-    return Audit(tuple(Finding(one.name, "QDQ", one.macs, one.quantized, one.quantized) for one in products), ())
+    """The audit of the file at ``path`` without an engine: a product of two DequantizeLinear counts as integer."""
+    products = find_products(ir.load(path))
+    return Audit(
+        tuple(Finding(product.name, "QDQ", product.macs, product.quantized, product.quantized) for product in products),
+        (),
+    )
 
 
-def kernels_reading(product: Product, by_constant: Mapping[str, list[Kernel]]) -> list[Kernel]:
+def find_kernels(product: Product, by_constant: Mapping[str, list[Kernel]]) -> list[Kernel]:
     """Kernels that read a constant of ``product``.
 
-    ONNX Runtime may have changed codes to unsigned (``..._s8_2_u8``) or laid them out anew, but it keeps
+    ONNX Runtime may have changed codes to unsigned (``..._s8_2_u8``) or reordered them, but it keeps
     the beginning of their name.
     """
     return [
         kernel
-        for wanted in product.constants
+        for constant in product.constants
         for name, kernels in by_constant.items()
-        if name == wanted or name.startswith((wanted + "_", wanted + "."))
+        if name == constant or name.startswith((constant + "_", constant + "."))
         for kernel in kernels
     ]
 
 
-def products_of(model: ir.Model) -> list[Product]:
+def find_products(model: ir.Model) -> list[Product]:
     """Every Conv, matrix product and fused attention with its multiply-accumulates; ExportError on unknown shapes.
 
-    ``model`` gets the sizes that it was traced with for good.
+    ``model`` is changed: open dimensions get the sizes that it was traced with.
     """
     close_dims(model)
     nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
@@ -168,42 +171,42 @@ def products_of(model: ir.Model) -> list[Product]:
         Product(
             node.name or str(node.outputs[0].name),
             str(node.outputs[0].name),
-            macs_of(node),
-            node.op_type == INTEGER_MATMUL or all(sources_of(value)[0] for value in node.inputs[:2]),
-            tuple(name for value in node.inputs[:2] for name in sources_of(value)[1]),
+            count_macs(node),
+            node.op_type == INTEGER_MATMUL or all(trace_factor(value)[0] for value in node.inputs[:2]),
+            tuple(name for value in node.inputs[:2] for name in trace_factor(value)[1]),
         )
         for node in nodes
     ]
 
 
-def macs_of(node: ir.Node) -> int:
+def count_macs(node: ir.Node) -> int:
     """Multiply-accumulates of a Conv (weight ``[out, in / groups, ...]``), a product over the first's rows, or both
 
     products of an attention over queries ``[B, N, C]`` and keys ``[B, T, C]``.
     """
-    first, second = (shape_of(value, node) for value in node.inputs[:2])
+    first, second = (get_static_shape(value, node) for value in node.inputs[:2])
     if node.op_type == FUSED_ATTENTION:
         return 2 * prod(first) * second[1]
     terms = prod(second[1:]) if node.op_type == "Conv" else first[-1]
     if node.op_type == "Gemm" and node.attributes.get_int("transA"):
         terms = first[0]
-    return prod(shape_of(node.outputs[0], node)) * terms
+    return prod(get_static_shape(node.outputs[0], node)) * terms
 
 
-def shape_of(value: ir.Value | None, node: ir.Node) -> tuple[int, ...]:
+def get_static_shape(value: ir.Value | None, node: ir.Node) -> tuple[int, ...]:
     if value is None or value.shape is None or not value.shape.is_static():
         raise ExportError(f"{node.name} ({node.op_type}) has no static shape, so its multiply-accumulates are unknown")
     return tuple(value.shape.numpy())
 
 
-def sources_of(value: ir.Value | None) -> tuple[bool, list[str]]:
+def trace_factor(value: ir.Value | None) -> tuple[bool, list[str]]:
     """Whether a factor comes by DequantizeLinear; if it is constant, the names that it has on its way from the file."""
     quantized, names = False, []
     while value is not None and (node := value.producer()) is not None:
         names.append(str(value.name))
         if node.op_type == "DequantizeLinear":
             quantized = True
-        elif node.op_type not in PASSED_THROUGH:
+        elif node.op_type not in TRANSPARENT_OPS:
             break
         value = node.inputs[0]
     constant = value is not None and value.is_initializer()

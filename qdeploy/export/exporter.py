@@ -1,4 +1,4 @@
-"""Write a bundle: trace each component, lower it for the target, gate it, and add what the runtime needs."""
+"""Write a bundle: trace each component, lower it for the target, check it, and add the runtime's files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,23 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 import qdeploy
-from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, ComponentInfo, Manifest, TensorInfo, write_manifest
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.engines.nvidia.profiles import Sizes
-from qdeploy.errors import EngineUnavailableError, ExportError, TableError
+from qdeploy.artifacts.bundle import (
+    SCHEDULER,
+    TOKENIZER,
+    VAE_ENCODER,
+    ComponentInfo,
+    Manifest,
+    TensorInfo,
+    write_manifest,
+)
+from qdeploy.artifacts.components import choose_graph_batch
+from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correction
+from qdeploy.artifacts.table import ComponentQuant, QuantTable
+from qdeploy.base.errors import EngineUnavailableError, ExportError, TableError
+from qdeploy.base.files import stage_folder
+from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.engines.base import EngineOptions, load_engine
+from qdeploy.engines.nvidia.profiles import ProfileSizes
 from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
@@ -26,21 +39,17 @@ from qdeploy.export.open_dims import STATIC, OpenDims
 from qdeploy.export.parity import (
     ENGINE_LOSS_MAX_DB,
     FP16_ENGINE_LOSS_MAX_DB,
-    Expected,
-    expected_outputs,
+    ExpectedOutputs,
+    compute_expected,
     measure_parity,
 )
-from qdeploy.export.passes.edit import largest_weight_code
+from qdeploy.export.passes.edit import find_largest_weight_code
 from qdeploy.export.plans import build_plans, check_buildable, check_profile, write_component_profile
 from qdeploy.export.release import release_memory
 from qdeploy.export.targets import check_file, lower
-from qdeploy.files import staged_folder
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.noise_correction import BUNDLE_FILE, save_noise_correction
-from qdeploy.progress import OnProgress, silent
-from qdeploy.simulate.twin import on_target, quantized_twin
-from qdeploy.spec import TargetSpec, graph_batch
-from qdeploy.table import ComponentQuant, QuantTable
+from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+from qdeploy.targets.spec import TargetSpec
 
 GRAPH_FILE = "model.onnx"
 FLOAT_BITS = {"fp32": 32, "fp16": 16}
@@ -52,11 +61,11 @@ def export_bundle(
     table: QuantTable | None,
     target: TargetSpec,
     out: Path,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     *,
     with_encoder: bool = False,
     open_dims: OpenDims = STATIC,
-    sizes: Sizes | None = None,
+    sizes: ProfileSizes | None = None,
     build: bool = False,
     full_range: bool = False,
 ) -> Manifest:
@@ -77,7 +86,7 @@ def export_bundle(
         check_weights(table, model)
         check_exportable(table)
     names = (*model.components, *([VAE_ENCODER] if with_encoder else []))
-    with staged_folder(out) as folder:
+    with stage_folder(out) as folder:
         infos = {}
         for done, name in enumerate(names):
             on_progress(f"export: {target.name} {precision}", done, len(names))
@@ -100,8 +109,8 @@ def export_bundle(
             engine=target.engine,
             precision=precision,
             components=infos,
-            latents=replace(model.latents, side_multiple=model.multiple("unet") if open_dims.size else 0),
-            provenance=provenance_of(model, table),
+            latents=replace(model.latents, side_multiple=model.size_multiple("unet") if open_dims.size else 0),
+            provenance=build_provenance(model, table),
         )
         write_manifest(folder, manifest)
         on_progress(f"export: {target.name} {precision}", len(names), len(names))
@@ -116,21 +125,21 @@ def export_component(
     target: TargetSpec,
     folder: Path,
     open_dims: OpenDims = STATIC,
-    sizes: Sizes | None = None,
+    sizes: ProfileSizes | None = None,
     full_range: bool = False,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
     component = float_component
     if quant is not None:
-        quant = on_target(quant, target, full_range)
-        component = quantized_twin(float_component, quant, target.conv_output_quantized, target.signed_activations)
-    # an open batch is traced at 2, for the exporter takes 1 for a constant
-    example = model.example(name, 2 if open_dims.batch else graph_batch(name, model.reads_text))
+        quant = restrict_to_target(quant, target, full_range)
+        component = build_simulator(float_component, quant, target.conv_output_quantized, target.signed_activations)
+    # an open batch is traced at 2, since the exporter treats 1 as a constant
+    example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.reads_text))
     feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes
     if target.float_type == "fp16":
         check_fp16_range(float_component, feeds, name)
-    multiple = model.multiple(name)
+    multiple = model.size_multiple(name)
     graph = graph_from_component(component, example, target.opset, open_dims, multiple)
     lower(graph, target.name)
     folder.mkdir(parents=True)
@@ -140,12 +149,12 @@ def export_component(
         write_component_profile(path, sizes, model)
     info = ComponentInfo(
         file=f"{name}/{GRAPH_FILE}",
-        inputs=dict(map(named_tensor_info, graph.graph.inputs)),
-        outputs=dict(map(named_tensor_info, graph.graph.outputs)),
+        inputs=dict(map(tensor_info_from_value, graph.graph.inputs)),
+        outputs=dict(map(tensor_info_from_value, graph.graph.outputs)),
         weight_bits=(FLOAT_BITS[target.float_type],) if quant is None else quant.weight_bits,
         act_bits=FLOAT_BITS[target.float_type] if quant is None else 8,
-        parity_engine=stand_in(target),
-        largest_weight_code=largest_weight_code(graph),
+        parity_engine=choose_stand_in(target),
+        largest_weight_code=find_largest_weight_code(graph),
     )
     del graph
     release_memory()
@@ -153,26 +162,26 @@ def export_component(
     if quant is None and target.float_type == "fp32" and not open_dims:
         return info
     if quant is not None:
-        info = audited(info, path, target, quant)
-    tried = [feeds, [open_dims.other_shape(feeds[0], multiple)]] if open_dims else [feeds]
-    expected = [expected_outputs(float_component, component, probes) for probes in tried]
+        info = run_audit(info, path, target, quant)
+    feed_sets = [feeds, [open_dims.vary_feeds(feeds[0], multiple)]] if open_dims else [feeds]
+    expected = [compute_expected(float_component, component, probes) for probes in feed_sets]
     del component
-    release_memory()  # of the simulator, before the engine takes as much
-    return compared(info, path, target, quant is not None, expected)
+    release_memory()  # the simulator's memory, before the engine needs as much
+    return check_parity(info, path, target, quant is not None, expected)
 
 
-def stand_in(target: TargetSpec) -> str | None:
-    """The engine that computes in the gate in place of the target's own, where that does not run here; else None."""
+def choose_stand_in(target: TargetSpec) -> str | None:
+    """The engine that replaces the target's own in the gate where that does not run here; else None."""
     if target.parity_engine is None:
         return None
     try:
-        engine_named(target.engine).versions()
+        load_engine(target.engine).versions()
     except EngineUnavailableError:
         return target.parity_engine
     return None
 
 
-def audited(info: ComponentInfo, path: Path, target: TargetSpec, quant: ComponentQuant) -> ComponentInfo:
+def run_audit(info: ComponentInfo, path: Path, target: TargetSpec, quant: ComponentQuant) -> ComponentInfo:
     """``info`` with the share of MACs in integers; AuditError where a layer of ``quant`` is not."""
     options = EngineOptions(largest_weight_code=info.largest_weight_code)
     audit = audit_graph(path, target.engine, options) if target.parity_engine is None else audit_file(path)
@@ -181,18 +190,18 @@ def audited(info: ComponentInfo, path: Path, target: TargetSpec, quant: Componen
     return replace(info, integer_mac_share=audit.integer_mac_share)
 
 
-def compared(
-    info: ComponentInfo, path: Path, target: TargetSpec, is_quantized: bool, expected: Sequence[Expected]
+def check_parity(
+    info: ComponentInfo, path: Path, target: TargetSpec, is_quantized: bool, expected: Sequence[ExpectedOutputs]
 ) -> ComponentInfo:
     """``info`` with the engine's distance from simulator and float model; ParityError where it is too large.
 
-    Every one of ``expected``, of a shape each, must pass; of the first one the manifest tells.
+    Every one of ``expected``, of a shape each, must pass; the manifest records the first one.
     """
-    # A stand-in reads another engine's form of QDQ; one by one that is right on every processor.
+    # A stand-in reads another engine's form of QDQ; node by node it is exact on every processor.
     options = EngineOptions(largest_weight_code=info.largest_weight_code, simulate_qdq=info.parity_engine is not None)
-    session = engine_named(info.parity_engine or target.engine).open_session(path, options)
+    session = load_engine(info.parity_engine or target.engine).open_session(path, options)
     try:
-        parities = [measure_parity(one, session) for one in expected]
+        parities = [measure_parity(outputs, session) for outputs in expected]
     finally:
         session.close()
     name = path.parent.name
@@ -212,7 +221,7 @@ def compared(
 
 
 def check_weights(table: QuantTable, model: LatentDiffusion) -> None:
-    """TableError unless ``model`` holds the very weights that the table was made for, fused LoRA files included."""
+    """TableError unless ``model`` holds the weights that the table was made for, fused LoRA files included."""
     if table.model_sha256 != model.sha256:
         loras = list(table.provenance.get("loras", []))
         fused = f", which had {' and '.join(loras)} fused in (--lora)" if loras else ""
@@ -224,7 +233,12 @@ def check_weights(table: QuantTable, model: LatentDiffusion) -> None:
 
 def check_exportable(table: QuantTable) -> None:
     """ExportError when the table holds what only the simulator computes."""
-    wide = [name for quant in table.components.values() for name, one in quant.attention.items() if one.bits == 16]
+    wide = [
+        name
+        for quant in table.components.values()
+        for name, attention in quant.attention.items()
+        if attention.bits == 16
+    ]
     if wide:
         raise ExportError(
             f"{wide[0]} and {len(wide) - 1} more attentions are quantized to 16 bits, which no engine has integer "
@@ -233,15 +247,15 @@ def check_exportable(table: QuantTable) -> None:
 
 
 def save_graph(graph: ir.Model, path: Path) -> None:
-    """Write the graph with its weights as external data beside it, so that no 2 GB limit is ever met."""
+    """Write the graph with its weights as external data next to it, which avoids the 2 GB limit."""
     try:
         ir.save(graph, path, external_data=path.name + ".data")
-    except OSError as exc:  # NumPy's own, when the disk is full, carries neither errno nor file name
+    except OSError as exc:  # NumPy's own, when the disk is full, has neither errno nor file name
         free_mb = shutil.disk_usage(path.parent).free / 1e6
         raise ExportError(f"writing {path} failed ({exc}); {free_mb:.0f} MB are free there, make room") from exc
 
 
-def named_tensor_info(value: ir.Value) -> tuple[str, TensorInfo]:
+def tensor_info_from_value(value: ir.Value) -> tuple[str, TensorInfo]:
     """Name, element type and shape of a graph input or output, -1 for what is open."""
     assert value.name is not None  # the exporter sets all three
     assert value.dtype is not None
@@ -263,7 +277,7 @@ def write_tokenizer(model: LatentDiffusion, path: Path) -> None:
     backend.no_padding()
 
 
-def provenance_of(model: LatentDiffusion, table: QuantTable | None) -> dict[str, Any]:
+def build_provenance(model: LatentDiffusion, table: QuantTable | None) -> dict[str, Any]:
     """Where the bundle came from: model, calibration, settings, package versions."""
     versions = {package: metadata.version(package) for package in RECORDED_PACKAGES}
     return {

@@ -1,4 +1,4 @@
-"""Do a float model's own values fit fp16? Read off its modules' outputs while it runs; constants are to_fp16's part."""
+"""Check that a float model's activations fit fp16, from its modules' outputs; the pass to_fp16 checks constants."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qdeploy.errors import ExportError, some_of
+from qdeploy.base.errors import ExportError, join_names
 
-LARGEST = float(np.finfo(np.float16).max)
+FP16_MAX = float(np.finfo(np.float16).max)
 
 
 def check_fp16_range(component: nn.Module, feeds: Sequence[Mapping[str, NDArray]], name: str) -> None:
     """ExportError that names each module whose output fp16 cannot hold on one of ``feeds``."""
-    beyond = {module: size for module, size in largest_outputs(component, feeds).items() if not size <= LARGEST}
+    beyond = {
+        module: size for module, size in measure_largest_outputs(component, feeds).items() if not size <= FP16_MAX
+    }
     if beyond:
-        found = [f"{module} ({size:.3g})" for module, size in beyond.items()]
+        texts = [f"{module} ({size:.3g})" for module, size in beyond.items()]
         raise ExportError(
-            f"{name}: values beyond fp16's {LARGEST:.0f} come out of {some_of(found)}; export it for a target in fp32"
+            f"{name}: values beyond fp16's {FP16_MAX:.0f} are output by {join_names(texts)}; export it for a target "
+            "in fp32"
         )
 
 
-def largest_outputs(component: nn.Module, feeds: Sequence[Mapping[str, NDArray]]) -> dict[str, float]:
-    """Largest magnitude that each module of ``component`` puts out on ``feeds``, in order of computation."""
+def measure_largest_outputs(component: nn.Module, feeds: Sequence[Mapping[str, NDArray]]) -> dict[str, float]:
+    """Largest magnitude of each module's output in ``component`` on ``feeds``, in order of computation."""
     largest: dict[str, float] = {}
 
-    def watch(name: str) -> Callable[..., None]:
+    def make_hook(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: tuple, output: object) -> None:
             if isinstance(output, Tensor) and output.is_floating_point():
                 largest[name] = float(np.maximum(largest.get(name, 0.0), output.abs().max()))  # keeps NaN
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in component.named_modules() if name]
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in component.named_modules() if name]
     try:
         with torch.no_grad():
-            for one in feeds:
-                component(**{key: torch.from_numpy(np.asarray(x)) for key, x in one.items()})
+            for feed in feeds:
+                component(**{key: torch.from_numpy(np.asarray(x)) for key, x in feed.items()})
     finally:
         for handle in handles:
             handle.remove()

@@ -16,14 +16,14 @@ from onnxscript import opset20 as op
 from onnxscript.values import Op, Opset
 from torch import Tensor
 
-from qdeploy.errors import ExportError
+from qdeploy.base.errors import ExportError
 from qdeploy.export.open_dims import STATIC, OpenDims, name_dims
 from qdeploy.export.passes.expand_attention import ATTENTION, DOMAIN
 from qdeploy.export.passes.simplify import simplify
-from qdeploy.models.components import Component
+from qdeploy.models.components import TorchComponent
 from qdeploy.simulate import ops  # noqa: F401 - registers the custom ops that are translated below
 
-# softmax(scale q k^T + mask) v as one node, of no engine's: each target's lowering gives it the form that it runs best
+# softmax(scale q k^T + mask) v as one node, of no engine's: each target's lowering replaces it with its fastest form
 NEUTRAL_ATTENTION = Op(
     Opset(DOMAIN, 1),
     ATTENTION,
@@ -40,9 +40,9 @@ NEUTRAL_ATTENTION = Op(
 
 
 def graph_from_component(
-    component: Component, feeds: dict[str, Tensor], opset: int, open_dims: OpenDims = STATIC, multiple: int = 1
+    component: TorchComponent, feeds: dict[str, Tensor], opset: int, open_dims: OpenDims = STATIC, multiple: int = 1
 ) -> ir.Model:
-    """Trace ``component`` on ``feeds``, static but for ``open_dims``; inputs and outputs carry their own names.
+    """Trace ``component`` on ``feeds``, static except for ``open_dims``; inputs and outputs carry their own names.
 
     multiple: of which an open height or width is.
     """
@@ -53,7 +53,7 @@ def graph_from_component(
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
     }
     try:
-        with _quiet():
+        with _silence():
             program = torch.onnx.export(
                 component,
                 kwargs=feeds,
@@ -64,7 +64,7 @@ def graph_from_component(
                 custom_translation_table=translations,
                 optimize=False,
                 verbose=False,
-                dynamic_shapes=open_dims.shapes(feeds, multiple),
+                dynamic_shapes=open_dims.to_dynamic_shapes(feeds, multiple),
             )
     except Exception as exc:  # torch.export raises many kinds
         raise ExportError(f"{type(component).__name__} could not be traced to ONNX: {exc}") from exc
@@ -109,8 +109,8 @@ def _attention(  # noqa: ANN202
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress prints and deprecation notes off the user's terminal."""
+def _silence() -> Iterator[None]:
+    """Suppress the exporter's progress prints and deprecation notes."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Dimensions that a graph leaves open: how torch's exporter is told, and what they are called in the file.
+"""Dimensions that a graph leaves open: how they are passed to torch's exporter, and their names in the file.
 
 An open dimension is named ``batch``, ``height`` or ``width`` at the graph's inputs (of latents or pixels, whichever
 the input has), and every value's open dimension is an arithmetic expression of these. The sizes that the graph was
-traced with stay in its metadata, so that its work can be counted and it can be tried.
+traced with stay in its metadata, so that its operations can be counted and it can be run.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qdeploy.errors import ExportError, UsageError
+from qdeploy.base.errors import ExportError, UsageError
 
 TRACED_WITH = "qdeploy.traced_with"  # metadata of the graph: {"batch": 2, "height": 64, "width": 64}
 SIDES = {2: "height", 3: "width"}  # axes of what has four
-KNOWN = ("batch", "size")
+CHOICES = ("batch", "size")
 OPERATORS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -36,7 +36,7 @@ OPERATORS: Mapping[type, Callable[[int, int], int]] = {
 
 @dataclass(frozen=True)
 class OpenDims:
-    """What is left open. Static is the default: engines plan memory and kernels for one size then."""
+    """The open dimensions. Static is the default: engines then plan memory and kernels for one size."""
 
     batch: bool = False
     size: bool = False
@@ -46,49 +46,49 @@ class OpenDims:
         """``batch``, ``size`` or ``batch,size``; UsageError for anything else."""
         names = [] if text is None else [name.strip() for name in text.split(",")]
         for name in names:
-            if name not in KNOWN:
-                raise UsageError(f"--dynamic: got {name!r}, expected {' or '.join(KNOWN)}, or both with a comma")
+            if name not in CHOICES:
+                raise UsageError(f"--dynamic: got {name!r}, expected {' or '.join(CHOICES)}, or both with a comma")
         return cls("batch" in names, "size" in names)
 
     def __bool__(self) -> bool:
         return self.batch or self.size
 
-    def names(self, rank: int) -> dict[int, str]:
+    def name_axes(self, rank: int) -> dict[int, str]:
         """Open axes of an input of ``rank`` dimensions; a scalar has none, and of text only the batch is open."""
         batch = {0: "batch"} if self.batch and rank else {}
         return batch | (SIDES if self.size and rank == 4 else {})
 
-    def shapes(self, feeds: Mapping[str, Tensor], multiple: int) -> dict[str, dict[int, Any]] | None:
+    def to_dynamic_shapes(self, feeds: Mapping[str, Tensor], multiple: int) -> dict[str, dict[int, Any]] | None:
         """torch.export's ``dynamic_shapes``; heights and widths are whole multiples of ``multiple``."""
         if not self:
             return None
-        dims: dict[str, Any] = {name: torch.export.Dim(counted(name)) for name in ("batch", *SIDES.values())}
+        dims: dict[str, Any] = {name: torch.export.Dim(name_multiples(name)) for name in ("batch", *SIDES.values())}
         if multiple > 1:
             dims |= {name: multiple * dims[name] for name in SIDES.values()}
-        return {key: {axis: dims[name] for axis, name in self.names(x.dim()).items()} for key, x in feeds.items()}
+        return {key: {axis: dims[name] for axis, name in self.name_axes(x.dim()).items()} for key, x in feeds.items()}
 
-    def other_shape(self, feeds: Mapping[str, NDArray], multiple: int) -> dict[str, NDArray]:
+    def vary_feeds(self, feeds: Mapping[str, NDArray], multiple: int) -> dict[str, NDArray]:
         """``feeds`` with one row and with half the height, or twice where half is none, to try a graph on."""
-        tried = dict(feeds)
+        varied = dict(feeds)
         for key, x in feeds.items():
             if self.batch and x.ndim:
-                tried[key] = tried[key][:1]
+                varied[key] = varied[key][:1]
             if self.size and x.ndim == 4:
                 half = x.shape[2] // 2 // multiple * multiple
-                tried[key] = tried[key][:, :, :half] if half else np.concatenate([tried[key]] * 2, axis=2)
-        return tried
+                varied[key] = varied[key][:, :, :half] if half else np.concatenate([varied[key]] * 2, axis=2)
+        return varied
 
 
 STATIC = OpenDims()
 
 
-def counted(name: str) -> str:
-    """What torch's exporter calls the number of multiples in the dimension ``name``, beside a symbol of its own."""
+def name_multiples(name: str) -> str:
+    """The exporter's name for the number of multiples in the dimension ``name``, next to a symbol of its own."""
     return f"{name}_multiples"
 
 
 def name_dims(model: ir.Model, program: torch.export.ExportedProgram, feeds: Mapping[str, Tensor]) -> None:
-    """Call every open dimension by its expression of ``batch``, ``height`` and ``width``, in place."""
+    """Name every open dimension by its expression of ``batch``, ``height`` and ``width``, in place."""
     import sympy
 
     traced = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"}
@@ -100,37 +100,37 @@ def name_dims(model: ir.Model, program: torch.export.ExportedProgram, feeds: Map
                 name = SIDES.get(axis, "batch")
                 (symbol,) = side.node.expr.free_symbols
                 (meaning,) = sympy.solve(side.node.expr - sympy.Symbol(name), symbol)
-                meanings |= {str(symbol): meaning, counted(name): meaning}
+                meanings |= {str(symbol): meaning, name_multiples(name): meaning}
                 sizes[name] = x.shape[axis]
-    renamed: dict[str, str] = {}
+    new_names: dict[str, str] = {}
 
-    def called(side: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    def rename(side: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
         if isinstance(side, int) or side.value is None:
             return side
-        if side.value not in renamed:
-            renamed[side.value] = str(sympy.sympify(side.value, locals=meanings))
-        return ir.SymbolicDim(renamed[side.value])
+        if side.value not in new_names:
+            new_names[side.value] = str(sympy.sympify(side.value, locals=meanings))
+        return ir.SymbolicDim(new_names[side.value])
 
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([called(side) for side in value.shape])
+            value.shape = ir.Shape([rename(side) for side in value.shape])
     model.metadata_props[TRACED_WITH] = json.dumps(sizes)
 
 
 def close_dims(model: ir.Model) -> None:
-    """Give the open dimensions the sizes that the graph was traced with, in place; ExportError on alien metadata."""
+    """Give the open dimensions the sizes that the graph was traced with, in place; ExportError on foreign metadata."""
     try:
-        found = json.loads(model.metadata_props.get(TRACED_WITH, "{}"))
-        sizes = {str(name): int(size) for name, size in found.items()}
+        metadata = json.loads(model.metadata_props.get(TRACED_WITH, "{}"))
+        sizes = {str(name): int(size) for name, size in metadata.items()}
     except (ValueError, TypeError, AttributeError) as exc:
         raise ExportError(f"the graph's metadata {TRACED_WITH} are unreadable: {exc}") from exc
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if sizes and value.shape is not None:
-            sides = [side if isinstance(side, int) else evaluated(side.value, sizes) for side in value.shape]
+            sides = [side if isinstance(side, int) else evaluate_expression(side.value, sizes) for side in value.shape]
             value.shape = ir.Shape(sides)
 
 
-def evaluated(expression: str | None, sizes: Mapping[str, int]) -> int | None:
+def evaluate_expression(expression: str | None, sizes: Mapping[str, int]) -> int | None:
     """An expression of +, -, *, /, whole numbers and the names of ``sizes``; None for anything else."""
 
     def value(node: ast.expr) -> int:

@@ -1,4 +1,4 @@
-"""Does the engine compute what the simulator says? Both, and the float model, run on the table's recorded inputs."""
+"""Check that the engine agrees with the simulator: both, and the float model, run on the table's recorded inputs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from qdeploy.base.errors import ParityError
+from qdeploy.base.numerics import sqnr_db
 from qdeploy.engines.base import Session
-from qdeploy.errors import ParityError
-from qdeploy.numerics import sqnr_db
 
 Probes = Sequence[Mapping[str, NDArray]]
-ENOUGH_VALUES = 1_000_000  # two pictures of 512 x 512, which take a decoder a minute; every probe of smaller outputs
+MIN_VALUES = 1_000_000  # two pictures of 512 x 512, which take a decoder a minute; every probe of smaller outputs
 
-# Both do the same integer arithmetic; float rounding in norms and softmax (1e-6) now and then moves a
+# Both do the same integer arithmetic; float rounding in norms and softmax (1e-6) sometimes moves a
 # value across a rounding edge, by one of 256 steps. Layer by layer that spreads: 130 dB in a shallow
-# encoder, but in a deep UNet the two end up almost as far apart as either is from the float model.
+# encoder, but in a deep UNet the two are in the end almost as far apart as either is from the float model.
 # So the yardstick is the quantization noise itself. Two *unrelated* roundings of one model lie 3 dB beyond it,
 # and a large decoder comes to 1.5; a saturating kernel or a wrong scale costs the engine far more than half a dB.
 BETWEEN_SLACK_DB = 3.0
@@ -64,34 +64,38 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the float model and the simulator put out for some probes, so that neither is needed beside the engine."""
+class ExpectedOutputs:
+    """Outputs of the float model and the simulator for some probes, so that neither is in memory with the engine."""
 
     probes: Probes
     reference: Sequence[NDArray[np.float32]]
-    simulated: Sequence[NDArray[np.float32]]
+    simulator: Sequence[NDArray[np.float32]]
 
 
-def expected_outputs(float_component: nn.Module, simulator: nn.Module, probes: Probes) -> Expected:
-    """Run both on the probes, until they have put out values enough; ``simulator`` may be ``float_component``."""
-    reference = _torch_outputs(float_component, probes)
+def compute_expected(float_component: nn.Module, simulator: nn.Module, probes: Probes) -> ExpectedOutputs:
+    """Run both on the probes, until there are enough output values; ``simulator`` may be ``float_component``."""
+    reference = _compute_outputs(float_component, probes)
     used = probes[: len(reference)]
-    return Expected(used, reference, reference if simulator is float_component else _torch_outputs(simulator, used))
+    return ExpectedOutputs(
+        used, reference, reference if simulator is float_component else _compute_outputs(simulator, used)
+    )
 
 
-def measure_parity(expected: Expected, session: Session) -> Parity:
+def measure_parity(expected: ExpectedOutputs, session: Session) -> Parity:
     """Run the engine on the same probes."""
     engine = [next(iter(session.run(feeds).values())) for feeds in expected.probes]
-    exact, ours, theirs = (np.concatenate(found) for found in (expected.reference, expected.simulated, engine))
-    return Parity(sqnr_db(ours, theirs), sqnr_db(exact, ours), sqnr_db(exact, theirs))
+    reference, simulator, engine_output = (
+        np.concatenate(outputs) for outputs in (expected.reference, expected.simulator, engine)
+    )
+    return Parity(sqnr_db(simulator, engine_output), sqnr_db(reference, simulator), sqnr_db(reference, engine_output))
 
 
-def _torch_outputs(component: nn.Module, probes: Probes) -> list[NDArray[np.float32]]:
-    """Outputs for the first probes, as many as give ENOUGH_VALUES."""
+def _compute_outputs(component: nn.Module, probes: Probes) -> list[NDArray[np.float32]]:
+    """Outputs for the first probes, as many as give MIN_VALUES."""
     outputs: list[NDArray[np.float32]] = []
     with torch.no_grad():
         for feeds in probes:
-            if sum(output.size for output in outputs) >= ENOUGH_VALUES:
+            if sum(output.size for output in outputs) >= MIN_VALUES:
                 break
             outputs.append(component(**{name: torch.from_numpy(np.asarray(x)) for name, x in feeds.items()}).numpy())
     return outputs

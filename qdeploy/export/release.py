@@ -1,4 +1,4 @@
-"""Memory back to the system between the steps of an export, each of which needs gigabytes for itself."""
+"""Return memory to the system between the steps of an export, each of which needs gigabytes."""
 
 from __future__ import annotations
 

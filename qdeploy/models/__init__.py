@@ -1,1 +1,1 @@
-"""Where float models come from; needs the ``quantize`` extra (torch, diffusers, transformers)."""
+"""Load float models; needs the ``quantize`` extra (torch, diffusers, transformers)."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qdeploy.errors import ModelError, UsageError
+from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.models.checkpoints.first_stage import FirstStageLayout
 from qdeploy.models.checkpoints.kinds import SD1, UNCONDITIONAL
 from qdeploy.models.checkpoints.unet import UNetLayout
@@ -36,7 +36,7 @@ class Architecture:
     text_layers: int = 0
 
 
-def _unet(channels: int, width: int, mult: Sequence[int], attention: Sequence[bool], **more: Any) -> UNetLayout:
+def _make_layout(channels: int, width: int, mult: Sequence[int], attention: Sequence[bool], **more: Any) -> UNetLayout:
     common: dict[str, Any] = dict(
         context_dim=None, transformer_depth=0, use_scale_shift_norm=False, resblock_updown=False, num_res_blocks=2
     )
@@ -48,30 +48,30 @@ KL_F8 = FirstStageLayout(3, 3, 128, (1, 2, 4, 4), 2, z_channels=4, embed_dim=4, 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "lsun_beds256": Architecture(
         UNCONDITIONAL,
-        _unet(3, 224, (1, 2, 3, 4), (False, True, True, True)),
+        _make_layout(3, 224, (1, 2, 3, 4), (False, True, True, True)),
         VQ_F4, side=64, betas=(0.0015, 0.0195), scaling_factor=1.0,
     ),
     "lsun_churches256": Architecture(
         UNCONDITIONAL,
-        _unet(4, 192, (1, 2, 2, 4, 4), (True,) * 4 + (False,), use_scale_shift_norm=True, resblock_updown=True),
+        _make_layout(4, 192, (1, 2, 2, 4, 4), (True,) * 4 + (False,), use_scale_shift_norm=True, resblock_updown=True),
         KL_F8, side=32, betas=(0.0015, 0.0155), scaling_factor=0.2275,
     ),
     "sd-v1-4": Architecture(
         SD1,
-        _unet(4, 320, (1, 2, 4, 4), (True, True, True, False), context_dim=768, transformer_depth=1),
+        _make_layout(4, 320, (1, 2, 4, 4), (True, True, True, False), context_dim=768, transformer_depth=1),
         KL_F8, side=64, betas=(0.00085, 0.012), scaling_factor=0.18215, text_layers=12,
     ),
 }  # fmt: skip
 
 
-def architecture_named(name: str) -> Architecture:
+def get_architecture(name: str) -> Architecture:
     """The architecture called ``name``; UsageError lists the known ones."""
     if name not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
-def narrowed(full: Architecture) -> Architecture:
+def narrow(full: Architecture) -> Architecture:
     """The same levels, attention and kinds of blocks, with one residual block a level, the fewest channels that 32
     norm groups allow, small latents and a small codebook."""
     return replace(
@@ -88,18 +88,18 @@ def narrowed(full: Architecture) -> Architecture:
 
 
 def check_architecture(model: LatentDiffusion, name: str) -> None:
-    """ModelError when ``model`` is visibly not an architecture called ``name``."""
-    known = architecture_named(name)
+    """ModelError when the sizes of ``model`` are not those of the architecture ``name``."""
+    known = get_architecture(name)
     config: Any = model.unet.inner.config
-    found = (model.reads_text, tuple(config.block_out_channels), model.latents.channels)
+    actual = (model.reads_text, tuple(config.block_out_channels), model.latents.channels)
     expected = (known.unet.context_dim is not None, known.unet.widths, known.unet.in_channels)
-    if found != expected:
+    if actual != expected:
         raise ModelError(
-            f"{model.source} is not the architecture {name}: its UNet {_described(*found)}, expected one that "
-            f"{_described(*expected)}; give that model's file, or leave the architecture out"
+            f"{model.source} is not the architecture {name}: its UNet {_describe_unet(*actual)}, expected one that "
+            f"{_describe_unet(*expected)}; give that model's file, or leave the architecture out"
         )
 
 
-def _described(reads_text: bool, widths: Sequence[int], channels: int) -> str:
+def _describe_unet(reads_text: bool, widths: Sequence[int], channels: int) -> str:
     text = "reads text" if reads_text else "reads no text"
     return f"{text} and has {channels} latent channels and widths {list(widths)}"

@@ -1,4 +1,4 @@
-"""The parts of a pipeline, each with the one signature that its graph and its callers share."""
+"""The parts of a pipeline, each with the signature that its graph and its callers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 ForwardHook = Callable[..., None]  # (module, args, output)
 
 
-class Component(nn.Module):
+class TorchComponent(nn.Module):
     """A traced part: the original module in ``inner``, and the names of its graph's outputs."""
 
     outputs: tuple[str, ...]
@@ -23,7 +23,7 @@ class Component(nn.Module):
         self.inner = inner
 
 
-class TextEncoder(Component):
+class TextEncoder(TorchComponent):
     """``input_ids int64[B, T]`` -> ``hidden float32[B, T, D]``."""
 
     outputs = ("hidden",)
@@ -39,7 +39,7 @@ class BertTextEncoder(TextEncoder):
         return self.inner(input_ids, return_dict=False)[0]
 
 
-class UNet(Component):
+class UNet(TorchComponent):
     """``sample float32[B, C, h, w], timestep int64[], encoder_hidden_states float32[B, T, D]`` -> ``noise_pred``."""
 
     outputs = ("noise_pred",)
@@ -48,7 +48,7 @@ class UNet(Component):
         return self.inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
-class UnconditionalUNet(Component):
+class UnconditionalUNet(TorchComponent):
     """``sample float32[B, C, h, w], timestep int64[]`` -> ``noise_pred``; diffusers' ``UNet2DModel``."""
 
     outputs = ("noise_pred",)
@@ -57,7 +57,7 @@ class UnconditionalUNet(Component):
         return self.inner(sample, timestep, return_dict=False)[0]
 
 
-class VaeEncoder(Component):
+class VaeEncoder(TorchComponent):
     """``image float32[B, 3, H, W]`` in [-1, 1] -> mean ``latents float32[B, C, h, w]``, unscaled."""
 
     outputs = ("latents",)
@@ -67,7 +67,7 @@ class VaeEncoder(Component):
         return encoded if isinstance(encoded, Tensor) else encoded.mode()  # a VQ model has no posterior
 
 
-class VaeDecoder(Component):
+class VaeDecoder(TorchComponent):
     """``latents float32[B, C, h, w]`` (already divided by the scaling factor) -> ``image float32[B, 3, H, W]``."""
 
     outputs = ("image",)
@@ -84,11 +84,11 @@ class VqDecoder(VaeDecoder):
 
     def forward(self, latents: Tensor) -> Tensor:
         vq: Any = self.inner
-        codes = nearest_codes(latents, vq.quantize.embedding.weight)
+        codes = find_nearest_codes(latents, vq.quantize.embedding.weight)
         return vq.decoder(vq.post_quant_conv(codes), codes if vq.config.norm_type == "spatial" else None)
 
 
-def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+def find_nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     """Each pixel's nearest row of ``codebook float32[K, C]``, for ``latents float32[B, C, h, w]`` and in that shape.
 
     argmin |z - e|^2 is argmin |e|^2 - 2 z e: a MatMul, an ArgMin and a Gather in ONNX.
@@ -100,7 +100,7 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A Conv or Linear as it was met during a forward pass, in order of its first use.
+    """A Conv or Linear traced during a forward pass, in order of first use.
 
     first_token_float: to be quantized for tokens 1..T-1 of its input only (QuantSpec.first_token_float).
     """
@@ -111,19 +111,19 @@ class LayerCall:
     first_token_float: bool = False
 
 
-def called_layers(component: Component, feeds: dict[str, Tensor]) -> list[LayerCall]:
-    """Every Conv2d and Linear below ``component.inner`` that a forward pass with ``feeds`` really uses."""
-    met: dict[str, LayerCall] = {}
+def trace_layers(component: TorchComponent, feeds: dict[str, Tensor]) -> list[LayerCall]:
+    """Every Conv2d and Linear below ``component.inner`` that a forward pass with ``feeds`` uses."""
+    calls: dict[str, LayerCall] = {}
 
-    def watch(name: str) -> ForwardHook:
+    def make_hook(name: str) -> ForwardHook:
         def hook(module: nn.Conv2d | nn.Linear, _: tuple[Tensor, ...], output: Tensor) -> None:
-            before = met[name].macs if name in met else 0
-            met[name] = LayerCall(name, module, before + macs_of(module, output))
+            before = calls[name].macs if name in calls else 0
+            calls[name] = LayerCall(name, module, before + count_macs(module, output))
 
         return hook
 
     handles = [
-        module.register_forward_hook(watch(name))
+        module.register_forward_hook(make_hook(name))
         for name, module in component.inner.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
@@ -133,9 +133,9 @@ def called_layers(component: Component, feeds: dict[str, Tensor]) -> list[LayerC
     finally:
         for handle in handles:
             handle.remove()
-    return list(met.values())
+    return list(calls.values())
 
 
-def macs_of(module: nn.Conv2d | nn.Linear, output: Tensor) -> int:
+def count_macs(module: nn.Conv2d | nn.Linear, output: Tensor) -> int:
     """Multiply-accumulates of one call: outputs times the weights that each one reads."""
     return output.numel() * module.weight[0].numel()

@@ -1,4 +1,4 @@
-"""A latent-diffusion model as float32 torch modules, and putting one together from parts of whatever origin."""
+"""A latent-diffusion model as float32 torch modules, and assembling one from its parts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdeploy.bundle import KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, VAE_ENCODER, LatentInfo
-from qdeploy.errors import ModelError
+from qdeploy.artifacts.bundle import MODEL_KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, VAE_ENCODER, LatentInfo
+from qdeploy.base.errors import ModelError
 from qdeploy.models.components import (
     BertTextEncoder,
-    Component,
     TextEncoder,
+    TorchComponent,
     UnconditionalUNet,
     UNet,
     VaeDecoder,
@@ -23,7 +23,7 @@ from qdeploy.models.components import (
     VqDecoder,
 )
 
-AnyComponent = TypeVar("AnyComponent", bound=Component)
+AnyComponent = TypeVar("AnyComponent", bound=TorchComponent)
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,33 @@ class LatentDiffusion:
 
     @property
     def kind(self) -> str:
-        """One of ``qdeploy.bundle.KINDS``."""
+        """One of ``qdeploy.artifacts.bundle.MODEL_KINDS``."""
         return TEXT_TO_IMAGE if self.reads_text else UNCONDITIONAL
 
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components that the model has."""
-        return KINDS[self.kind]
+        return MODEL_KINDS[self.kind]
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a file made from this model says of it."""
+        """This model in the provenance of a file made from it."""
         loras = {"loras": list(self.loras)} if self.loras else {}
         return {"model": self.source, "model_sha256": self.sha256, **loras}
 
-    def component(self, name: str) -> Component:
+    def component(self, name: str) -> TorchComponent:
         """``text_encoder``, ``unet``, ``vae_decoder`` or ``vae_encoder``; ModelError for one that the model lacks."""
-        found = getattr(self, name)
-        if found is None:
+        component = getattr(self, name)
+        if component is None:
             raise ModelError(f"{self.source} has no {name}: it is an unconditional model")
-        return found
+        return component
 
     @property
     def vae_encoder(self) -> VaeEncoder:
         """The encoder of the same VAE, always in float: run to calibrate, exported on demand."""
         return VaeEncoder(self.vae_decoder.inner).eval()
 
-    def tokens(self, prompts: list[str]) -> Tensor:
+    def tokenize(self, prompts: list[str]) -> Tensor:
         """``int64[B, T]``, padded and cut to the text encoder's length."""
         length = self.latents.tokens
         if self.tokenizer is None:
@@ -100,17 +100,17 @@ class LatentDiffusion:
         """(T, D) of one prompt's text embeddings; None for an unconditional model."""
         return None if self.text_encoder is None else (self.latents.tokens, self.text_width)
 
-    def multiple(self, component: str) -> int:
+    def size_multiple(self, component: str) -> int:
         """What the height and width of ``component``'s input must be multiples of, in latents or pixels."""
         if component == VAE_ENCODER:
             return self.latents.image_height // self.latents.height
         return 2 ** (len(self.unet.inner.config.down_block_types) - 1) if component == "unet" else 1  # type: ignore
 
-    def example(self, component: str, batch: int) -> dict[str, Tensor]:
+    def make_example(self, component: str, batch: int) -> dict[str, Tensor]:
         """Inputs of the right shapes and types, for tracing and for counting."""
         latent_shape = (batch, *self.latents.shape)
         if component == "text_encoder":
-            return {"input_ids": self.tokens([""] * batch)}
+            return {"input_ids": self.tokenize([""] * batch)}
         if component == "vae_decoder":
             return {"latents": torch.randn(latent_shape)}
         if component == VAE_ENCODER:
@@ -122,7 +122,7 @@ class LatentDiffusion:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """The float32 modules of a latent-diffusion model, as diffusers and transformers have them.
 
     text_encoder, tokenizer: None for an unconditional model.
@@ -139,7 +139,7 @@ class Parts:
     sample_size: int | tuple[int, int]
 
 
-def assemble(parts: Parts, *, source: str, folder: Path, sha256: str) -> LatentDiffusion:
+def assemble_model(parts: ModelParts, *, source: str, folder: Path, sha256: str) -> LatentDiffusion:
     """The model of ``parts``; ModelError where they do not fit one another. ``folder`` may hold a prompts.txt."""
     check_parts(parts, source)
     unet: Any = parts.unet
@@ -149,7 +149,7 @@ def assemble(parts: Parts, *, source: str, folder: Path, sha256: str) -> LatentD
     height, width = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = LatentInfo(
-        channels=latent_channels(vae),
+        channels=count_latent_channels(vae),
         height=height,
         width=width,
         image_height=height * factor,
@@ -161,23 +161,23 @@ def assemble(parts: Parts, *, source: str, folder: Path, sha256: str) -> LatentD
         source=source,
         folder=folder,
         sha256=sha256,
-        text_encoder=None if text is None else frozen(text_component(text)),
-        unet=frozen((UnconditionalUNet if text is None else UNet)(unet)),
-        vae_decoder=frozen((VqDecoder if is_vq(vae) else VaeDecoder)(vae)),
+        text_encoder=None if text is None else freeze(wrap_text_encoder(text)),
+        unet=freeze((UnconditionalUNet if text is None else UNet)(unet)),
+        vae_decoder=freeze((VqDecoder if is_vq(vae) else VaeDecoder)(vae)),
         tokenizer=parts.tokenizer,
         scheduler_config=parts.scheduler_config,
         latents=latents,
     )
 
 
-def check_parts(parts: Parts, source: str) -> None:
+def check_parts(parts: ModelParts, source: str) -> None:
     """ModelError unless the UNet takes and gives the VAE's latents, besides t a text or a mask at most."""
     unet: Any = parts.unet
     config, vae = unet.config, parts.vae
     if parts.text_encoder is not None and parts.tokenizer is None:
-        raise ModelError(f"{source} has a text encoder and no tokenizer; put its tokenizer.json beside it")
-    channels = latent_channels(vae)
-    inpaints = config.in_channels == 2 * channels + 1  # beside x a mask and the masked picture's latents
+        raise ModelError(f"{source} has a text encoder and no tokenizer; put its tokenizer.json next to it")
+    channels = count_latent_channels(vae)
+    inpaints = config.in_channels == 2 * channels + 1  # besides x a mask and the masked picture's latents
     if config.out_channels != channels or not (inpaints or config.in_channels == channels):
         raise ModelError(
             f"{source}: the UNet takes {config.in_channels} channels and gives {config.out_channels}, the VAE has "
@@ -192,17 +192,17 @@ def is_vq(vae: Any) -> bool:
     return hasattr(vae, "quantize")
 
 
-def latent_channels(vae: Any) -> int:
+def count_latent_channels(vae: Any) -> int:
     """C of the latents that the decoder is given."""
     embedded = vae.config.vq_embed_dim if is_vq(vae) else None
     return vae.config.latent_channels if embedded is None else embedded
 
 
-def text_component(text: Any) -> TextEncoder:
+def wrap_text_encoder(text: Any) -> TextEncoder:
     """``LDMBertModel`` without its unused output layer, a tenth of its weights; else the model as it is."""
     return BertTextEncoder(text.model) if type(text).__name__ == "LDMBertModel" else TextEncoder(text)
 
 
-def frozen(component: AnyComponent) -> AnyComponent:
+def freeze(component: AnyComponent) -> AnyComponent:
     """``component`` ready to run, in evaluation mode and without gradients."""
     return component.eval().requires_grad_(False)

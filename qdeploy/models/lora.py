@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError, some_of
-from qdeploy.files import sha256_of
+from qdeploy.base.errors import ModelError, join_names
+from qdeploy.base.files import hash_file
+from qdeploy.base.names import matches_name
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.options import LoraFile
-from qdeploy.models.rewrites.surgery import copy_of
-from qdeploy.spec import named
+from qdeploy.models.rewrites.surgery import copy_module
 
 PREFIXES = {"unet": ("unet.", ""), "text_encoder": ("text_encoder.",)}
 KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
@@ -41,7 +41,7 @@ KEY = re.compile(
 
 
 @dataclass(frozen=True)
-class Address:
+class LayerAddress:
     """A Conv2d or Linear of the model: its component, and its name below the component's ``inner``."""
 
     component: str
@@ -49,7 +49,7 @@ class Address:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankUpdate:
     """One layer's update.
 
     down: ``float32[r, in]`` or ``[r, in, k, k]``.
@@ -75,22 +75,22 @@ class LowRank:
 
 
 def fuse_lora(model: LatentDiffusion, file: Path, scale: float = 1.0) -> LatentDiffusion:
-    """``model`` with the LoRA in ``file`` added to its weights; the original keeps its own.
+    """``model`` with the LoRA in ``file`` added to its weights; the original is unchanged.
 
     The new ``sha256`` depends on both files and the scale. Raises ModelError, naming the keys, when ``file`` is not
     a plain LoRA in safetensors, holds a key that the model has no layer for, or has a layer of another shape.
     """
     updates = read_lora(model, file)
-    changed = {name: copy_of(model.component(name)) for name in {address.component for address in updates}}
+    components = {name: copy_module(model.component(name)) for name in {address.component for address in updates}}
     for address, update in updates.items():
-        layer = changed[address.component].inner.get_submodule(address.layer)
-        add(layer, update, scale, f"{file}: {address.layer}")
-    digest = hashlib.sha256(f"{model.sha256} lora {sha256_of(file)} {float(scale)!r}\n".encode()).hexdigest()
+        layer = components[address.component].inner.get_submodule(address.layer)
+        add_update(layer, update, scale, f"{file}: {address.layer}")
+    digest = hashlib.sha256(f"{model.sha256} lora {hash_file(file)} {float(scale)!r}\n".encode()).hexdigest()
     loras = (*model.loras, str(LoraFile(file, scale)))
-    return replace(model, sha256=digest, loras=loras, **changed)  # type: ignore[arg-type]
+    return replace(model, sha256=digest, loras=loras, **components)  # type: ignore[arg-type]
 
 
-def add(layer: nn.Module, update: LowRank, scale: float, name: str) -> None:
+def add_update(layer: nn.Module, update: LowRankUpdate, scale: float, name: str) -> None:
     """Give ``layer`` a new weight; the tensor it had is left as it is."""
     weight: Any = layer.weight
     delta = update.delta(weight.shape)
@@ -105,11 +105,11 @@ def add(layer: nn.Module, update: LowRank, scale: float, name: str) -> None:
     layer.weight = nn.Parameter(fused, requires_grad=False)
 
 
-def read_lora(model: LatentDiffusion, file: Path) -> dict[Address, LowRank]:
+def read_lora(model: LatentDiffusion, file: Path) -> dict[LayerAddress, LowRankUpdate]:
     """The updates in ``file`` by the layers of ``model`` that they are for; every key is used."""
     tensors, metadata = read_safetensors(file)
-    addresses = addresses_of(model)
-    found: dict[Address, dict[str, Tensor]] = {}
+    addresses = list_addresses(model)
+    parts_by_address: dict[LayerAddress, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
@@ -118,36 +118,38 @@ def read_lora(model: LatentDiffusion, file: Path) -> dict[Address, LowRank]:
             unknown.append(key)
         else:
             assert match.lastgroup is not None  # one of the three roles
-            found.setdefault(address, {})[match.lastgroup] = tensor.float()
+            parts_by_address.setdefault(address, {})[match.lastgroup] = tensor.float()
     check_keys(model, file, list(tensors), unknown)
-    if sum(map(len, found.values())) != len(tensors):
+    if sum(map(len, parts_by_address.values())) != len(tensors):
         raise ModelError(f"{file} names a layer twice, in two layouts; it cannot be said which is meant")
     try:
-        return {address: low_rank(file, address, parts, metadata) for address, parts in found.items()}
+        return {address: build_update(file, address, parts, metadata) for address, parts in parts_by_address.items()}
     except (TypeError, ValueError, AttributeError) as exc:
         raise ModelError(f"{file}: its {METADATA} cannot be understood ({exc}); get the LoRA again") from exc
 
 
-def low_rank(file: Path, address: Address, parts: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> LowRank:
+def build_update(
+    file: Path, address: LayerAddress, parts: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> LowRankUpdate:
     """One layer's tensors, checked to be whole; without an alpha of its own the metadata's, else the rank."""
-    lacking = [role for role in ("down", "up") if role not in parts]
-    if lacking:
-        raise ModelError(f"{file}: {address.layer} has no {' and no '.join(lacking)} weight; get the LoRA again")
+    missing = [role for role in ("down", "up") if role not in parts]
+    if missing:
+        raise ModelError(f"{file}: {address.layer} has no {' and no '.join(missing)} weight; get the LoRA again")
     rank = parts["down"].shape[0] if parts["down"].dim() else 0
     if rank == 0 or parts["up"].dim() < 2 or ("alpha" in parts and parts["alpha"].numel() != 1):
         raise ModelError(f"{file}: {address.layer} is malformed; get the LoRA again")
-    alpha = parts["alpha"].item() if "alpha" in parts else metadata_alpha(metadata, address, rank)
-    return LowRank(parts["down"], parts["up"], alpha / rank)
+    alpha = parts["alpha"].item() if "alpha" in parts else read_alpha(metadata, address, rank)
+    return LowRankUpdate(parts["down"], parts["up"], alpha / rank)
 
 
-def metadata_alpha(metadata: Mapping[str, Any], address: Address, rank: int) -> float:
+def read_alpha(metadata: Mapping[str, Any], address: LayerAddress, rank: int) -> float:
     """Alpha by PEFT's LoraConfig: the layer's own in ``alpha_pattern``, else ``lora_alpha``; the rank without either.
 
     rsLoRA divides by the root of the rank instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
     own = {key.removeprefix(f"{address.component}."): value for key, value in metadata.items()}
     pattern = own.get("alpha_pattern") or {}
-    chosen = [value for tail, value in pattern.items() if named(address.layer, (tail,))]
+    chosen = [value for tail, value in pattern.items() if matches_name(address.layer, (tail,))]
     alpha = float([*chosen, own.get("lora_alpha", rank)][0])
     return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
 
@@ -157,9 +159,9 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(METADATA) or "{}")
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+        with safe_open(file, framework="pt") as tensors_file:
+            metadata = json.loads((tensors_file.metadata() or {}).get(METADATA) or "{}")
+            tensors = {key: tensors_file.get_tensor(key) for key in tensors_file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError, OSError) as exc:
         raise ModelError(
             f"{file} cannot be read as a LoRA in safetensors ({exc}); give such a file, other formats may run code"
@@ -174,30 +176,30 @@ def check_keys(model: LatentDiffusion, file: Path, keys: list[str], unknown: lis
     other = [key for key in keys if any(mark in key for mark in OTHER_METHODS)]
     if other:
         raise ModelError(
-            f"{file} is not a plain LoRA: it holds {some_of(other)}; LoHa, LoKr, DoRA, OFT, biases and full "
+            f"{file} is not a plain LoRA: it holds {join_names(other)}; LoHa, LoKr, DoRA, OFT, biases and full "
             "differences are not supported"
         )
     if unknown:
         raise ModelError(
-            f"{file}: {len(unknown)} of {len(keys)} keys are for no layer of {model.source}: {some_of(unknown)}; "
+            f"{file}: {len(unknown)} of {len(keys)} keys are for no layer of {model.source}: {join_names(unknown)}; "
             "give a LoRA that was made for this model"
         )
 
 
-def addresses_of(model: LatentDiffusion) -> dict[str, Address]:
+def list_addresses(model: LatentDiffusion) -> dict[str, LayerAddress]:
     """Every name that a LoRA file may give to a layer of ``model``."""
     return {
-        spelled: Address(component, layer)
+        spelling: LayerAddress(component, layer)
         for component in PREFIXES
         if component in model.components
         for layer, module in model.component(component).inner.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
-        for name in spellings(component, layer)
-        for spelled in prefixed(component, name)
+        for name in list_spellings(component, layer)
+        for spelling in add_prefixes(component, name)
     }
 
 
-def spellings(component: str, layer: str) -> Iterator[str]:
+def list_spellings(component: str, layer: str) -> Iterator[str]:
     """The layer's name, and what older libraries called it."""
     yield layer
     if component == "unet":
@@ -208,7 +210,7 @@ def spellings(component: str, layer: str) -> Iterator[str]:
     yield from (old, f"text_model.{layer}", f"text_model.{old}")
 
 
-def prefixed(component: str, name: str) -> Iterator[str]:
+def add_prefixes(component: str, name: str) -> Iterator[str]:
     """``name`` as diffusers and as kohya write it."""
     yield from (prefix + name for prefix in PREFIXES[component])
     yield KOHYA_PREFIXES[component] + name.replace(".", "_")

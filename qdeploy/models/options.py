@@ -1,4 +1,4 @@
-"""What a user may say about how a model is loaded. No torch, so that the command line can read it."""
+"""Options for loading a model. No torch, so that the command line can read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LoraFile:
         return cls(Path(name), float(scale))
 
     def __str__(self) -> str:
-        """As provenance names it: where the file lay is nobody's business."""
+        """The name in the provenance; the file's folder is private."""
         return f"{self.path.name}:{self.scale:g}"
 
 

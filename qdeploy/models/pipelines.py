@@ -1,4 +1,4 @@
-"""Folders of diffusers pipelines: which classes are known, how each one calls its parts, and reading them.
+"""Folders of diffusers pipelines: the known classes, the names of their parts, and reading them.
 
 Weights are read from safetensors only, never from pickles, and never from the network.
 """
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdeploy.errors import ModelError, some_of
-from qdeploy.files import read_json
-from qdeploy.models.latent_diffusion import Parts, is_vq
+from qdeploy.base.errors import ModelError, join_names
+from qdeploy.base.files import read_json
+from qdeploy.models.latent_diffusion import ModelParts, is_vq
 
 SCHEDULER = "scheduler"
 TOKENIZER = "tokenizer"
@@ -23,7 +23,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class TextKind:
+class TextEncoderSpec:
     """A text encoder's folder and class; its tokenizer's class, files (or a tokenizer.json) and place on the hub."""
 
     folder: str
@@ -34,13 +34,13 @@ class TextKind:
 
 
 @dataclass(frozen=True)
-class Kind:
+class PipelineSpec:
     """What a pipeline class is made of: folders and classes."""
 
     vae_folder: str
     vae: tuple[str, ...]
     unet: str
-    text: TextKind | None = None
+    text: TextEncoderSpec | None = None
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -49,50 +49,50 @@ class Kind:
         return (*text, "unet", self.vae_folder, SCHEDULER)
 
 
-CLIP = TextKind(
+CLIP = TextEncoderSpec(
     "text_encoder", "CLIPTextModel", "CLIPTokenizer", ("vocab.json", "merges.txt"), "openai/clip-vit-large-patch14"
 )
-BERT = TextKind("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
-KINDS: Mapping[str, Kind] = {
-    "StableDiffusionPipeline": Kind("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
-    "StableDiffusionInpaintPipeline": Kind("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
-    "LDMTextToImagePipeline": Kind("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", BERT),
-    "LDMPipeline": Kind("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DModel"),
+BERT = TextEncoderSpec("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
+PIPELINES: Mapping[str, PipelineSpec] = {
+    "StableDiffusionPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
+    "StableDiffusionInpaintPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
+    "LDMTextToImagePipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", BERT),
+    "LDMPipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DModel"),
 }
 
 
-def kind_of(folder: Path) -> Kind:
-    """The kind that ``model_index.json`` names; ModelError for an unknown one or when a part's folder is missing."""
+def read_pipeline_spec(folder: Path) -> PipelineSpec:
+    """The pipeline class of ``model_index.json``; ModelError for an unknown one or when a part's folder is missing."""
     name = read_json(folder / "model_index.json")["_class_name"]
-    if name not in KINDS:
-        raise ModelError(f"{folder} is a {name}; this version takes folders of {', '.join(KINDS)}")
-    missing = [part for part in KINDS[name].folders if not (folder / part).is_dir()]
+    if name not in PIPELINES:
+        raise ModelError(f"{folder} is a {name}; this version takes folders of {', '.join(PIPELINES)}")
+    missing = [part for part in PIPELINES[name].folders if not (folder / part).is_dir()]
     if missing:
         raise ModelError(f"{folder} is incomplete: no folder {', '.join(missing)}; copy the whole pipeline folder")
-    return KINDS[name]
+    return PIPELINES[name]
 
 
-def parts_from_folder(folder: Path, allow_download: bool = False) -> Parts:
+def parts_from_folder(folder: Path, allow_download: bool = False) -> ModelParts:
     """Read every part of the pipeline; ModelError says which one is missing or broken."""
-    kind = kind_of(folder)
-    unet: Any = diffusers_module(folder / "unet", (kind.unet,))
-    vae = diffusers_module(folder / kind.vae_folder, kind.vae)
+    spec = read_pipeline_spec(folder)
+    unet: Any = load_diffusers_module(folder / "unet", (spec.unet,))
+    vae = load_diffusers_module(folder / spec.vae_folder, spec.vae)
     text_encoder = tokenizer = None
-    if kind.text is not None:
-        text_encoder = text_module(folder / kind.text.folder, kind.text)
-        tokenizer = load_tokenizer(folder / TOKENIZER, kind.text, allow_download)
-    return Parts(
+    if spec.text is not None:
+        text_encoder = load_text_encoder(folder / spec.text.folder, spec.text)
+        tokenizer = load_tokenizer(folder / TOKENIZER, spec.text, allow_download)
+    return ModelParts(
         unet,
         vae,
         text_encoder,
         tokenizer,
         scheduler_config=read_json(folder / SCHEDULER / "scheduler_config.json"),
-        scaling_factor=scaling_factor_of(vae, read_json(folder / kind.vae_folder / "config.json")),
+        scaling_factor=read_scaling_factor(vae, read_json(folder / spec.vae_folder / "config.json")),
         sample_size=unet.config.sample_size,
     )
 
 
-def diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
+def load_diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
     """The module whose class, one of ``classes``, the folder's ``config.json`` names."""
     import diffusers
 
@@ -106,15 +106,15 @@ def diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
     return module
 
 
-def text_module(folder: Path, kind: TextKind) -> nn.Module:
+def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
     """The text encoder in ``folder``."""
     import transformers
     from diffusers.pipelines import latent_diffusion
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # loading shows one of its own on every call
-    home: Any = transformers if hasattr(transformers, kind.encoder) else latent_diffusion
-    module, info = getattr(home, kind.encoder).from_pretrained(
+    library: Any = transformers if hasattr(transformers, spec.encoder) else latent_diffusion
+    module, info = getattr(library, spec.encoder).from_pretrained(
         folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
     )
     check_complete(folder, info)
@@ -126,31 +126,31 @@ def check_complete(folder: Path, info: Mapping[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"the weights in {folder} lack {some_of(missing)}; "
+            f"the weights in {folder} lack {join_names(missing)}; "
             "copy them again, or mend config.json if it is another model's"
         )
 
 
-def load_tokenizer(folder: Path, kind: TextKind, allow_download: bool = False) -> Any:
+def load_tokenizer(folder: Path, spec: TextEncoderSpec, allow_download: bool = False) -> Any:
     """The tokenizer in ``folder``; ModelError says which file to put there (transformers would load an empty one)."""
     import transformers
 
-    tokenizer_class = getattr(transformers, kind.tokenizer)
-    absent = [name for name in kind.vocabulary if not (folder / name).is_file()]
-    if not absent or (folder / TOKENIZER_FILE).is_file():
+    tokenizer_class = getattr(transformers, spec.tokenizer)
+    missing = [name for name in spec.vocabulary if not (folder / name).is_file()]
+    if not missing or (folder / TOKENIZER_FILE).is_file():
         return tokenizer_class.from_pretrained(folder, local_files_only=True)
     if not allow_download:
         raise ModelError(
-            f"{folder} holds no tokenizer: put {' and '.join(kind.vocabulary)} (or {TOKENIZER_FILE}) of {kind.hub} "
+            f"{folder} holds no tokenizer: put {' and '.join(spec.vocabulary)} (or {TOKENIZER_FILE}) of {spec.hub} "
             "there, or let --allow-download fetch it"
         )
     try:
-        return tokenizer_class.from_pretrained(kind.hub)
+        return tokenizer_class.from_pretrained(spec.hub)
     except OSError as exc:
-        raise ModelError(f"the tokenizer {kind.hub} cannot be fetched: {exc}") from exc
+        raise ModelError(f"the tokenizer {spec.hub} cannot be fetched: {exc}") from exc
 
 
-def scaling_factor_of(vae: Any, config: Mapping[str, Any]) -> float:
+def read_scaling_factor(vae: Any, config: Mapping[str, Any]) -> float:
     """What ``config.json`` says; where it is silent, 1 for a VQ model and the class's own for a KL one.
 
     CompVis' VQ models were trained on unscaled latents and their published folders say nothing, which

@@ -1,14 +1,14 @@
-"""One original checkpoint file as the parts of a model; its tokenizer lies in a folder beside it."""
+"""One original checkpoint file as the parts of a model; its tokenizer is in a folder next to it."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from qdeploy.errors import ModelError
-from qdeploy.files import sha256_of
+from qdeploy.base.errors import ModelError
+from qdeploy.base.files import hash_file
 from qdeploy.models.checkpoints import SUFFIXES, convert_checkpoint
-from qdeploy.models.latent_diffusion import Parts
+from qdeploy.models.latent_diffusion import ModelParts
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import BERT, CLIP, TOKENIZER, load_tokenizer
 
@@ -20,24 +20,24 @@ def is_single_file(source: str) -> bool:
     return Path(source).suffix in SUFFIXES and Path(source).is_file()
 
 
-def parts_from_file(path: Path, options: ModelOptions) -> Parts:
+def parts_from_file(path: Path, options: ModelOptions) -> ModelParts:
     """Every part of the checkpoint at ``path``; ModelError says what is wrong, or which tokenizer file to put where."""
-    found = convert_checkpoint(path, options.config, options.ema)
-    text = TEXT.get(found.kind)
-    return Parts(
-        found.unet,
-        found.vae,
-        found.text_encoder,
+    checkpoint = convert_checkpoint(path, options.config, options.ema)
+    text = TEXT.get(checkpoint.kind)
+    return ModelParts(
+        checkpoint.unet,
+        checkpoint.vae,
+        checkpoint.text_encoder,
         None if text is None else load_tokenizer(path.parent / TOKENIZER, text, options.allow_download),
-        found.scheduler_config,
-        found.scaling_factor,
-        found.sample_size,
+        checkpoint.scheduler_config,
+        checkpoint.scaling_factor,
+        checkpoint.sample_size,
     )
 
 
-def file_sha256(path: Path, options: ModelOptions) -> str:
-    """Of the file, and of what else decides its weights' meaning: averaged or last ones, and the YAML."""
+def hash_source(path: Path, options: ModelOptions) -> str:
+    """Hash of the file and of the options that change its weights: averaged or last ones, and the YAML."""
     if options.config is not None and not options.config.is_file():
         raise ModelError(f"--config: {options.config} is not a file; give the checkpoint's original YAML")
-    config = "" if options.config is None else sha256_of(options.config)
-    return hashlib.sha256(f"{sha256_of(path)} {options.ema} {config}".encode()).hexdigest()
+    config = "" if options.config is None else hash_file(options.config)
+    return hashlib.sha256(f"{hash_file(path)} {options.ema} {config}".encode()).hexdigest()

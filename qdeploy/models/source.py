@@ -1,54 +1,54 @@
-"""Finding and loading a model: a diffusers folder, an original checkpoint file or ``builtin:NAME``."""
+"""Find and load a model: a diffusers folder, an original checkpoint file or ``builtin:NAME``."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from qdeploy.errors import ModelError, UsageError
-from qdeploy.files import sha256_of
+from qdeploy.base.errors import ModelError, UsageError
+from qdeploy.base.files import hash_file
 from qdeploy.models.checkpoints import SUFFIXES
-from qdeploy.models.latent_diffusion import LatentDiffusion, assemble
+from qdeploy.models.latent_diffusion import LatentDiffusion, assemble_model
 from qdeploy.models.lora import fuse_lora
 from qdeploy.models.options import ModelOptions
-from qdeploy.models.pipelines import kind_of, parts_from_folder
-from qdeploy.models.single_file import file_sha256, is_single_file, parts_from_file
+from qdeploy.models.pipelines import parts_from_folder, read_pipeline_spec
+from qdeploy.models.single_file import hash_source, is_single_file, parts_from_file
 from qdeploy.models.weight_files import check_weight_files
 
 __all__ = [
     "BUILTIN",
     "LatentDiffusion",
-    "builtin_names",
+    "apply_options",
+    "find_model_folder",
+    "hash_model",
+    "hash_weights",
+    "list_builtins",
     "load_model",
-    "model_folder",
-    "model_sha256",
-    "prepared",
-    "weights_sha256",
 ]
 
 BUILTIN = Path(__file__).parent / "builtin"
 
 
-def builtin_names() -> list[str]:
+def list_builtins() -> list[str]:
     return sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
 
 
-def model_folder(source: str) -> Path:
-    """The folder that ``source`` (a path or ``builtin:NAME``) stands for, checked to be whole."""
+def find_model_folder(source: str) -> Path:
+    """The folder that ``source`` (a path or ``builtin:NAME``) refers to, checked to be complete."""
     if source.startswith("builtin:"):
         name = source.removeprefix("builtin:")
-        if name not in builtin_names():
-            raise ModelError(f"no built-in model {name!r}; there are: {', '.join(builtin_names())}")
+        if name not in list_builtins():
+            raise ModelError(f"no built-in model {name!r}; there are: {', '.join(list_builtins())}")
         return BUILTIN / name
     folder = Path(source)
     if not folder.exists():
         raise ModelError(
             f"{source} does not exist; give a diffusers folder, a checkpoint file ({', '.join(SUFFIXES)}) or "
-            f"builtin:NAME ({', '.join(builtin_names())})"
+            f"builtin:NAME ({', '.join(list_builtins())})"
         )
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{source} is not a diffusers pipeline folder: no model_index.json in it")
-    kind_of(folder)
+    read_pipeline_spec(folder)
     return folder
 
 
@@ -58,18 +58,18 @@ def load_model(source: str, options: ModelOptions | None = None) -> LatentDiffus
     if is_single_file(source):
         path = Path(source)
         parts = parts_from_file(path, options)
-        model = assemble(parts, source=source, folder=path.parent, sha256=model_sha256(source, options))
+        model = assemble_model(parts, source=source, folder=path.parent, sha256=hash_model(source, options))
     else:
-        model = from_folder(source, options)
-    return prepared(model, options)
+        model = load_folder(source, options)
+    return apply_options(model, options)
 
 
-def from_folder(source: str, options: ModelOptions) -> LatentDiffusion:
+def load_folder(source: str, options: ModelOptions) -> LatentDiffusion:
     """The model in a diffusers folder or a built-in one."""
     if options.ema or options.config is not None:
         raise UsageError(f"--ema and --config are for checkpoint files; {source} is a folder or a built-in model")
     try:
-        folder = model_folder(source)
+        folder = find_model_folder(source)
         is_builtin = source.startswith("builtin:")
         check_weight_files(folder, "install qdeploy again" if is_builtin else "copy the file again")
         parts = parts_from_folder(folder, options.allow_download)
@@ -77,26 +77,26 @@ def from_folder(source: str, options: ModelOptions) -> LatentDiffusion:
         raise
     except Exception as exc:  # diffusers, transformers and safetensors each have their own trees
         raise ModelError(f"{source} cannot be loaded, part of it is missing or broken: {exc}") from exc
-    return assemble(parts, source=source, folder=folder, sha256=weights_sha256(folder))
+    return assemble_model(parts, source=source, folder=folder, sha256=hash_weights(folder))
 
 
-def prepared(model: LatentDiffusion, options: ModelOptions) -> LatentDiffusion:
+def apply_options(model: LatentDiffusion, options: ModelOptions) -> LatentDiffusion:
     """``model`` as ``options`` ask for it, wherever it was loaded from."""
     for lora in options.loras:
         model = fuse_lora(model, lora.path, lora.scale)
     return model
 
 
-def model_sha256(source: str, options: ModelOptions) -> str:
-    """The hash that the model at ``source`` has once it is loaded, LoRA files apart; nothing is loaded for it."""
+def hash_model(source: str, options: ModelOptions) -> str:
+    """The hash that the model at ``source`` has once it is loaded, without LoRA files; nothing is loaded for it."""
     if is_single_file(source):
-        return file_sha256(Path(source), options)
-    return weights_sha256(model_folder(source))
+        return hash_source(Path(source), options)
+    return hash_weights(find_model_folder(source))
 
 
-def weights_sha256(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
     """One hash over every weight file of the folder, by name."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
     return digest.hexdigest()

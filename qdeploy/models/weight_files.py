@@ -1,4 +1,4 @@
-"""Whether the weight files of a model folder are whole, before anything is read: a cut one is named."""
+"""Check that the weight files of a model folder are complete before anything is read."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qdeploy.errors import ModelError
-from qdeploy.models.pipelines import kind_of
+from qdeploy.base.errors import ModelError
+from qdeploy.models.pipelines import read_pipeline_spec
 
 
 def check_weight_files(folder: Path, remedy: str) -> None:
     """ModelError that names the first weight file of the pipeline that is shorter or longer than its header says.
 
-    Only headers are read. The libraries that load the weights would not all say which file it was.
+    Only headers are read. Not all libraries that load the weights would name the file.
     """
-    for part in kind_of(folder).folders:
+    for part in read_pipeline_spec(folder).folders:
         for path in sorted((folder / part).glob("*.safetensors")):
             try:
                 with safe_open(path, framework="numpy"):

@@ -1,1 +1,1 @@
-"""Recipes: experiments written down in TOML files, read and run the whole way from model to pictures."""
+"""Recipes: experiments in TOML files, read and run from model to pictures."""

@@ -1,4 +1,4 @@
-"""Running a recipe: calibrate, quantize, export, sample; every step that was finished before is left as it is."""
+"""Run a recipe: calibrate, quantize, export, sample; steps that were finished before are kept."""
 
 from __future__ import annotations
 
@@ -9,90 +9,94 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.calibrate.checkpoint import checkpoint_beside
-from qdeploy.calibrate.conditioning import scheduler_config
+from qdeploy.artifacts.receipt import RecipeStep, hash_path, read_receipt, run_step
+from qdeploy.artifacts.table import load_table, save_table
+from qdeploy.base.errors import ModelError, UsageError
+from qdeploy.base.files import stage_file
+from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.calibrate.checkpoint import checkpoint_folder
 from qdeploy.calibrate.dataset import load_calibration
-from qdeploy.calibrate.modes import calibrate_to_file, check_text
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.errors import ModelError, UsageError
+from qdeploy.calibrate.record.conditioning import choose_scheduler_config
+from qdeploy.calibrate.record.modes import calibrate_to_file, check_text_options
 from qdeploy.export.exporter import export_bundle
-from qdeploy.files import staged_file
 from qdeploy.models.architectures import check_architecture
-from qdeploy.models.source import LatentDiffusion, load_model, model_sha256
-from qdeploy.progress import OnProgress, silent
-from qdeploy.receipt import Step, finish, identity, read_receipt
+from qdeploy.models.source import LatentDiffusion, hash_model, load_model
 from qdeploy.recipe.read import CALIBRATION, Recipe
 from qdeploy.sample.folder import sample_to_folder
-from qdeploy.sampling import make_sampler
-from qdeploy.table import load_table, save_table
+from qdeploy.sampling import make_scheduler
 
 TABLE, BUNDLE, PICTURES, RECEIPTS = "table.safetensors", "bundle", "pictures", "receipts"
 FILES = ("data", "prompts", "from_qdiffusion")  # options of `calibrate` that name files
 
 
 class FloatModel:
-    """The recipe's float model: its hash at once, itself when a step first needs it."""
+    """The recipe's float model: hashed at once, loaded when a step first needs it."""
 
     def __init__(self, sha256: str, make: Callable[[], LatentDiffusion]) -> None:
         self.sha256 = sha256
         self._make = make
         self._loaded: LatentDiffusion | None = None
 
-    def loaded(self) -> LatentDiffusion:
+    def load(self) -> LatentDiffusion:
         """The model, loaded once."""
         if self._loaded is None:
             self._loaded = self._make()
         return self._loaded
 
-    def forget(self) -> None:
+    def unload(self) -> None:
         """Free its memory."""
         self._loaded = None
 
 
-def run_full(recipe: Recipe, folder: Path, on_progress: OnProgress = silent) -> Path:
-    """Run ``recipe`` on its own model and files, with ``folder`` for everything made; the pictures' folder."""
+def run_full(recipe: Recipe, folder: Path, on_progress: OnProgress = ignore_progress) -> Path:
+    """Run ``recipe`` on its own model and files, writing to ``folder``; the pictures' folder."""
     check_files(recipe)
     check_scale(folder, "full")
-    sha256 = model_sha256(recipe.model.file, recipe.model.options)
-    return run_recipe(recipe, FloatModel(sha256, lambda: model_of(recipe)), folder, on_progress)
+    sha256 = hash_model(recipe.model.file, recipe.model.options)
+    return run_recipe(recipe, FloatModel(sha256, lambda: load_recipe_model(recipe)), folder, on_progress)
 
 
-def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnProgress = silent) -> Path:
-    """Make ``folder`` hold calibration set, table, bundle and pictures; the pictures' folder.
+def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnProgress = ignore_progress) -> Path:
+    """Write calibration set, table, bundle and pictures to ``folder``; the pictures' folder.
 
-    A second run does what is missing: steps whose settings or inputs changed, all behind them, and pictures.
+    A second run does what is missing: steps whose settings or inputs changed, all following ones, and pictures.
     """
     request, spec, target, sample = recipe.calibrate, recipe.quantize, recipe.target, recipe.sample
     calibration, table, bundle = folder / CALIBRATION, folder / TABLE, folder / BUNDLE
 
     def calibrate() -> None:
-        calibrate_to_file(model.loaded(), request, calibration, on_progress)
+        calibrate_to_file(model.load(), request, calibration, on_progress)
 
     def quantize() -> None:
-        with checkpoint_beside(table) as work:
-            save_table(quantize_model(model.loaded(), load_calibration(calibration), spec, on_progress, work), table)
+        with checkpoint_folder(table) as work:
+            save_table(quantize_model(model.load(), load_calibration(calibration), spec, on_progress, work), table)
 
     def export() -> None:
-        rounded = load_table(table)
-        export_bundle(model.loaded(), rounded, target, bundle, on_progress, with_encoder=recipe.with_encoder)
+        quant_table = load_table(table)
+        export_bundle(model.load(), quant_table, target, bundle, on_progress, with_encoder=recipe.with_encoder)
 
-    def done(name: str, made: Path, settings: dict, made_from: dict[str, str], make: Callable[[], None]) -> str:
-        return finish(Step(name, made, settings, {"model": model.sha256, **made_from}), receipts, make, on_progress)
+    def run_one(name: str, made: Path, settings: dict, made_from: dict[str, str], make: Callable[[], None]) -> str:
+        return run_step(
+            RecipeStep(name, made, settings, {"model": model.sha256, **made_from}), receipts, make, on_progress
+        )
 
     receipts = folder / RECEIPTS
-    read = {name: identity(path) for name in FILES if (path := getattr(request, name)) is not None}
-    settings = {name: value for name, value in asdict(request).items() if name not in FILES}  # wherever they lie
-    calibrated = done("calibrate", calibration, settings, read, calibrate)
-    quantized = done("quantize", table, asdict(spec), {"calibration": calibrated}, quantize)
-    wanted = asdict(target) | ({"with_encoder": True} if recipe.with_encoder else {})  # older receipts still hold
-    exported = done("export", bundle, wanted, {"table": quantized}, export)
-    model.forget()
-    job = sample.job(bundle, exported)
+    input_hashes = {name: hash_path(path) for name in FILES if (path := getattr(request, name)) is not None}
+    settings = {name: value for name, value in asdict(request).items() if name not in FILES}  # at any path
+    calibration_sha256 = run_one("calibrate", calibration, settings, input_hashes, calibrate)
+    table_sha256 = run_one("quantize", table, asdict(spec), {"calibration": calibration_sha256}, quantize)
+    export_settings = asdict(target) | (
+        {"with_encoder": True} if recipe.with_encoder else {}
+    )  # older receipts still hold
+    bundle_sha256 = run_one("export", bundle, export_settings, {"table": table_sha256}, export)
+    model.unload()
+    job = sample.job(bundle, bundle_sha256)
     sample_to_folder(job, sample.count, folder / PICTURES, receipts, on_progress, sample.batch)
     return folder / PICTURES
 
 
-def model_of(recipe: Recipe) -> LatentDiffusion:
+def load_recipe_model(recipe: Recipe) -> LatentDiffusion:
     """The model in the recipe's file, checked to be the one that the recipe is about."""
     model = load_model(recipe.model.file, recipe.model.options)
     if recipe.model.architecture is not None:
@@ -103,13 +107,13 @@ def model_of(recipe: Recipe) -> LatentDiffusion:
 
 def check_model(model: LatentDiffusion, recipe: Recipe) -> None:
     """UsageError or RequestError where pictures could not be made as the recipe says, before hours are spent on it."""
-    check_text(model, recipe.given)
+    check_text_options(model, recipe.typed)
     sample = recipe.sample
     if model.reads_text != (sample.prompt is not None):
-        wanted = "needs a prompt" if model.reads_text else "has a prompt, and its model reads no text"
-        raise UsageError(f"{recipe.name}: [sample] {wanted}")
-    config = scheduler_config(model, sample.sampler)
-    make_sampler(config, sample.steps, eta=sample.eta, rng=np.random.default_rng(0))
+        problem = "needs a prompt" if model.reads_text else "has a prompt, and its model reads no text"
+        raise UsageError(f"{recipe.name}: [sample] {problem}")
+    config = choose_scheduler_config(model, sample.scheduler)
+    make_scheduler(config, sample.steps, eta=sample.eta, rng=np.random.default_rng(0))
 
 
 def check_files(recipe: Recipe) -> None:
@@ -117,23 +121,23 @@ def check_files(recipe: Recipe) -> None:
     file, name = recipe.model.file, recipe.model.architecture or "the model"
     if not file.startswith("builtin:") and not Path(file).exists():
         raise ModelError(
-            f"{recipe.name} needs {file}, which is not there: put {name} at that place or say where it lies with "
+            f"{recipe.name} needs {file}, which is not there: put {name} at that path or give another with "
             "--model; --scale tiny needs no file"
         )
     for option in FILES:
         path = getattr(recipe.calibrate, option)
         if path is not None and not path.exists():
             raise UsageError(
-                f"{recipe.name} needs {path} ([calibrate] {option}), which is not there: put it at that place"
-                + (f" or say where it lies with --{option.replace('_', '-')}" if option != "prompts" else "")
+                f"{recipe.name} needs {path} ([calibrate] {option}), which is not there: put it at that path"
+                + (f" or give another with --{option.replace('_', '-')}" if option != "prompts" else "")
             )
 
 
 def check_scale(folder: Path, scale: str) -> None:
-    """UsageError when ``folder`` holds a run at another scale: no trial takes the place of a run of days."""
-    before = read_receipt(folder / RECEIPTS, "scale").get("scale")
-    if before is None:
-        with staged_file(folder / RECEIPTS / "scale.json") as scratch:
+    """UsageError when ``folder`` holds a run at another scale: a trial must not replace a run of days."""
+    previous = read_receipt(folder / RECEIPTS, "scale").get("scale")
+    if previous is None:
+        with stage_file(folder / RECEIPTS / "scale.json") as scratch:
             scratch.write_text(json.dumps({"scale": scale}) + "\n", "utf-8")
-    elif before != scale:
-        raise UsageError(f"{folder} holds a run with --scale {before}; give another folder with -o")
+    elif previous != scale:
+        raise UsageError(f"{folder} holds a run with --scale {previous}; give another folder with -o")

@@ -1,4 +1,4 @@
-"""A bundle's components as sessions: opened when needed, cut to their graphs' batch, shared and freed in order."""
+"""A bundle's components as sessions: opened when needed, run at their graphs' batch size, shared and freed in order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.bundle import VAE_ENCODER, Bundle, ComponentInfo
+from qdeploy.artifacts.bundle import VAE_ENCODER, Bundle, ComponentInfo
+from qdeploy.base.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.engines.base import Engine, EngineOptions, Session
-from qdeploy.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.runtime.results import Clock
 
-WAIT_S = 0.05  # how often one who waits for another's turn looks whether to go on waiting
+WAIT_S = 0.05  # interval at which a thread that waits for its turn checks whether to stop
 WhileWaiting = Callable[[], None]  # raises to stop waiting
 
 
@@ -31,7 +31,7 @@ class Turn:
         self._lock = threading.RLock()
 
     @contextmanager
-    def taken(self, while_waiting: WhileWaiting) -> Iterator[None]:
+    def hold(self, while_waiting: WhileWaiting) -> Iterator[None]:
         """Hold the turn inside; ``while_waiting`` is called now and then until it comes."""
         if not self.exclusive:
             yield
@@ -44,8 +44,8 @@ class Turn:
             self._lock.release()
 
 
-class Component:
-    """One graph with the batch that it was made for, and its session while there is one; for many threads."""
+class BundleComponent:
+    """One graph with its batch size, and its session while it is open; safe for many threads."""
 
     def __init__(self, name: str, info: ComponentInfo, open_session: Callable[[], Session], turn: Turn) -> None:
         self.name = name
@@ -65,36 +65,38 @@ class Component:
         return self._session is not None
 
     @contextmanager
-    def held(self, while_waiting: WhileWaiting = lambda: None) -> Iterator[Session]:
-        """The session, opened if need be and kept while inside; EngineError when closed or behind a fork."""
+    def hold(self, while_waiting: WhileWaiting = lambda: None) -> Iterator[Session]:
+        """The session, opened if needed and kept while inside; EngineError when closed or after a fork."""
         check_process(self._pid)
-        with self._turn.taken(while_waiting):
+        with self._turn.hold(while_waiting):
             session = self._acquire()
             try:
                 yield session
             finally:
-                self._let_go()
+                self._release()
 
     def run(self, feeds: Mapping[str, NDArray], clock: Clock | None = None, at_once: int = 1) -> NDArray:
         """First output for feeds of any batch size: cut to the graph's batch, the last piece padded.
 
-        Scalar inputs (the timestep) go along unchanged. A graph whose batch was left open takes ``at_once`` rows a
+        Scalar inputs (the timestep) are passed unchanged. A graph whose batch was left open takes ``at_once`` rows a
         call. Raises NonFiniteError for NaN or infinity in the output, EngineError when the engine fails.
         """
         clock = Clock() if clock is None else clock
         is_open = self.batch < 0
         batch = at_once if is_open else self.batch
-        count = max(len(feeds[name]) for name in self._batched())
+        count = max(len(feeds[name]) for name in self._list_batched_inputs())
         pieces = []
-        with self.held() as session:
+        with self.hold() as session:
             for start in range(0, count, batch):
-                piece = self._piece(feeds, start, batch, pad=not is_open)
-                with clock.timing(self.name):
+                piece = self._cut_batch(feeds, start, batch, pad=not is_open)
+                with clock.measure(self.name):
                     pieces.append(session.run(piece))
         (output,) = self.info.outputs
         joined = np.concatenate([piece[output] for piece in pieces])[:count]
         if not np.isfinite(joined).all():
-            raise NonFiniteError(f"{self.name} put out NaN or infinity; the bundle or its inputs are broken")
+            raise NonFiniteError(
+                f"the output of {self.name} holds NaN or infinity; the bundle or its inputs are broken"
+            )
         return joined
 
     def close(self) -> None:
@@ -112,7 +114,7 @@ class Component:
             self._holders += 1
             return self._session
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         with self._lock:
             self._holders -= 1
             if self._is_closed or self._turn.exclusive:
@@ -123,12 +125,12 @@ class Component:
             self._session.close()
             self._session = None
 
-    def _batched(self) -> list[str]:
+    def _list_batched_inputs(self) -> list[str]:
         return [name for name, info in self.info.inputs.items() if len(info.shape) > 0]
 
-    def _piece(self, feeds: Mapping[str, NDArray], start: int, batch: int, pad: bool) -> dict[str, NDArray]:
+    def _cut_batch(self, feeds: Mapping[str, NDArray], start: int, batch: int, pad: bool) -> dict[str, NDArray]:
         piece = dict(feeds)
-        for name in self._batched():
+        for name in self._list_batched_inputs():
             part = feeds[name][start : start + batch]
             missing = batch - len(part) if pad else 0
             piece[name] = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
@@ -142,14 +144,15 @@ class LoadedBundle:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, options: EngineOptions, low_memory: bool = False) -> None:
-        def opener(info: ComponentInfo) -> Callable[[], Session]:
+        def make_opener(info: ComponentInfo) -> Callable[[], Session]:
             settings = replace(options, largest_weight_code=info.largest_weight_code)
             return lambda: engine.open_session(bundle.path(info.file), settings)
 
         self.bundle = bundle
         turn = Turn(exclusive=low_memory)
-        self.components: Mapping[str, Component] = {
-            name: Component(name, info, opener(info), turn) for name, info in bundle.manifest.components.items()
+        self.components: Mapping[str, BundleComponent] = {
+            name: BundleComponent(name, info, make_opener(info), turn)
+            for name, info in bundle.manifest.components.items()
         }
         self._lock = threading.Lock()
         self._pipelines = 0
@@ -158,10 +161,10 @@ class LoadedBundle:
             self._open_all()
 
     def check_process(self) -> None:
-        """EngineError behind a fork."""
+        """EngineError after a fork."""
         check_process(self._pid)
 
-    def component(self, name: str) -> Component:
+    def component(self, name: str) -> BundleComponent:
         """The component ``name``; BundleError with the remedy for an encoder that the bundle was made without."""
         if name == VAE_ENCODER and name not in self.components:
             raise BundleError(
@@ -176,7 +179,7 @@ class LoadedBundle:
             self._pipelines += 1
 
     def leave(self) -> None:
-        """One pipeline less; the last one frees all sessions. Behind a fork nothing is freed: it is the parent's."""
+        """One pipeline less; the last one frees all sessions. After a fork nothing is freed: it is the parent's."""
         if os.getpid() != self._pid:
             return
         with self._lock:
@@ -186,7 +189,7 @@ class LoadedBundle:
             self.free()
 
     def free(self) -> None:
-        """Close every component, whoever uses it."""
+        """Close every component, even while in use."""
         for component in self.components.values():
             component.close()
 
@@ -194,7 +197,7 @@ class LoadedBundle:
         try:
             for name, component in self.components.items():
                 if name != VAE_ENCODER:
-                    with component.held():
+                    with component.hold():
                         pass
         except BaseException:
             self.free()
@@ -202,7 +205,7 @@ class LoadedBundle:
 
 
 def check_process(pid: int) -> None:
-    """EngineError unless this is the process ``pid``: an engine's threads do not live on behind a fork."""
+    """EngineError unless this is the process ``pid``: an engine's threads do not exist after a fork."""
     if os.getpid() != pid:
         raise EngineError(
             f"the bundle was loaded by process {pid} and this is process {os.getpid()}, forked from it without the "

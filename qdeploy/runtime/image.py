@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import RequestError, UsageError
+from qdeploy.base.errors import RequestError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Picture = Any  # a PIL image or a NumPy array; PIL is imported only where one is made
+PictureInput = Any  # a PIL image or a NumPy array; PIL is imported only where one is made
 HALF_WHITE = 128  # as diffusers' mask processor: grey / 255 >= 0.5
 
 
@@ -30,7 +30,7 @@ def image_from_pixels(pixels: NDArray[np.uint8]) -> Image:
     return PilImage.fromarray(pixels)
 
 
-def fitted(image: Image, width: int, height: int, *, is_mask: bool = False) -> Image:
+def fit_image(image: Image, width: int, height: int, *, is_mask: bool = False) -> Image:
     """The middle of ``image``, as large as its sides' ratio allows, at ``width`` x ``height`` pixels.
 
     Resampled by Lanczos' filter, a mask by the nearest pixel.
@@ -43,20 +43,20 @@ def fitted(image: Image, width: int, height: int, *, is_mask: bool = False) -> I
 
 
 def read_pictures(image: Path | None, mask: Path | None, size: tuple[int, int]) -> tuple[Image | None, Image | None]:
-    """The files' pictures, both cut and scaled alike to ``size`` (width, height); UsageError when that cannot be."""
-    picture, masked = (None if path is None else _opened(path) for path in (image, mask))
-    if picture is not None and masked is not None and picture.size != masked.size:
+    """The files' pictures, both cut and scaled to ``size`` (width, height); UsageError when that cannot be."""
+    picture, mask_picture = (None if path is None else _open_image(path) for path in (image, mask))
+    if picture is not None and mask_picture is not None and picture.size != mask_picture.size:
         raise UsageError(
-            f"{mask} is {masked.width}x{masked.height} pixels and {image} {picture.width}x{picture.height}; make the "
-            "mask as large as the picture"
+            f"{mask} is {mask_picture.width}x{mask_picture.height} pixels and {image} "
+            f"{picture.width}x{picture.height}; make the mask as large as the picture"
         )
     return (
-        None if picture is None else fitted(picture, *size),
-        None if masked is None else fitted(masked, *size, is_mask=True),
+        None if picture is None else fit_image(picture, *size),
+        None if mask_picture is None else fit_image(mask_picture, *size, is_mask=True),
     )
 
 
-def _opened(path: Path) -> Image:
+def _open_image(path: Path) -> Image:
     from PIL import Image as PilImage
     from PIL import ImageOps
 
@@ -68,7 +68,7 @@ def _opened(path: Path) -> Image:
         raise UsageError(f"{path} is not a picture that can be read ({exc})") from exc
 
 
-def pixels_from_picture(picture: Picture, name: str) -> NDArray[np.uint8]:
+def pixels_from_picture(picture: PictureInput, name: str) -> NDArray[np.uint8]:
     """``uint8[H, W, 3]`` of a PIL image (its transparency dropped) or of such an array; RequestError for others."""
     array = _pil_array(picture, "RGB", name)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
@@ -76,7 +76,7 @@ def pixels_from_picture(picture: Picture, name: str) -> NDArray[np.uint8]:
     return array
 
 
-def mask_from_picture(picture: Picture) -> NDArray[np.bool_]:
+def mask_from_picture(picture: PictureInput) -> NDArray[np.bool_]:
     """``bool[H, W]``, True where at least half white, of a PIL image, ``uint8[H, W]`` or ``bool[H, W]``."""
     array = _pil_array(picture, "L", "mask")
     if array.dtype not in (np.uint8, np.bool_) or array.ndim != 2:
@@ -92,7 +92,7 @@ def unit_from_pixels(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray((2 * unit - 1).transpose(0, 3, 1, 2))
 
 
-def _pil_array(picture: Picture, mode: str, name: str) -> NDArray[Any]:
+def _pil_array(picture: PictureInput, mode: str, name: str) -> NDArray[Any]:
     """A PIL image in ``mode`` as an array, anything else as NumPy has it."""
     if not hasattr(picture, "convert"):
         return np.asarray(picture)

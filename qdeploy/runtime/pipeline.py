@@ -1,6 +1,6 @@
-"""From prompts, pictures or nothing to pictures over a bundle's components. No torch.
+"""Generate pictures from prompts, pictures or neither with a bundle's components. No torch.
 
-What may be asked is checked in ``request``, one request runs in ``run``, and ``components`` opens, shares and frees.
+``request`` checks the arguments, ``run`` runs one request, and ``components`` opens, shares and frees sessions.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, Bundle, open_bundle
-from qdeploy.engines.base import EngineOptions, engine_for, engine_named
-from qdeploy.errors import BundleError, EngineError, TableError, UsageError
-from qdeploy.files import read_json
-from qdeploy.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
-from qdeploy.noise_correction import NoiseCorrection, load_noise_correction
-from qdeploy.runtime import request as asked
-from qdeploy.runtime.components import Component, LoadedBundle
-from qdeploy.runtime.image import Picture, pixels_from_decoded, unit_from_pixels
+from qdeploy.artifacts.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, Bundle, open_bundle
+from qdeploy.artifacts.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
+from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction
+from qdeploy.base.errors import BundleError, EngineError, TableError, UsageError
+from qdeploy.base.files import read_json
+from qdeploy.engines.base import EngineOptions, choose_engine, load_engine
+from qdeploy.runtime import request as checks
+from qdeploy.runtime.components import BundleComponent, LoadedBundle
+from qdeploy.runtime.image import PictureInput, pixels_from_decoded, unit_from_pixels
 from qdeploy.runtime.results import Clock, Result, Step
 from qdeploy.runtime.run import Run
+from qdeploy.runtime.stopping import Event, StopCondition
 from qdeploy.runtime.tokenizer import Tokenizer
-from qdeploy.runtime.watch import Event, Watch
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
@@ -44,7 +44,7 @@ class Pipeline:
         self.reads_mask = bundle.manifest.components["unet"].inputs["sample"].shape[1] != self.latents.channels
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens) if self.reads_text else None
         self.scheduler_config = read_json(bundle.path(SCHEDULER))
-        self._noise_correction = noise_correction_of(bundle)
+        self._noise_correction = load_bundle_correction(bundle)
         self._loaded = loaded
         self._lock = threading.Lock()
         self._is_closed = False
@@ -55,8 +55,8 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] = "",
-        image: Picture | Sequence[Picture] | None = None,
-        mask: Picture | Sequence[Picture] | None = None,
+        image: PictureInput | Sequence[PictureInput] | None = None,
+        mask: PictureInput | Sequence[PictureInput] | None = None,
         strength: float | None = None,
         steps: int = 25,
         guidance_scale: float = 7.5,
@@ -77,52 +77,52 @@ class Pipeline:
         """Generate ``count`` pictures for each prompt, or ``count`` pictures with an unconditional bundle.
 
         What to make: ``negative_prompt`` is one for all or one a prompt; an unconditional bundle takes neither it
-        nor ``prompt``, and ``guidance_scale`` plays no part. With ``guidance_scale`` 1 the UNet runs for the prompt
-        alone. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4). ``weighting`` reads
+        nor ``prompt``, and ignores ``guidance_scale``. With ``guidance_scale`` 1 the UNet runs only for the
+        prompt. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4). ``weighting`` reads
         ``(word:1.3)`` in prompts (``runtime.weighting``).
 
-        From pictures: ``image`` (PIL or ``uint8[H, W, 3]`` of the pictures' size, one or one a prompt) is where to
+        From pictures: ``image`` (PIL or ``uint8[H, W, 3]`` of the pictures' size, one or one a prompt) is what to
         start from; ``strength`` 0..1 says how far from it to go, 0.8 by default, and makes that share of the steps.
         With ``mask`` (PIL, ``uint8[H, W]`` or bool) white is repainted and black kept, ``strength`` 1 by default.
         The encoder's mean is taken, so equal pictures give equal results.
 
         Picture ``i`` of a prompt, from ``first`` on, takes all its noise from streams of (seed, i), so it is the
-        same whatever else is in the batch or runs beside; ``latents`` (``float32[B, C, h, w]``, unit noise) replaces
+        same whatever is in the batch or runs concurrently; ``latents`` (``float32[B, C, h, w]``, unit noise) replaces
         the noise that it starts from. ``scheduler`` swaps the bundle's own (pndm, ddim, ...); ``eta`` 0..1 is
         ddim's share of noise, which no other takes. ``width`` and ``height`` in pixels are the bundle's own by default;
         others take a bundle that was exported with its size open.
 
         ``callback`` is called after every step and may return False to cancel; ``cancel`` (a ``threading.Event``)
-        cancels from another thread; ``deadline_s`` is seconds from now. All three are looked at between steps.
+        cancels from another thread; ``deadline_s`` is seconds from now. All three are checked between steps.
 
         Raises UsageError for arguments that do not go with this bundle, RequestError for values that cannot be
         served, CancelledError or DeadlineError when stopped, NonFiniteError naming component and step, EngineError
-        when closed or behind a fork. The pipeline stays usable.
+        when closed or after a fork. The pipeline stays usable.
         """
         self.check_open()
-        watch = Watch(self.check_open, cancel, deadline_s)
-        asked.check_text(self.bundle.manifest, prompt, ["negative_prompt"] if negative_prompt else [])
+        stop = StopCondition(self.check_open, cancel, deadline_s)
+        checks.check_text(self.bundle.manifest, prompt, ["negative_prompt"] if negative_prompt else [])
         prompts = negatives = None
         if prompt is not None:
-            prompts, negatives = asked.checked_prompts(prompt, negative_prompt)
-        size = asked.checked_size(width, height, self.latents)
-        source = asked.checked_source(image, mask, strength, len(prompts or [""]), size, self.reads_mask)
-        seeds = asked.checked_seeds(seed, first, count, len(prompts or [""]))
-        request = asked.Request(
+            prompts, negatives = checks.check_prompts(prompt, negative_prompt)
+        size = checks.resolve_size(width, height, self.latents)
+        source = checks.build_source(image, mask, strength, len(prompts or [""]), size, self.reads_mask)
+        seeds = checks.build_seeds(seed, first, count, len(prompts or [""]))
+        request = checks.GenerationRequest(
             prompts=prompts,
             negative_prompts=negatives,
-            steps=asked.whole("steps", steps, 1),
-            guidance_scale=asked.real("guidance_scale", guidance_scale),
-            guidance_rescale=asked.real("guidance_rescale", guidance_rescale, 0, 1),
+            steps=checks.check_integer("steps", steps, 1),
+            guidance_scale=checks.check_number("guidance_scale", guidance_scale),
+            guidance_rescale=checks.check_number("guidance_rescale", guidance_rescale, 0, 1),
             weighting=weighting,
             seeds=seeds,
             scheduler=scheduler,
-            eta=asked.real("eta", eta, 0, 1),
-            latents=asked.checked_latents(latents, len(seeds), size.shape),
+            eta=checks.check_number("eta", eta, 0, 1),
+            latents=checks.check_latents(latents, len(seeds), size.shape),
             size=size,
             source=source,
         )
-        return Run(self, request, watch, callback).result()
+        return Run(self, request, stop, callback).run()
 
     def encode(self, prompts: Sequence[str], clock: Clock | None = None) -> Array:
         """Text embeddings ``float32[B, T, D]``; UsageError when the bundle reads no text."""
@@ -153,14 +153,14 @@ class Pipeline:
         if context is not None:
             feeds["encoder_hidden_states"] = context
         noise_pred = self.component("unet").run(feeds, clock, at_once)
-        return noise_pred if self._noise_correction is None else self._noise_correction.corrected(noise_pred, t)
+        return noise_pred if self._noise_correction is None else self._noise_correction.apply(noise_pred, t)
 
     def decode(self, latents: Array, clock: Clock | None = None) -> NDArray[np.uint8]:
-        """Pictures ``uint8[B, H, W, 3]`` of final latents, or a look at those of a :class:`Step`."""
+        """Pictures ``uint8[B, H, W, 3]`` of final latents, or a preview of those of a :class:`Step`."""
         scaled = latents / np.float32(self.latents.scaling_factor)
         return pixels_from_decoded(self.component("vae_decoder").run({"latents": scaled}, clock))
 
-    def component(self, name: str) -> Component:
+    def component(self, name: str) -> BundleComponent:
         """One component; BundleError with the remedy for a VAE encoder that the bundle was made without."""
         return self._loaded.component(name)
 
@@ -202,24 +202,24 @@ def load(
 
     ``engine`` defaults to the one the bundle was exported for; ``threads`` of one call to all cores; ``providers``
     (ONNX Runtime's) to the engine's own. ``low_memory`` keeps one component in memory at a time: each is loaded for
-    its stage and freed behind it, and requests of several threads take turns. ``verify=False`` skips the hash
+    its stage and freed after it, and requests of several threads take turns. ``verify=False`` skips the hash
     check. Raises BundleError, EngineError or UsageError.
     """
     start = time.perf_counter()
-    opened = open_bundle(bundle, verify=verify)
-    name = engine_for(opened.folder, opened.manifest.engine, engine)
+    opened_bundle = open_bundle(bundle, verify=verify)
+    name = choose_engine(opened_bundle.folder, opened_bundle.manifest.engine, engine)
     options = EngineOptions(threads, None if providers is None else tuple(providers))
-    loaded = LoadedBundle(opened, engine_named(name), options, low_memory)
+    loaded = LoadedBundle(opened_bundle, load_engine(name), options, low_memory)
     try:
         pipeline = Pipeline(loaded)
     except BaseException:
         loaded.free()
         raise
-    log.info("loaded %s on %s in %.0f ms", opened.folder, name, (time.perf_counter() - start) * 1e3)
+    log.info("loaded %s on %s in %.0f ms", opened_bundle.folder, name, (time.perf_counter() - start) * 1e3)
     return pipeline
 
 
-def noise_correction_of(bundle: Bundle) -> NoiseCorrection | None:
+def load_bundle_correction(bundle: Bundle) -> NoiseCorrection | None:
     """The correction of the UNet's output that the bundle lists, or None; BundleError when it does not fit."""
     if NOISE_CORRECTION not in bundle.files:
         return None
@@ -230,7 +230,7 @@ def noise_correction_of(bundle: Bundle) -> NoiseCorrection | None:
     (output,) = bundle.manifest.components["unet"].outputs.values()
     if correction.channels != output.shape[1]:
         raise BundleError(
-            f"{bundle.path(NOISE_CORRECTION)} corrects {correction.channels} channels, the UNet puts out "
+            f"{bundle.path(NOISE_CORRECTION)} corrects {correction.channels} channels, the UNet's output has "
             f"{output.shape[1]}; export the bundle again"
         )
     return correction

@@ -1,4 +1,4 @@
-"""One call of a pipeline as a checked request: what can be refused before any component runs is refused here."""
+"""Check one call of a pipeline: everything that can be refused before any component runs is refused here."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.bundle import LatentInfo, Manifest
-from qdeploy.errors import RequestError, UsageError
-from qdeploy.runtime.image import Picture, mask_from_picture, pixels_from_picture
+from qdeploy.artifacts.bundle import LatentInfo, Manifest
+from qdeploy.base.errors import RequestError, UsageError
+from qdeploy.runtime.image import PictureInput, mask_from_picture, pixels_from_picture
 
 Array = NDArray[np.float32]
 MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
-LARGEST_SIDE = 8192  # pixels; more would not fit a machine's memory, and is a mistake or an attack
-STRENGTH = 0.8  # of image-to-image where none is given, as in diffusers; inpainting has 1
+MAX_SIDE = 8192  # pixels; more would not fit a machine's memory, and is a mistake or an attack
+DEFAULT_STRENGTH = 0.8  # of image-to-image where none is given, as in diffusers; inpainting has 1
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """The arguments of ``Pipeline.__call__`` that say which pictures to make, as it documents them.
 
     prompts, negative_prompts: None for an unconditional bundle; as many of the second as of the first.
@@ -40,7 +40,7 @@ class Request:
     eta: float
     latents: Array | None
     size: LatentInfo
-    source: Source | None
+    source: SourcePicture | None
 
     @property
     def is_guided(self) -> bool:
@@ -54,8 +54,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A given picture, or one for each prompt.
+class SourcePicture:
+    """An input picture, or one for each prompt.
 
     pixels: ``uint8[1 or prompts, H, W, 3]``.
     mask: ``bool[1 or prompts, H, W]``, True where it is to be made anew; None makes all anew, from it.
@@ -67,7 +67,7 @@ class Source:
 
 
 def check_text(manifest: Manifest, prompt: str | Sequence[str] | None, options: Collection[str]) -> None:
-    """UsageError unless there is a prompt just where the bundle reads text; ``options`` names others given for text."""
+    """UsageError unless there is a prompt exactly where the bundle reads text; ``options``: others about text."""
     if manifest.reads_text and prompt is None:
         raise UsageError("no prompt: this bundle makes pictures from text; give one")
     if not manifest.reads_text and (prompt is not None or options):
@@ -75,11 +75,11 @@ def check_text(manifest: Manifest, prompt: str | Sequence[str] | None, options: 
         raise UsageError(f"got {given}, expected none: this bundle is unconditional, it makes pictures without text")
 
 
-def checked_prompts(
+def check_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Prompts and as many negative prompts."""
-    prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative)
+    prompts, negatives = _list_texts("prompt", prompt), _list_texts("negative_prompt", negative)
     if not prompts:
         raise RequestError("no prompt given; pass a string or a non-empty list of strings")
     if isinstance(negative, str):
@@ -89,14 +89,14 @@ def checked_prompts(
     return prompts, negatives
 
 
-def checked_seeds(seed: int, first: int, count: int, prompts: int) -> tuple[tuple[int, int], ...]:
+def build_seeds(seed: int, first: int, count: int, prompts: int) -> tuple[tuple[int, int], ...]:
     """(seed, number) of each picture, prompt by prompt."""
-    seed, first = whole("seed", seed, 0), whole("first", first, 0)
-    numbers = range(first, first + whole("count", count, 1))
+    seed, first = check_integer("seed", seed, 0), check_integer("first", first, 0)
+    numbers = range(first, first + check_integer("count", count, 1))
     return tuple((seed, number) for _ in range(prompts) for number in numbers)
 
 
-def checked_latents(latents: Array | None, count: int, shape: tuple[int, int, int]) -> Array | None:
+def check_latents(latents: Array | None, count: int, shape: tuple[int, int, int]) -> Array | None:
     """``latents`` if they are finite ``float32[count, *shape]``."""
     if latents is None:
         return None
@@ -109,17 +109,17 @@ def checked_latents(latents: Array | None, count: int, shape: tuple[int, int, in
     return array
 
 
-def checked_source(
-    image: Picture | Sequence[Picture] | None,
-    mask: Picture | Sequence[Picture] | None,
+def build_source(
+    image: PictureInput | Sequence[PictureInput] | None,
+    mask: PictureInput | Sequence[PictureInput] | None,
     strength: float | None,
     prompts: int,
     latents: LatentInfo,
     reads_mask: bool,
-) -> Source | None:
-    """The given picture and mask, both of the bundle's size; None where there is none to be had.
+) -> SourcePicture | None:
+    """The input picture and mask, both of the bundle's size; None where there is none.
 
-    ``reads_mask`` is whether the bundle's UNet does, which can then do nothing but inpaint.
+    ``reads_mask``: whether the bundle's UNet reads a mask, and so can only inpaint.
     """
     if image is None:
         if mask is not None or strength is not None:
@@ -130,70 +130,74 @@ def checked_source(
     if mask is None and reads_mask:
         raise UsageError("this bundle's UNet inpaints: give a mask with the image, white where it is to be repainted")
     if strength is None:
-        strength = STRENGTH if mask is None else 1.0
-    number = real("strength", strength, 0, 1)
+        strength = DEFAULT_STRENGTH if mask is None else 1.0
+    number = check_number("strength", strength, 0, 1)
     if number == 0:
         raise RequestError("strength: got 0, expected more: 0 would give the picture back as it is")
-    pixels = _stacked([pixels_from_picture(one, "image") for one in _each(image, 3)], "image", prompts, latents)
+    pixels = _stack_pictures(
+        [pixels_from_picture(picture, "image") for picture in _list_pictures(image, 3)], "image", prompts, latents
+    )
     masks = None
     if mask is not None:
-        masks = _stacked([mask_from_picture(one) for one in _each(mask, 2)], "mask", prompts, latents)
-    return Source(pixels, masks, number)
+        masks = _stack_pictures(
+            [mask_from_picture(picture) for picture in _list_pictures(mask, 2)], "mask", prompts, latents
+        )
+    return SourcePicture(pixels, masks, number)
 
 
-def checked_size(width: int | None, height: int | None, made: LatentInfo) -> LatentInfo:
-    """``made``, the bundle's latents, at the asked size; RequestError for one that its graphs do not take."""
-    factor = made.image_height // made.height
-    asked = {}
-    for name, value, usual in (("width", width, made.image_width), ("height", height, made.image_height)):
-        asked[name] = usual if value is None else whole(name, value, 1)
-        step = factor * max(made.side_multiple, 1)
-        if asked[name] == usual:
+def resolve_size(width: int | None, height: int | None, latents: LatentInfo) -> LatentInfo:
+    """``latents`` of the bundle at the requested size; RequestError for one that its graphs do not take."""
+    factor = latents.image_height // latents.height
+    sizes = {}
+    for name, value, default in (("width", width, latents.image_width), ("height", height, latents.image_height)):
+        sizes[name] = default if value is None else check_integer(name, value, 1)
+        step = factor * max(latents.side_multiple, 1)
+        if sizes[name] == default:
             continue
-        if asked[name] % step:
+        if sizes[name] % step:
             raise RequestError(f"{name}: got {value}, expected a multiple of {step}")
-        if not made.side_multiple:
+        if not latents.side_multiple:
             raise RequestError(
-                f"{name}: got {value}, expected {usual}: the bundle's graphs are made for one size; export it again "
+                f"{name}: got {value}, expected {default}: the bundle's graphs are made for one size; export it again "
                 "with --dynamic size, or scale the picture afterwards"
             )
-        if asked[name] > LARGEST_SIDE:
-            raise RequestError(f"{name}: got {value}, expected at most {LARGEST_SIDE} pixels")
+        if sizes[name] > MAX_SIDE:
+            raise RequestError(f"{name}: got {value}, expected at most {MAX_SIDE} pixels")
     return replace(
-        made,
-        height=asked["height"] // factor,
-        width=asked["width"] // factor,
-        image_height=asked["height"],
-        image_width=asked["width"],
+        latents,
+        height=sizes["height"] // factor,
+        width=sizes["width"] // factor,
+        image_height=sizes["height"],
+        image_width=sizes["width"],
     )
 
 
-def whole(name: str, value: int, least: int) -> int:
-    """``value`` as an integer of at least ``least``; True and 2.0 are none."""
+def check_integer(name: str, value: int, minimum: int) -> int:
+    """``value`` as an integer of at least ``minimum``; True and 2.0 are refused."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
         raise RequestError(f"{name}: got {value!r:.40}, expected a whole number")
-    if number < least:
-        raise RequestError(f"{name}: got {number}, expected {least} or more")
+    if number < minimum:
+        raise RequestError(f"{name}: got {number}, expected {minimum} or more")
     return number
 
 
-def real(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> float:
-    """``value`` as a finite number from ``least`` to ``most``."""
+def check_number(name: str, value: float, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """``value`` as a finite number from ``minimum`` to ``maximum``."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) and least <= number <= most):
-        bounds = "a finite number" if math.isinf(least) else f"a number from {least:g} to {most:g}"
+    if not (math.isfinite(number) and minimum <= number <= maximum):
+        bounds = "a finite number" if math.isinf(minimum) else f"a number from {minimum:g} to {maximum:g}"
         raise RequestError(f"{name}: got {value!r:.40}, expected {bounds}")
     return number
 
 
-def _texts(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+def _list_texts(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
     texts: tuple[Any, ...]
     try:
         texts = (given,) if isinstance(given, str) else tuple(given)
@@ -211,14 +215,14 @@ def _texts(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
     return texts
 
 
-def _each(given: Picture | Sequence[Picture], dimensions: int) -> list[Picture]:
+def _list_pictures(given: PictureInput | Sequence[PictureInput], dimensions: int) -> list[PictureInput]:
     """One picture as a list of one; an array of one dimension more, or a list, as its pictures."""
     if isinstance(given, np.ndarray):
         return [given] if given.ndim <= dimensions else list(given)
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _stacked(arrays: list[NDArray[Any]], name: str, prompts: int, latents: LatentInfo) -> NDArray[Any]:
+def _stack_pictures(arrays: list[NDArray[Any]], name: str, prompts: int, latents: LatentInfo) -> NDArray[Any]:
     """One array of pictures, checked to be one or one a prompt, and of the bundle's size."""
     if len(arrays) not in (1, prompts):
         expected = "one" if prompts == 1 else f"one, or {prompts}, one a prompt"
@@ -228,6 +232,6 @@ def _stacked(arrays: list[NDArray[Any]], name: str, prompts: int, latents: Laten
         if (width, height) != (latents.image_width, latents.image_height):
             raise RequestError(
                 f"{name}: got {width}x{height} pixels, expected {latents.image_width}x{latents.image_height}, the "
-                "bundle's size; cut and scale it with qdeploy.runtime.image.fitted"
+                "bundle's size; cut and scale it with qdeploy.runtime.image.fit_image"
             )
     return np.stack(arrays)

@@ -1,4 +1,4 @@
-"""What a request gives back, what its callback is shown, and the clock behind its timings."""
+"""The result of a request, the argument of its callback, and the clock for its timings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback is shown after each step.
+    """The state after each step, for a callback.
 
     index, count: of the steps that this request makes; image-to-image makes fewer than were asked for.
     latents: ``float32[B, C, h, w]`` after the step, still noisy and read-only; ``Pipeline.decode`` shows them.
@@ -62,7 +62,7 @@ class Clock:
     spent_ms: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
+    def measure(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``name``."""
         start = time.perf_counter()
         yield

@@ -1,4 +1,4 @@
-"""One request from its texts and pictures to its result; all state lives here, none in the pipeline."""
+"""One request from its texts and pictures to its result; all state is here, none in the pipeline."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.errors import NonFiniteError, RequestError
 from qdeploy.engines.base import Session
-from qdeploy.errors import NonFiniteError, RequestError
 from qdeploy.runtime.image import unit_from_pixels
-from qdeploy.runtime.request import Request, Source
+from qdeploy.runtime.request import GenerationRequest, SourcePicture
 from qdeploy.runtime.results import Clock, Result, Step
-from qdeploy.runtime.watch import Watch
-from qdeploy.runtime.weighting import WeightedText, parse, weighted
-from qdeploy.sampling import Sampler, make_sampler, with_scheduler
-from qdeploy.sampling.loop import Given, PictureStreams, denoise, unit_noise
+from qdeploy.runtime.stopping import StopCondition
+from qdeploy.runtime.weighting import WeightedText, apply_weights, parse_weights
+from qdeploy.sampling import Scheduler, make_scheduler, replace_scheduler
+from qdeploy.sampling.loop import PictureStreams, SourceLatents, denoise, draw_unit_noise
 
 if TYPE_CHECKING:
     from qdeploy.runtime.pipeline import Pipeline
@@ -31,28 +31,32 @@ class Run:
     """One request on one pipeline."""
 
     def __init__(
-        self, pipeline: Pipeline, request: Request, watch: Watch, callback: Callable[[Step], bool | None] | None
+        self,
+        pipeline: Pipeline,
+        request: GenerationRequest,
+        stop: StopCondition,
+        callback: Callable[[Step], bool | None] | None,
     ) -> None:
         self._pipeline = pipeline
         self._request = request
-        self._watch = watch
+        self._stop = stop
         self._callback = callback
         self._clock = Clock()
         self._truncated: dict[str, str] = {}
-        self._mask_input: Array | None = None  # float32[B, C + 1, h, w], what an inpainting UNet reads beside x
+        self._mask_input: Array | None = None  # float32[B, C + 1, h, w], read by an inpainting UNet besides x
 
-    def result(self) -> Result:
+    def run(self) -> Result:
         """Make the pictures."""
         request, pipeline = self._request, self._pipeline
         config = pipeline.scheduler_config
-        config = config if request.scheduler is None else with_scheduler(config, request.scheduler)
-        sampler = make_sampler(config, request.steps, eta=request.eta, rng=PictureStreams(request.seeds))
-        begin = None if request.source is None else begin_of(request.source, request.steps)
-        given = None if request.source is None else self._given(request.source, begin)
+        config = config if request.scheduler is None else replace_scheduler(config, request.scheduler)
+        scheduler = make_scheduler(config, request.steps, eta=request.eta, rng=PictureStreams(request.seeds))
+        begin = None if request.source is None else choose_first_call(request.source, request.steps)
+        source_latents = None if request.source is None else self._encode_source(request.source, begin)
         cond, uncond = self._contexts()
-        noise = unit_noise(request.size.shape, request.seeds) if request.latents is None else request.latents
-        final = self._denoised(sampler, noise, cond, uncond, given)
-        with self._held("vae_decoder"):
+        noise = draw_unit_noise(request.size.shape, request.seeds) if request.latents is None else request.latents
+        final = self._denoise(scheduler, noise, cond, uncond, source_latents)
+        with self._hold_component("vae_decoder"):
             pixels = pipeline.decode(final, self._clock)
         log.debug("%d pictures in %d steps: %s", len(pixels), request.steps, self._clock.spent_ms)
         return Result(pixels, final, request.seeds, self._clock.spent_ms, self._truncated)
@@ -64,104 +68,113 @@ class Run:
             return None, None
         texts = [*request.prompts, *(request.negative_prompts if request.is_guided else ())]
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        hidden = self._embedded(list(rows))
+        hidden = self._embed(list(rows))
         contexts = np.repeat(hidden[[rows[text] for text in texts]], request.per_prompt, axis=0)
         cond, uncond = np.split(contexts, 2) if request.is_guided else (contexts, None)
         return cond, uncond
 
-    def _embedded(self, texts: Sequence[str]) -> Array:
+    def _embed(self, texts: Sequence[str]) -> Array:
         tokenizer = self._pipeline.tokenizer
         assert tokenizer is not None  # check_text has refused prompts for a bundle without
         is_weighted = self._request.weighting
-        parsed = [parse(text) if is_weighted else WeightedText.plain(text) for text in texts]
-        tokens = tokenizer.tokens(parsed)
-        self._truncated = {text: lost for text, lost in zip(texts, tokens.truncated, strict=True) if lost}
-        with self._held("text_encoder"):
+        parsed = [parse_weights(text) if is_weighted else WeightedText.from_text(text) for text in texts]
+        tokens = tokenizer.encode(parsed)
+        self._truncated = {text: cut for text, cut in zip(texts, tokens.truncated, strict=True) if cut}
+        with self._hold_component("text_encoder"):
             hidden = self._pipeline.embed(tokens.ids, self._clock)
-        return weighted(hidden, tokens.weights) if is_weighted else hidden
+        return apply_weights(hidden, tokens.weights) if is_weighted else hidden
 
-    def _given(self, source: Source, begin: int | None) -> Given | None:
-        """What the trajectory takes over from the picture, or the UNet reads of it where it inpaints by itself."""
+    def _encode_source(self, source: SourcePicture, begin: int | None) -> SourceLatents | None:
+        """The latents of the source picture for the trajectory, or for the input of an inpainting UNet."""
         pipeline, mask = self._pipeline, source.mask
         image, repaint = unit_from_pixels(source.pixels), None
-        with self._held("vae_encoder"):
+        with self._hold_component("vae_encoder"):
             if pipeline.reads_mask:
-                assert mask is not None  # checked_source has refused that
-                self._mask_input = self._channels_of_mask(image, mask)
+                assert mask is not None  # build_source has refused that
+                self._mask_input = self._make_mask_input(image, mask)
             elif mask is not None:
-                repaint = self._for_each(self._small(mask))
+                repaint = self._repeat_per_picture(self._downscale_mask(mask))
             if begin is None and repaint is None:
                 return None
-            return Given(self._for_each(pipeline.encode_unit(image, self._clock)), begin, repaint)
+            return SourceLatents(self._repeat_per_picture(pipeline.encode_unit(image, self._clock)), begin, repaint)
 
-    def _channels_of_mask(self, image: Array, mask: NDArray[np.bool_]) -> Array:
+    def _make_mask_input(self, image: Array, mask: NDArray[np.bool_]) -> Array:
         """``float32[B, C + 1, h, w]``: the mask and the latents of the picture, grey where it is masked."""
         masked = self._pipeline.encode_unit(np.where(mask[:, None], np.float32(0), image), self._clock)
-        return np.concatenate([self._for_each(self._small(mask)), self._for_each(masked)], axis=1)
+        return np.concatenate(
+            [self._repeat_per_picture(self._downscale_mask(mask)), self._repeat_per_picture(masked)], axis=1
+        )
 
-    def _small(self, mask: NDArray[np.bool_]) -> Array:
+    def _downscale_mask(self, mask: NDArray[np.bool_]) -> Array:
         """``float32[n, 1, h, w]`` of ``bool[n, H, W]``: every latent's first pixel, as ``interpolate`` picks it."""
         latents = self._request.size
         rows, columns = latents.image_height // latents.height, latents.image_width // latents.width
         return mask[:, None, ::rows, ::columns].astype(np.float32)
 
-    def _for_each(self, rows: Array) -> Array:
-        """Row by row of one or one a prompt -> one a picture."""
+    def _repeat_per_picture(self, rows: Array) -> Array:
+        """One row, or one a prompt -> one row a picture."""
         pictures = len(self._request.seeds)
         return np.repeat(rows, pictures if len(rows) == 1 else self._request.per_prompt, axis=0)
 
-    def _denoised(
-        self, sampler: Sampler, noise: Array, cond: Array | None, uncond: Array | None, given: Given | None
+    def _denoise(
+        self,
+        scheduler: Scheduler,
+        noise: Array,
+        cond: Array | None,
+        uncond: Array | None,
+        source_latents: SourceLatents | None,
     ) -> Array:
-        request, watch = self._request, self._watch
-        count = len(sampler.timesteps) - (0 if given is None or given.begin is None else given.begin)
+        request, stop = self._request, self._stop
+        count = len(scheduler.timesteps) - (
+            0 if source_latents is None or source_latents.begin is None else source_latents.begin
+        )
         calls = iter(range(1, count + 1))
 
         def predict(x: Array, t: int, context: Array | None) -> Array:
             if context is not None:
                 context.flags.writeable = False  # the same at every step: an engine may keep it on its device
-            place = f"in step {next(calls)} of {count} (timestep {t})"
+            position = f"in step {next(calls)} of {count} (timestep {t})"
             try:
                 return self._pipeline.predict(self._unet_input(x), t, context, self._clock, 1 + request.is_guided)
             except NonFiniteError as exc:
                 raise NonFiniteError(
-                    f"unet put out NaN or infinity {place}; the bundle is broken or guidance_scale "
+                    f"the output of unet holds NaN or infinity {position}; the bundle is broken or guidance_scale "
                     f"{request.guidance_scale:g} drives it out of range"
                 ) from exc
 
         def on_step(index: int, t: int, x: Array) -> bool | None:
-            watch.check(f"after step {index + 1} of {count}")
+            stop.check(f"after step {index + 1} of {count}")
             if self._callback is None:
                 return None
-            shown = x.view()
-            shown.flags.writeable = False
-            return self._callback(Step(index, count, t, shown))
+            view = x.view()
+            view.flags.writeable = False
+            return self._callback(Step(index, count, t, view))
 
-        with self._held("unet"):
+        with self._hold_component("unet"):
             return denoise(
-                predict, sampler, noise, cond, uncond, request.guidance_scale, on_step,
-                guidance_rescale=request.guidance_rescale, given=given,
+                predict, scheduler, noise, cond, uncond, request.guidance_scale, on_step,
+                guidance_rescale=request.guidance_rescale, source=source_latents,
             )  # fmt: skip
 
     def _unet_input(self, x: Array) -> Array:
-        """``x``, with mask and masked picture behind its channels where the UNet reads them."""
+        """``x``, followed by the channels of mask and masked picture where the UNet reads them."""
         if self._mask_input is None:
             return x
         halves = len(x) // len(self._mask_input)  # both guidance halves read the same
         return np.concatenate([x, np.concatenate([self._mask_input] * halves)], axis=1)
 
-    def _held(self, name: str) -> AbstractContextManager[Session]:
+    def _hold_component(self, name: str) -> AbstractContextManager[Session]:
         """The component kept open for a whole stage; the request may be stopped before it and while waiting."""
         where = f"before the {name}"
-        self._watch.check(where)
-        return self._pipeline.component(name).held(lambda: self._watch.check(where))
+        self._stop.check(where)
+        return self._pipeline.component(name).hold(lambda: self._stop.check(where))
 
 
-def begin_of(source: Source, steps: int) -> int | None:
-    """The model call to begin with, as diffusers' pipelines do; None where inpainting begins with pure noise."""
-    made = min(int(steps * source.strength), steps)
-    if made < 1:
+def choose_first_call(source: SourcePicture, steps: int) -> int | None:
+    """The first model call, as in diffusers' pipelines; None where inpainting begins with pure noise."""
+    step_count = min(int(steps * source.strength), steps)
+    if step_count < 1:
         raise RequestError(
             f"strength {source.strength:g} of {steps} steps leaves none to make; expected a product of 1 or more"
         )
-    return None if source.mask is not None and source.strength == 1 else steps - made
+    return None if source.mask is not None and source.strength == 1 else steps - step_count

@@ -1,4 +1,4 @@
-"""Prompts to token ids through the ``tokenizers`` library; padding and length lie in the bundle's file."""
+"""Prompts to token ids through the ``tokenizers`` library; padding and length are in the bundle's file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import BundleError
+from qdeploy.base.errors import BundleError
 from qdeploy.runtime.weighting import WeightedText
 
 if TYPE_CHECKING:
@@ -51,29 +51,31 @@ class Tokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """``int64[B, length]`` of plain prompts; one that had to be cut is logged as a warning."""
-        return self.tokens([WeightedText.plain(prompt) for prompt in prompts]).ids
+        return self.encode([WeightedText.from_text(prompt) for prompt in prompts]).ids
 
-    def tokens(self, prompts: Sequence[WeightedText]) -> Tokens:
+    def encode(self, prompts: Sequence[WeightedText]) -> Tokens:
         """Ids and weights; a token has the weight of its first character. A cut prompt is logged as a warning."""
         encodings = self._backend.encode_batch([prompt.text for prompt in prompts])
-        truncated = tuple(_lost(prompt.text, encoding) for prompt, encoding in zip(prompts, encodings, strict=True))
-        for prompt, lost in zip(prompts, truncated, strict=True):
-            if lost:
+        truncated = tuple(
+            _find_truncated(prompt.text, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)
+        )
+        for prompt, cut in zip(prompts, truncated, strict=True):
+            if cut:
                 log.warning("prompt cut to %d tokens: %.80s", self._length, prompt.text)
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
-        weights = [_weights(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)]
+        weights = [_list_weights(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)]
         return Tokens(ids, np.array(weights, np.float32), truncated)
 
 
-def _lost(text: str, encoding: Encoding) -> str:
-    """The end of ``text`` from the first token that found no room, or nothing."""
+def _find_truncated(text: str, encoding: Encoding) -> str:
+    """The end of ``text`` from the first token that was cut, or nothing."""
     if not encoding.overflowing:
         return ""
     overflow = encoding.overflowing[0]
-    return text[max(start for start, _ in overflow.offsets[:2]) :]  # behind the token that opens every text
+    return text[max(start for start, _ in overflow.offsets[:2]) :]  # after the token that starts every text
 
 
-def _weights(prompt: WeightedText, encoding: Encoding) -> list[float]:
+def _list_weights(prompt: WeightedText, encoding: Encoding) -> list[float]:
     return [
         1.0 if special or start == end else prompt.weights[start]
         for (start, end), special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)

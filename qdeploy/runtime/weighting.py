@@ -7,7 +7,7 @@ The grammar and the arithmetic are those of AUTOMATIC1111's Stable Diffusion web
     (a cat:1.3)  1.3 times             ((a) cat) nested ones multiply
     \\( \\) \\[ \\] \\\\   the characters themselves
 
-A bracket without its partner weights all that follows or is left out, as there. Two things differ: the plain text
+An unmatched bracket weights all that follows or is ignored, as there. Two things differ: the plain text
 is made into tokens as a whole, where the web UI cuts it at each bracket, and the mean is restored prompt by prompt,
 where it takes the mean of a batch. ``BREAK`` and ``[from:to:when]`` are plain text here.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import RequestError
+from qdeploy.base.errors import RequestError
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_WEIGHT = 100.0
@@ -44,12 +44,12 @@ class WeightedText:
     weights: tuple[float, ...]
 
     @classmethod
-    def plain(cls, text: str) -> WeightedText:
+    def from_text(cls, text: str) -> WeightedText:
         """``text`` as it is, all of it with weight 1."""
         return cls(text, (1.0,) * len(text))
 
 
-def parse(prompt: str) -> WeightedText:
+def parse_weights(prompt: str) -> WeightedText:
     """The weights in ``prompt``; RequestError for one that is no number or beyond ``MAX_WEIGHT``."""
     text: list[str] = []
     weights: list[float] = []
@@ -66,15 +66,15 @@ def parse(prompt: str) -> WeightedText:
         elif piece == "[":
             square_open.append(len(weights))
         elif number is not None and round_open:
-            multiply(round_open.pop(), _weight(number))
+            multiply(round_open.pop(), _weight_from_text(number))
         elif piece == ")" and round_open:
             multiply(round_open.pop(), ROUND)
         elif piece == "]" and square_open:
             multiply(square_open.pop(), SQUARE)
         else:
-            plain = piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece
-            text.append(plain)
-            weights.extend([1.0] * len(plain))
+            characters = piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece
+            text.append(characters)
+            weights.extend([1.0] * len(characters))
     for start in round_open:
         multiply(start, ROUND)
     for start in square_open:
@@ -84,7 +84,7 @@ def parse(prompt: str) -> WeightedText:
     return WeightedText("".join(text), tuple(weights))
 
 
-def weighted(hidden: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+def apply_weights(hidden: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """Embeddings ``float32[B, T, D]`` times ``weights float32[B, T]``, then scaled to each prompt's mean of before."""
     scaled = hidden * weights[:, :, None]
     for row, before in zip(scaled, hidden, strict=True):
@@ -96,7 +96,7 @@ def weighted(hidden: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArr
     return scaled
 
 
-def _weight(number: str) -> float:
+def _weight_from_text(number: str) -> float:
     try:
         value = float(number)
     except ValueError:

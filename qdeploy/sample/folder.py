@@ -5,54 +5,54 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qdeploy.errors import UsageError
-from qdeploy.files import staged_file
-from qdeploy.progress import OnProgress, silent
-from qdeploy.receipt import Step, read_receipt, write_receipt
-from qdeploy.sample.job import Job
-from qdeploy.sample.work import WHAT, Workers, in_this_process
+from qdeploy.artifacts.receipt import RecipeStep, read_receipt, write_receipt
+from qdeploy.base.errors import UsageError
+from qdeploy.base.files import stage_file
+from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.sample.job import SampleJob
+from qdeploy.sample.work import STEP_NAME, Workers, sample_locally
 
-OURS = re.compile(r"\d{6}\.png|\.\d{6}\.png\.\d+\.part")
+PICTURE_NAME = re.compile(r"\d{6}\.png|\.\d{6}\.png\.\d+\.part")
 
 
 def sample_to_folder(
-    job: Job,
+    job: SampleJob,
     count: int,
     folder: Path,
     receipts: Path,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress = ignore_progress,
     batch: int = 8,
-    workers: Workers = in_this_process,
+    workers: Workers = sample_locally,
 ) -> None:
-    """Make ``folder`` hold the pictures 000000.png to ``count`` - 1, all of this job.
+    """Write the pictures 000000.png to ``count`` - 1 of this job to ``folder``.
 
-    Pictures that are there stay; those of another bundle or other settings are removed first. ``batch`` pictures
-    go through the sampler together, what an interruption can lose; it changes none of them.
+    Existing pictures are kept; those of another bundle or other settings are removed first. ``batch`` pictures
+    are denoised together, which an interruption can lose; it changes none of them.
     """
-    make_room(Step(WHAT, folder, job.settings, {"bundle": job.bundle_sha256}), receipts)
-    missing = [number for number in range(count) if not picture_file(folder, number).is_file()]
+    remove_stale(RecipeStep(STEP_NAME, folder, job.settings, {"bundle": job.bundle_sha256}), receipts)
+    missing = [number for number in range(count) if not picture_path(folder, number).is_file()]
     if not missing:
-        on_progress(f"{WHAT}: done before", 1, 1)
+        on_progress(f"{STEP_NAME}: done before", 1, 1)
     for number, file in workers(job, job.batches(missing, batch), on_progress) if missing else ():
-        with staged_file(picture_file(folder, number)) as scratch:
+        with stage_file(picture_path(folder, number)) as scratch:
             scratch.write_bytes(file)
 
 
-def make_room(step: Step, receipts: Path) -> None:
-    """Take away pictures that were made another way; UsageError for some of which no receipt speaks."""
-    before = read_receipt(receipts, step.name).get("key")
-    if before == step.key:
+def remove_stale(step: RecipeStep, receipts: Path) -> None:
+    """Remove pictures that were made in another way; UsageError for pictures without a receipt."""
+    previous = read_receipt(receipts, step.name).get("key")
+    if previous == step.key:
         return
-    found = [path for path in step.made.glob("*") if OURS.fullmatch(path.name)]
-    if found and before is None:
+    pictures = [path for path in step.output.glob("*") if PICTURE_NAME.fullmatch(path.name)]
+    if pictures and previous is None:
         raise UsageError(
-            f"{step.made} holds pictures and {receipts / step.name}.json does not say how they were made; move them "
+            f"{step.output} holds pictures and {receipts / step.name}.json does not say how they were made; move them "
             "away or give another folder with -o"
         )
-    for path in found:
+    for path in pictures:
         path.unlink()
     write_receipt(receipts, step)
 
 
-def picture_file(folder: Path, number: int) -> Path:
+def picture_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"

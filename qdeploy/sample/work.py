@@ -1,4 +1,4 @@
-"""Who makes a job's pictures: this process. ``ray_workers`` is the other one."""
+"""Make a job's pictures in this process; ``ray_workers`` makes them on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,42 +6,48 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from qdeploy.progress import OnProgress
+from qdeploy.base.progress import OnProgress
 from qdeploy.runtime.pipeline import Pipeline, load
 from qdeploy.runtime.results import Step
-from qdeploy.sample.job import Job
+from qdeploy.sample.job import SampleJob
 
-WHAT = "sample"
+STEP_NAME = "sample"
 
 
 class Workers(Protocol):
-    """Makes the pictures of all batches, in any order: a number and its PNG file, as soon as it is there."""
+    """Makes the pictures of all batches, in any order: a number and its PNG file, as soon as it is made."""
 
-    def __call__(self, job: Job, batches: Sequence[range], on_progress: OnProgress) -> Iterator[tuple[int, bytes]]: ...
+    def __call__(
+        self, job: SampleJob, batches: Sequence[range], on_progress: OnProgress
+    ) -> Iterator[tuple[int, bytes]]: ...
 
 
-def in_this_process(job: Job, batches: Sequence[range], on_progress: OnProgress) -> Iterator[tuple[int, bytes]]:
+def sample_locally(job: SampleJob, batches: Sequence[range], on_progress: OnProgress) -> Iterator[tuple[int, bytes]]:
     """Batch by batch."""
     done, total = 0, sum(map(len, batches))
     with load(job.bundle, engine=job.engine, threads=job.threads, verify=False) as pipe:
         for batch in batches:
             yield from zip(
-                batch, drawn(pipe, job, batch, steps_shown(on_progress, done, len(batch), total)), strict=True
+                batch,
+                render_batch(pipe, job, batch, make_step_callback(on_progress, done, len(batch), total)),
+                strict=True,
             )
             done += len(batch)
 
 
-def drawn(pipe: Pipeline, job: Job, batch: range, callback: Callable[[Step], None] | None = None) -> list[bytes]:
+def render_batch(
+    pipe: Pipeline, job: SampleJob, batch: range, callback: Callable[[Step], None] | None = None
+) -> list[bytes]:
     """The PNG files of pictures of one prompt."""
     result = pipe(
         job.prompt(batch[0]),
         negative_prompt=job.negative_prompt,
         steps=job.steps,
-        guidance_scale=job.guidance,
+        guidance_scale=job.guidance_scale,
         seed=job.seed,
         first=batch[0],
         count=len(batch),
-        scheduler=job.sampler,
+        scheduler=job.scheduler,
         eta=job.eta,
         callback=callback,
     )
@@ -53,10 +59,12 @@ def drawn(pipe: Pipeline, job: Job, batch: range, callback: Callable[[Step], Non
     return files
 
 
-def steps_shown(on_progress: OnProgress, done: int, batch: int, total: int) -> Callable[[Step], None]:
+def make_step_callback(on_progress: OnProgress, done: int, batch: int, total: int) -> Callable[[Step], None]:
     """A callback for the steps of ``batch`` pictures, ``done`` of ``total`` being finished."""
 
     def callback(step: Step) -> None:
-        on_progress(f"{WHAT}: steps of all pictures", done * step.count + (step.index + 1) * batch, total * step.count)
+        on_progress(
+            f"{STEP_NAME}: steps of all pictures", done * step.count + (step.index + 1) * batch, total * step.count
+        )
 
     return callback

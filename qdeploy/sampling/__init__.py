@@ -1,4 +1,4 @@
-"""Samplers in NumPy alone, chosen by a ``scheduler_config.json``; the denoising loop is in ``loop.py``."""
+"""Schedulers in NumPy, chosen by a ``scheduler_config.json``; the denoising loop is in ``loop.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import RequestError, UsageError
+from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.sampling.ddim import DDIM
 from qdeploy.sampling.dpm_solver import DPMSolverMultistep
 from qdeploy.sampling.euler import EulerDiscrete
@@ -20,21 +20,21 @@ from qdeploy.sampling.settings import refuse_unknown
 from qdeploy.sampling.unipc import UniPCMultistep
 
 __all__ = [
+    "CLASS_NAMES",
     "DDIM",
     "LCM",
-    "NAMES",
     "PNDM",
     "DPMSolverMultistep",
     "EulerAncestralDiscrete",
     "EulerDiscrete",
     "NoiseSchedule",
-    "Sampler",
+    "Scheduler",
     "UniPCMultistep",
-    "make_sampler",
-    "with_scheduler",
+    "make_scheduler",
+    "replace_scheduler",
 ]
 
-NAMES = {
+CLASS_NAMES = {
     "pndm": "PNDMScheduler",
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -45,11 +45,11 @@ NAMES = {
 }
 
 
-class Sampler(Protocol):
-    """One request's sampler; it holds the request's state, so each request makes its own.
+class Scheduler(Protocol):
+    """One request's scheduler; it holds the request's state, so each request makes its own.
 
     A trajectory begins with model call 0 from unit noise times ``init_noise_sigma``, or with any call ``k`` from
-    ``noised(x0, noise, k)`` (image to image, where diffusers calls ``set_begin_index(k)``): the first ``step`` takes
+    ``add_noise(x0, noise, k)`` (image to image, where diffusers calls ``set_begin_index(k)``): the first ``step`` takes
     any ``index``, and a multistep solver starts there with first order.
 
     timesteps: ``int64[calls]``, one for each model call, in order.
@@ -60,23 +60,23 @@ class Sampler(Protocol):
     init_noise_sigma: float
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
-        """What the model is to see of ``x`` in call ``index``; ``float32[B, C, H, W]``."""
+        """The model's input for ``x`` in call ``index``; ``float32[B, C, H, W]``."""
         ...
 
     def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
         """The ``x`` that follows call ``index``; calls come in order, ``float32[B, C, H, W]`` all."""
         ...
 
-    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
-        """The ``x`` right before call ``index`` of clean latents ``x0`` and unit ``noise``, as ``add_noise`` has it.
+    def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
+        """The ``x`` before call ``index`` from clean latents ``x0`` and unit ``noise``, as ``add_noise`` has it.
 
         Draws nothing and changes no state; ``float32[B, C, H, W]`` all.
         """
         ...
 
 
-Maker = Callable[[Mapping[str, Any], int, float, NormalSource | None], Sampler]
-MAKERS: Mapping[str, Maker] = {
+SchedulerMaker = Callable[[Mapping[str, Any], int, float, NormalSource | None], Scheduler]
+MAKERS: Mapping[str, SchedulerMaker] = {
     "PNDMScheduler": lambda config, steps, eta, rng: PNDM(config, steps),
     "DDIMScheduler": DDIM,
     "DPMSolverMultistepScheduler": lambda config, steps, eta, rng: DPMSolverMultistep(config, steps, rng),
@@ -87,33 +87,33 @@ MAKERS: Mapping[str, Maker] = {
 }
 
 
-def make_sampler(
+def make_scheduler(
     config: Mapping[str, Any], steps: int, *, eta: float = 0.0, rng: NormalSource | None = None
-) -> Sampler:
-    """A fresh sampler of the class that ``config["_class_name"]`` names, for one request of ``steps`` steps.
+) -> Scheduler:
+    """A fresh scheduler of the class that ``config["_class_name"]`` names, for one request of ``steps`` steps.
 
-    ``eta`` is DDIM's share of noise; ``rng`` is needed by stochastic samplers only (``loop.PictureStreams`` makes
+    ``eta`` is DDIM's share of noise; ``rng`` is needed by stochastic schedulers only (``loop.PictureStreams`` makes
     each picture independent of its batch).
     """
     refuse_unknown(config)
     class_name = config.get("_class_name")
-    if eta != 0 and class_name != NAMES["ddim"]:
+    if eta != 0 and class_name != CLASS_NAMES["ddim"]:
         raise RequestError(f"eta: got {eta}, expected 0: only ddim takes noise this way, not {class_name}")
     if isinstance(class_name, str) and class_name in MAKERS:
         return MAKERS[class_name](config, steps, eta, rng)
     raise UsageError(
-        f"scheduler `_class_name`: got {class_name!r}, supported: {', '.join(NAMES.values())}; "
-        f"choose one with --scheduler {'|'.join(NAMES)}"
+        f"scheduler `_class_name`: got {class_name!r}, supported: {', '.join(CLASS_NAMES.values())}; "
+        f"choose one with --scheduler {'|'.join(CLASS_NAMES)}"
     )
 
 
-def with_scheduler(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def replace_scheduler(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """``config`` for the scheduler called ``name``, as diffusers' ``X.from_config(other.config)`` makes it.
 
     Settings in the file are kept; those a live diffusers config lists as mere defaults of its own class
     (``_use_default_values``) are left to the new one's defaults.
     """
-    if name not in NAMES:
-        raise UsageError(f"unknown --scheduler {name!r}; known schedulers: {', '.join(NAMES)}")
+    if name not in CLASS_NAMES:
+        raise UsageError(f"unknown --scheduler {name!r}; known schedulers: {', '.join(CLASS_NAMES)}")
     dropped = {"_use_default_values", *config.get("_use_default_values", ())}
-    return {key: value for key, value in config.items() if key not in dropped} | {"_class_name": NAMES[name]}
+    return {key: value for key, value in config.items() if key not in dropped} | {"_class_name": CLASS_NAMES[name]}

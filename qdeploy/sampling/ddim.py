@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.errors import RequestError, UsageError
+from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule, NormalSource
-from qdeploy.sampling.settings import check_steps, check_timesteps, choice, count
-from qdeploy.sampling.timesteps import SPACINGS, spaced
+from qdeploy.sampling.settings import check_steps, check_timesteps, read_choice, read_count
+from qdeploy.sampling.timesteps import SPACINGS, space_timesteps
 from qdeploy.sampling.x0_range import X0Range
 
 
 class DDIM:
-    """One request's sampler; ``eta`` 0 is deterministic, 1 is DDPM with noise from ``rng``."""
+    """One request's scheduler; ``eta`` 0 is deterministic, 1 is DDPM with noise from ``rng``."""
 
     init_noise_sigma = 1.0
 
@@ -26,12 +26,14 @@ class DDIM:
         self._schedule = NoiseSchedule.from_config(config)
         self._final = self._schedule.final_alpha_bar(config, default=True)
         self._range = X0Range.from_config(config, clips=True)
-        self._eta, self._rng = _checked_noise(eta, rng)
+        self._eta, self._rng = _check_noise(eta, rng)
         train_steps = self._schedule.train_steps
         check_steps(steps, train_steps)
-        spacing = choice(config, "timestep_spacing", "leading", SPACINGS)
+        spacing = read_choice(config, "timestep_spacing", "leading", SPACINGS)
         self._stride = train_steps // steps
-        self.timesteps = spaced(spacing, steps, train_steps, count(config, "steps_offset", 0, least=0))[::-1]
+        self.timesteps = space_timesteps(spacing, steps, train_steps, read_count(config, "steps_offset", 0, minimum=0))[
+            ::-1
+        ]
         check_timesteps(self.timesteps, train_steps)
         self._schedule.refuse_epsilon_without_signal(self.timesteps)
 
@@ -51,9 +53,9 @@ class DDIM:
             x_prev += math.sqrt(variance) * self._rng.standard_normal(x.shape, dtype=np.float32)
         return x_prev.astype(np.float32)
 
-    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+    def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
-        return self._schedule.noised(x0, noise, self.timesteps[index : index + 1])
+        return self._schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
 
     def _x0_and_epsilon(self, model_output: Floats, x: Floats, a_t: float) -> tuple[Floats, Floats]:
         """Predicted x0 in range, and the noise of the one before that, as in diffusers."""
@@ -63,7 +65,7 @@ class DDIM:
         return self._range.limit(x0), epsilon
 
 
-def _checked_noise(eta: float, rng: NormalSource | None) -> tuple[float, NormalSource | None]:
+def _check_noise(eta: float, rng: NormalSource | None) -> tuple[float, NormalSource | None]:
     """``eta`` and the generator it draws from, None where there is no noise to draw."""
     if not 0 <= eta <= 1:
         raise RequestError(f"eta: got {eta}, expected 0 (deterministic) to 1 (as noisy as DDPM)")

@@ -1,6 +1,6 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), equal to diffusers' ``DPMSolverMultistepScheduler``.
 
-The deterministic multistep solver of orders 1 to 3 and its stochastic twin of orders 1 and 2. Noise levels
+The deterministic multistep solver of orders 1 to 3 and its stochastic variant of orders 1 and 2. Noise levels
 come from ``noise_levels.py``; a level here is sigma_t / alpha_t, so exp(-h) is the ratio of two of them.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.errors import UsageError
-from qdeploy.sampling.noise_levels import alpha_sigma, dpm_levels
+from qdeploy.base.errors import UsageError
+from qdeploy.sampling.noise_levels import alpha_sigma, compute_dpm_levels
 from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule, NormalSource
-from qdeploy.sampling.settings import check_steps, choice, flag
+from qdeploy.sampling.settings import check_steps, read_choice, read_flag
 from qdeploy.sampling.x0_range import X0Range
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
@@ -25,8 +25,8 @@ SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "b
 
 
 @dataclass(frozen=True)
-class Solver:
-    """Settings of the solver alone."""
+class DPMSolverSettings:
+    """Settings of the solver itself."""
 
     stochastic: bool
     order: int
@@ -35,33 +35,33 @@ class Solver:
     euler_at_final: bool
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Solver:
+    def from_config(cls, config: Mapping[str, Any]) -> DPMSolverSettings:
         """Read and check the settings in a ``scheduler_config.json``."""
-        choice(config, "variance_type", None, (None,))
-        algorithm = choice(config, "algorithm_type", "dpmsolver++", ALGORITHMS)
+        read_choice(config, "variance_type", None, (None,))
+        algorithm = read_choice(config, "algorithm_type", "dpmsolver++", ALGORITHMS)
         # the third-order stochastic step of diffusers has a coefficient that does not vanish with h
         orders = (1, 2) if algorithm == "sde-dpmsolver++" else (1, 2, 3)
-        solver_type = SOLVER_TYPES[choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]
+        solver_type = SOLVER_TYPES[read_choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]
         return cls(
             stochastic=algorithm == "sde-dpmsolver++",
-            order=choice(config, "solver_order", 2, orders),
+            order=read_choice(config, "solver_order", 2, orders),
             heun=solver_type == "heun",
-            lower_order_final=flag(config, "lower_order_final", True),
-            euler_at_final=flag(config, "euler_at_final", False),
+            lower_order_final=read_flag(config, "lower_order_final", True),
+            euler_at_final=read_flag(config, "euler_at_final", False),
         )
 
 
 class DPMSolverMultistep:
-    """One request's sampler; remembers up to three predicted x0."""
+    """One request's scheduler; remembers up to three predicted x0."""
 
     init_noise_sigma = 1.0
 
     def __init__(self, config: Mapping[str, Any], steps: int, rng: NormalSource | None = None) -> None:
-        self._solver = Solver.from_config(config)
+        self._solver = DPMSolverSettings.from_config(config)
         self._range = X0Range.from_config(config, clips=None)
         self._schedule = NoiseSchedule.from_config(config)
         check_steps(steps, self._schedule.train_steps)
-        self.timesteps, self._levels = dpm_levels(config, self._schedule, steps)
+        self.timesteps, self._levels = compute_dpm_levels(config, self._schedule, steps)
         if self._solver.stochastic and rng is None:
             raise UsageError("algorithm_type 'sde-dpmsolver++' draws noise; pass rng=numpy.random.default_rng(seed)")
         self._rng = rng if self._solver.stochastic else None
@@ -77,14 +77,14 @@ class DPMSolverMultistep:
         x_wide = x.astype(np.float64)
         x0 = self._range.limit(self._schedule.x0(noise_pred.astype(np.float64), x_wide, alpha, sigma))
         self._x0s = [x0, *self._x0s[: self._solver.order - 1]]
-        return self._updated(x_wide, index, self._order(index)).astype(np.float32)
+        return self._update(x_wide, index, self._order(index)).astype(np.float32)
 
-    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+    def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``alpha x0 + sigma noise`` at the level of call ``index``; ``float32[B, C, H, W]`` all."""
         alpha, sigma = alpha_sigma(self._levels[index])
         return np.float32(alpha) * x0 + np.float32(sigma) * noise
 
-    def _updated(self, x: Floats, index: int, order: int) -> Floats:
+    def _update(self, x: Floats, index: int, order: int) -> Floats:
         """DPM-Solver++, k = 1, or SDE-DPM-Solver++, which decays the old noise as exp(-2h), k = 2."""
         k = 2 if self._solver.stochastic else 1
         level, next_level = self._levels[index : index + 2]

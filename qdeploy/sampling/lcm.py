@@ -1,7 +1,7 @@
 """Multistep sampling of latent consistency models (Luo et al. 2023, arXiv:2310.04378, algorithm 3).
 
 Equal to diffusers' ``LCMScheduler``. The timesteps are those that the model was distilled on, so that
-`timestep_spacing`, `steps_offset` and `set_alpha_to_one` play no part, in diffusers neither.
+`timestep_spacing`, `steps_offset` and `set_alpha_to_one` are ignored, as in diffusers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import RequestError, UsageError
+from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule, NormalSource
-from qdeploy.sampling.settings import check_steps, count, number, unsupported
+from qdeploy.sampling.settings import check_steps, make_unsupported_error, read_count, read_number
 from qdeploy.sampling.x0_range import X0Range
 
 DEFAULT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -23,16 +23,16 @@ SIGMA_DATA = 0.5
 
 
 class LCM:
-    """One request's sampler; between two calls the predicted x0 is noised anew from ``rng``."""
+    """One request's scheduler; between two calls the predicted x0 is noised anew from ``rng``."""
 
     init_noise_sigma = 1.0
 
     def __init__(self, config: Mapping[str, Any], steps: int, rng: NormalSource | None = None) -> None:
         self._schedule = NoiseSchedule.from_config({**DEFAULT_BETAS, **config})
         self._range = X0Range.from_config(config, clips=False)
-        self._timestep_scaling = number(config, "timestep_scaling", 10.0)
+        self._timestep_scaling = read_number(config, "timestep_scaling", 10.0)
         check_steps(steps, self._schedule.train_steps)
-        self.timesteps = _distilled_timesteps(config, self._schedule.train_steps, steps)
+        self.timesteps = _choose_timesteps(config, self._schedule.train_steps, steps)
         self._schedule.refuse_epsilon_without_signal(self.timesteps)
         if rng is None:
             raise UsageError("lcm draws noise; pass rng=numpy.random.default_rng(seed)")
@@ -54,9 +54,9 @@ class LCM:
             x_next = next_alpha * x_next + next_sigma * self._rng.standard_normal(x.shape, dtype=np.float32)
         return x_next.astype(np.float32)
 
-    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+    def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
-        return self._schedule.noised(x0, noise, self.timesteps[index : index + 1])
+        return self._schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
 
     def _alpha_sigma(self, t: int) -> tuple[float, float]:
         alpha_bar = float(self._schedule.alphas_cumprod[t])
@@ -68,11 +68,13 @@ class LCM:
         return SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / math.hypot(scaled, SIGMA_DATA)
 
 
-def _distilled_timesteps(config: Mapping[str, Any], train_steps: int, steps: int) -> NDArray[np.int64]:
+def _choose_timesteps(config: Mapping[str, Any], train_steps: int, steps: int) -> NDArray[np.int64]:
     """``int64[steps]`` of the `original_inference_steps` timesteps of distillation, evenly spread, falling."""
-    original_steps = count(config, "original_inference_steps", 50, least=1)
+    original_steps = read_count(config, "original_inference_steps", 50, minimum=1)
     if original_steps > train_steps:
-        raise unsupported("original_inference_steps", original_steps, f"at most num_train_timesteps={train_steps}")
+        raise make_unsupported_error(
+            "original_inference_steps", original_steps, f"at most num_train_timesteps={train_steps}"
+        )
     if steps > original_steps:
         raise RequestError(f"steps: got {steps}, expected 1 to {original_steps}, lcm's `original_inference_steps`")
     distilled = (np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1).astype(np.int64)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.sampling.noise_schedule import Floats, Schedule
-from qdeploy.sampling.settings import flag, number, refuse_flags, unsupported
+from qdeploy.sampling.settings import make_unsupported_error, read_flag, read_number, refuse_flags
 
 UNSUPPORTED_SPACINGS = ("use_flow_sigmas", "use_dynamic_shifting")
 KARRAS_RHO = 7.0
@@ -18,19 +18,19 @@ BETA_SHAPE = 0.6
 BETA_SERIES_TERMS = 60  # powers of x <= 1/2: what is left out is below 2**-60
 
 
-def level_spacing(config: Mapping[str, Any], known: Sequence[str]) -> str | None:
-    """The one rule among ``known`` that is on; None when levels follow the timesteps."""
+def choose_level_spacing(config: Mapping[str, Any], known: Sequence[str]) -> str | None:
+    """The one enabled rule among ``known``; None when levels follow the timesteps."""
     refuse_flags(config, UNSUPPORTED_SPACINGS)
-    chosen = [name for name in known if flag(config, name, False)]
-    if len(chosen) > 1:
-        raise unsupported(chosen[1], True, f"False beside {chosen[0]}")
-    return chosen[0] if chosen else None
+    enabled = [name for name in known if read_flag(config, name, False)]
+    if len(enabled) > 1:
+        raise make_unsupported_error(enabled[1], True, f"False together with {enabled[0]}")
+    return enabled[0] if enabled else None
 
 
-def spaced_levels(config: Mapping[str, Any], spacing: str, ends: tuple[float, float], steps: int) -> Floats:
+def space_levels(config: Mapping[str, Any], spacing: str, ends: tuple[float, float], steps: int) -> Floats:
     """``float64[steps]`` falling levels by the rule ``spacing`` between ``ends``, the highest and the lowest.
 
-    An Euler config's `sigma_max` and `sigma_min` go before ``ends``, except with `use_lu_lambdas`.
+    An Euler config's `sigma_max` and `sigma_min` override ``ends``, except with `use_lu_lambdas`.
     """
     high, low = ends if spacing == "use_lu_lambdas" else _level_range(config, *ends)
     ramp = np.linspace(0, 1, steps)
@@ -42,7 +42,7 @@ def spaced_levels(config: Mapping[str, Any], spacing: str, ends: tuple[float, fl
     return np.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
 
 
-def fractional_timesteps(levels: Floats, trained: Schedule) -> Floats:
+def interpolate_timesteps(levels: Floats, trained: Schedule) -> Floats:
     """Timesteps of ``levels``, interpolated in log over the trained ones: ``float64[steps]``.
 
     Not ``np.interp``: where timesteps are truncated its last bit decides, and the zero-SNR patch of a
@@ -80,11 +80,11 @@ def _lower_beta_cdf(x: Floats, shape: float) -> Floats:
 
 
 def _level_range(config: Mapping[str, Any], high: float, low: float) -> tuple[float, float]:
-    """Highest and lowest level; `sigma_max` and `sigma_min` go before the given ones."""
+    """Highest and lowest level; `sigma_max` and `sigma_min` override the given ones."""
     if config.get("sigma_max") is not None:
-        high = number(config, "sigma_max", high)
+        high = read_number(config, "sigma_max", high)
     if config.get("sigma_min") is not None:
-        low = number(config, "sigma_min", low)
+        low = read_number(config, "sigma_min", low)
     if not 0 < low <= high < math.inf:
-        raise unsupported("sigma_min, sigma_max", (low, high), "0 < sigma_min < sigma_max")
+        raise make_unsupported_error("sigma_min, sigma_max", (low, high), "0 < sigma_min < sigma_max")
     return high, low

@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import CancelledError
-from qdeploy.sampling import Sampler
+from qdeploy.base.errors import CancelledError
+from qdeploy.sampling import Scheduler
 
 Array = NDArray[np.float32]
 # What the model is conditioned on: float32[B, T, D], or None for an unconditional model.
@@ -21,19 +21,19 @@ PredictNoise = Callable[[Array, int, Context], Array]
 OnStep = Callable[[int, int, Array], bool | None]
 
 TINY = float(np.finfo(np.float32).tiny)  # keeps a constant prediction's division by its deviation finite
-SAMPLER_STREAM = 1  # keeps a stochastic sampler's noise apart from the starting noise, drawn for (seed, index)
+SCHEDULER_STREAM = 1  # stream of a stochastic scheduler's noise, separate from the starting noise of (seed, index)
 
 
-def unit_noise(shape: tuple[int, int, int], seeds: Sequence[tuple[int, int]]) -> Array:
-    """Starting noise ``float32[B, *shape]``, each picture's drawn for its own (seed, index) alone."""
+def draw_unit_noise(shape: tuple[int, int, int], seeds: Sequence[tuple[int, int]]) -> Array:
+    """Starting noise ``float32[B, *shape]``, each picture's drawn only for its own (seed, index)."""
     return np.stack([np.random.default_rng(pair).standard_normal(shape, dtype=np.float32) for pair in seeds])
 
 
 class PictureStreams:
-    """Noise that a stochastic sampler adds at each step: one stream a picture, so no picture depends on its batch."""
+    """Noise that a stochastic scheduler adds at each step: one stream a picture, so no picture depends on its batch."""
 
     def __init__(self, seeds: Sequence[tuple[int, int]]) -> None:
-        self._streams = [np.random.default_rng([*pair, SAMPLER_STREAM]) for pair in seeds]
+        self._streams = [np.random.default_rng([*pair, SCHEDULER_STREAM]) for pair in seeds]
 
     def standard_normal(self, size: tuple[int, ...], dtype: type[np.float32] = np.float32) -> Array:
         """The next ``float32[B, C, h, w]``, row i from the stream of picture i."""
@@ -41,8 +41,8 @@ class PictureStreams:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a trajectory takes over from a given picture.
+class SourceLatents:
+    """The latents of an input picture for a trajectory.
 
     latents: ``float32[B, C, h, w]``, the picture's own, clean and scaled.
     begin: the model call to begin with, from ``latents`` noised to its level; None begins with pure noise.
@@ -54,22 +54,22 @@ class Given:
     begin: int | None
     repaint: Array | None = None
 
-    def first(self, sampler: Sampler, noise: Array) -> Array | None:
+    def make_first(self, scheduler: Scheduler, noise: Array) -> Array | None:
         """The first ``x``, or None where it is pure noise."""
-        return None if self.begin is None else sampler.noised(self.latents, noise, self.begin)
+        return None if self.begin is None else scheduler.add_noise(self.latents, noise, self.begin)
 
-    def blended(self, sampler: Sampler, noise: Array, index: int, x: Array) -> Array:
-        """``x`` behind call ``index`` with the given latents, as noisy as it, where nothing is repainted."""
+    def blend(self, scheduler: Scheduler, noise: Array, index: int, x: Array) -> Array:
+        """``x`` after call ``index`` with the source latents at its noise level where nothing is repainted."""
         if self.repaint is None:
             return x
-        is_last = index + 1 == len(sampler.timesteps)
-        known = self.latents if is_last else sampler.noised(self.latents, noise, index + 1)
+        is_last = index + 1 == len(scheduler.timesteps)
+        known = self.latents if is_last else scheduler.add_noise(self.latents, noise, index + 1)
         return (1 - self.repaint) * known + self.repaint * x
 
 
 def denoise(
     predict: PredictNoise[Context],
-    sampler: Sampler,
+    scheduler: Scheduler,
     noise: Array,
     cond: Context,
     uncond: Context | None,
@@ -77,37 +77,37 @@ def denoise(
     on_step: OnStep | None = None,
     *,
     guidance_rescale: float = 0.0,
-    given: Given | None = None,
+    source: SourceLatents | None = None,
 ) -> Array:
-    """Latents ``float32[B, C, H, W]`` from unit noise of that shape, and from what is ``given`` of a picture.
+    """Latents ``float32[B, C, H, W]`` from unit noise of that shape, and from the ``source`` picture.
 
     ``cond`` and ``uncond`` are ``float32[B, T, D]``; without ``uncond`` the model runs once a
-    step and neither ``guidance_scale`` nor ``guidance_rescale`` plays a part; an unconditional model has neither.
+    step and ``guidance_scale`` and ``guidance_rescale`` are ignored; an unconditional model has neither.
     Steps are counted from the first one that is made. Raises CancelledError when ``on_step`` returns False.
     """
-    begin = 0 if given is None or given.begin is None else given.begin
-    start = None if given is None else given.first(sampler, noise)
-    x = noise * np.float32(sampler.init_noise_sigma) if start is None else start
-    count = len(sampler.timesteps) - begin
+    begin = 0 if source is None or source.begin is None else source.begin
+    start = None if source is None else source.make_first(scheduler, noise)
+    x = noise * np.float32(scheduler.init_noise_sigma) if start is None else start
+    count = len(scheduler.timesteps) - begin
     is_guided = cond is not None and uncond is not None
     # one array for all steps, so that an engine may keep it on its device
     text = np.concatenate([uncond, cond]) if is_guided else cond  # type: ignore[list-item]
-    for index, t in enumerate(sampler.timesteps[begin:], begin):
-        model_input = sampler.scale_model_input(x, index)
+    for index, t in enumerate(scheduler.timesteps[begin:], begin):
+        model_input = scheduler.scale_model_input(x, index)
         noise_pred = (
-            guided(predict, model_input, int(t), text, guidance_scale, guidance_rescale)  # type: ignore[arg-type]
+            apply_guidance(predict, model_input, int(t), text, guidance_scale, guidance_rescale)  # type: ignore[arg-type]
             if is_guided
             else predict(model_input, int(t), cond)
         )
-        x = sampler.step(noise_pred, index, x)
-        if given is not None:
-            x = given.blended(sampler, noise, index, x)
+        x = scheduler.step(noise_pred, index, x)
+        if source is not None:
+            x = source.blend(scheduler, noise, index, x)
         if on_step is not None and on_step(index - begin, int(t), x) is False:
             raise CancelledError(f"stopped by the callback after step {index - begin + 1} of {count}")
     return x
 
 
-def guided(
+def apply_guidance(
     predict: PredictNoise[Context],
     x: Array,
     t: int,
@@ -117,19 +117,19 @@ def guided(
 ) -> Array:
     """Classifier-free guidance (Ho & Salimans 2021): ``uncond + s (cond - uncond)`` from one double batch.
 
-    ``text`` is ``float32[2 B, T, D]``, what is not to be seen before what is.
+    ``text`` is ``float32[2 B, T, D]``, the negative prompts' first.
     """
     both = predict(np.concatenate([x, x]), t, text)
     without, with_text = np.split(both, 2)
     noise_pred = without + np.float32(guidance_scale) * (with_text - without)
-    return rescaled(noise_pred, with_text, guidance_rescale) if guidance_rescale else noise_pred
+    return rescale_guidance(noise_pred, with_text, guidance_rescale) if guidance_rescale else noise_pred
 
 
-def rescaled(noise_pred: Array, with_text: Array, share: float) -> Array:
+def rescale_guidance(noise_pred: Array, with_text: Array, share: float) -> Array:
     """Guidance rescale (Lin et al. 2023, arXiv 2305.08891, section 3.4), ``float32[B, C, H, W]`` all.
 
     ``share`` is the paper's phi: 1 gives each picture's prediction the standard deviation of the one with text
-    (equation 15), less mixes it with the prediction as it was (equation 16).
+    (equation 15), less mixes it with the original prediction (equation 16).
     """
     # a picture at a time: the sum's last bit must not depend on the batch
     ratio = [text.std() / max(guided.std(), TINY) for guided, text in zip(noise_pred, with_text, strict=True)]

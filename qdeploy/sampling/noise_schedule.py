@@ -1,9 +1,9 @@
 """The noise schedule a model was trained with: betas, their cumulative products, the prediction type.
 
 The schedule is float32 in diffusers' order of operations, since that is the one the model was trained
-with: a float64 one is 7e-5 apart in 1 - alpha_bar_0. Samplers take its numbers as Python floats and
+with: a float64 one is 7e-5 apart in 1 - alpha_bar_0. Schedulers take its numbers as Python floats and
 work in float64, where diffusers' formulas lose nothing to cancellation; only x and the model's output
-are float32. Which timesteps are visited is left to the samplers.
+are float32. The schedulers choose the timesteps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.sampling.settings import choice, count, flag, number, unsupported
+from qdeploy.sampling.settings import make_unsupported_error, read_choice, read_count, read_flag, read_number
 
 Latents = NDArray[np.float32]
 Schedule = NDArray[np.float32]
@@ -28,7 +28,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class NormalSource(Protocol):
-    """Where a stochastic sampler draws its noise: a ``numpy.random.Generator``, or ``loop.PictureStreams``."""
+    """The source of a stochastic scheduler's noise: a ``numpy.random.Generator``, or ``loop.PictureStreams``."""
 
     def standard_normal(self, size: tuple[int, ...], dtype: type[np.float32]) -> Latents:
         """Independent standard normal numbers, ``float32[*size]``."""
@@ -52,9 +52,9 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that a ``scheduler_config.json`` describes."""
         betas = _betas_from_config(config)
-        if flag(config, "rescale_betas_zero_snr", False):
+        if read_flag(config, "rescale_betas_zero_snr", False):
             betas = zero_terminal_snr(betas)
-        prediction_type = choice(config, "prediction_type", "epsilon", PREDICTION_TYPES)
+        prediction_type = read_choice(config, "prediction_type", "epsilon", PREDICTION_TYPES)
         return cls(betas, cumulative_alphas(betas), prediction_type)
 
     @property
@@ -62,7 +62,7 @@ class NoiseSchedule:
         """T, the number of trained timesteps."""
         return len(self.betas)
 
-    def noised(self, x0: Latents, epsilon: Latents, timesteps: NDArray[np.int64]) -> Latents:
+    def add_noise(self, x0: Latents, epsilon: Latents, timesteps: NDArray[np.int64]) -> Latents:
         """A draw of ``q(x_t | x_0)`` for each picture's own t: ``float32[B, C, H, W]``, timesteps ``int64[B]``."""
         alpha_bar = self.alphas_cumprod[timesteps].astype(np.float64)[:, None, None, None]
         return (np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * epsilon).astype(np.float32)
@@ -72,14 +72,14 @@ class NoiseSchedule:
         return float(self.alphas_cumprod[t]) if t >= 0 else final
 
     def final_alpha_bar(self, config: Mapping[str, Any], default: bool) -> float:
-        """``alpha_bar`` behind the last step: 1 with `set_alpha_to_one`, else ``alpha_bar_0``."""
-        return 1.0 if flag(config, "set_alpha_to_one", default) else float(self.alphas_cumprod[0])
+        """``alpha_bar`` after the last step: 1 with `set_alpha_to_one`, else ``alpha_bar_0``."""
+        return 1.0 if read_flag(config, "set_alpha_to_one", default) else float(self.alphas_cumprod[0])
 
     def refuse_epsilon_without_signal(self, timesteps: NDArray[np.int64]) -> None:
         """At alpha_bar_t = 0, x is pure noise and its prediction says nothing of x0 (arXiv:2305.08891, 3.2)."""
         if self.prediction_type == "epsilon" and not self.alphas_cumprod[timesteps].all():
             supported = "'v_prediction' or 'sample' where `rescale_betas_zero_snr` makes the first timestep pure noise"
-            raise unsupported("prediction_type", "epsilon", supported)
+            raise make_unsupported_error("prediction_type", "epsilon", supported)
 
     def x0(self, model_output: Floats, x: Floats, alpha: float, sigma: float) -> Floats:
         """Predicted ``x_0`` from ``x = alpha x_0 + sigma epsilon``; ``float64[B, C, H, W]`` all."""
@@ -128,27 +128,27 @@ def cosine_betas(train_steps: int, max_beta: float = 0.999) -> Schedule:
 
 
 def _betas_from_config(config: Mapping[str, Any]) -> Schedule:
-    train_steps = count(config, "num_train_timesteps", 1000, least=1)
-    kind = choice(config, "beta_schedule", "linear", BETA_SCHEDULES)
+    train_steps = read_count(config, "num_train_timesteps", 1000, minimum=1)
+    beta_schedule = read_choice(config, "beta_schedule", "linear", BETA_SCHEDULES)
     if config.get("trained_betas") is not None:
-        return _trained_betas(config["trained_betas"], train_steps)
-    if kind == "squaredcos_cap_v2":
+        return _check_trained_betas(config["trained_betas"], train_steps)
+    if beta_schedule == "squaredcos_cap_v2":
         return cosine_betas(train_steps)
-    start, end = number(config, "beta_start", 0.0001), number(config, "beta_end", 0.02)
+    start, end = read_number(config, "beta_start", 0.0001), read_number(config, "beta_end", 0.02)
     for name, beta in (("beta_start", start), ("beta_end", end)):
         if not 0 < beta < 1:
-            raise unsupported(name, beta, "a number between 0 and 1, both excluded")
-    if kind == "scaled_linear":
+            raise make_unsupported_error(name, beta, "a number between 0 and 1, both excluded")
+    if beta_schedule == "scaled_linear":
         return linear_betas(start**0.5, end**0.5, train_steps) ** 2
     return linear_betas(start, end, train_steps)
 
 
-def _trained_betas(values: Any, train_steps: int) -> Schedule:
+def _check_trained_betas(values: Any, train_steps: int) -> Schedule:
     try:
         betas = np.array(values, np.float32)
     except (TypeError, ValueError) as exc:
-        raise unsupported("trained_betas", values, "a list of numbers") from exc
+        raise make_unsupported_error("trained_betas", values, "a list of numbers") from exc
     if betas.shape != (train_steps,) or not np.all((betas > 0) & (betas < 1)):
         supported = f"num_train_timesteps={train_steps} numbers between 0 and 1, both excluded"
-        raise unsupported("trained_betas", values, supported)
+        raise make_unsupported_error("trained_betas", values, supported)
     return betas

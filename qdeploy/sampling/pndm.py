@@ -13,10 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import RequestError
+from qdeploy.base.errors import RequestError
 from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule
-from qdeploy.sampling.settings import check_steps, check_timesteps, choice, count, flag, unsupported
-from qdeploy.sampling.timesteps import SPACINGS, spaced
+from qdeploy.sampling.settings import (
+    check_steps,
+    check_timesteps,
+    make_unsupported_error,
+    read_choice,
+    read_count,
+    read_flag,
+)
+from qdeploy.sampling.timesteps import SPACINGS, space_timesteps
 
 RUNGE_KUTTA_CALLS = 12  # three steps of four calls
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -29,7 +36,7 @@ ADAMS_BASHFORTH = (  # newest noise first; equation 12 and its lower orders
 
 
 class PNDM:
-    """One request's sampler; remembers up to four model outputs."""
+    """One request's scheduler; remembers up to four model outputs."""
 
     init_noise_sigma = 1.0
     _x_start: Floats  # where the repeated or Runge-Kutta step began
@@ -40,11 +47,11 @@ class PNDM:
         self._final = self._schedule.final_alpha_bar(config, default=False)
         train_steps = self._schedule.train_steps
         check_steps(steps, train_steps)
-        spacing = choice(config, "timestep_spacing", "leading", SPACINGS)
-        ascending = spaced(spacing, steps, train_steps, count(config, "steps_offset", 0, least=0))
+        spacing = read_choice(config, "timestep_spacing", "leading", SPACINGS)
+        ascending = space_timesteps(spacing, steps, train_steps, read_count(config, "steps_offset", 0, minimum=0))
         check_timesteps(ascending, train_steps)
         self._stride = train_steps // steps
-        self._warmup_calls = 0 if flag(config, "skip_prk_steps", False) else RUNGE_KUTTA_CALLS
+        self._warmup_calls = 0 if read_flag(config, "skip_prk_steps", False) else RUNGE_KUTTA_CALLS
         if self._warmup_calls == 0:
             self.timesteps = _multistep_timesteps(ascending)
         else:
@@ -64,9 +71,9 @@ class PNDM:
         self._calls += 1
         return x_next.astype(np.float32)
 
-    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+    def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
-        return self._schedule.noised(x0, noise, self.timesteps[index : index + 1])
+        return self._schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
 
     def _runge_kutta(self, noise_pred: Floats, index: int, x: Floats) -> Floats:
         """Equation 13: four calls a step, each move starting at the step's first ``x``."""
@@ -111,10 +118,10 @@ class PNDM:
 
 def _schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """The training schedule, without what diffusers' PNDM lacks."""
-    choice(config, "prediction_type", "epsilon", ("epsilon", "v_prediction"))
+    read_choice(config, "prediction_type", "epsilon", ("epsilon", "v_prediction"))
     # diffusers' PNDM ignores this setting and so samples with another noise schedule than the trained one.
-    if flag(config, "rescale_betas_zero_snr", False):
-        raise unsupported("rescale_betas_zero_snr", True, "False with pndm; use ddim or dpm++")
+    if read_flag(config, "rescale_betas_zero_snr", False):
+        raise make_unsupported_error("rescale_betas_zero_snr", True, "False with pndm; use ddim or dpm++")
     return NoiseSchedule.from_config(config)
 
 

@@ -1,4 +1,4 @@
-"""Checked reading of scheduler settings; what each setting means is left to the samplers."""
+"""Read and check scheduler settings; their meaning is up to the schedulers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import RequestError, UsageError
+from qdeploy.base.errors import RequestError, UsageError
 
 # Every setting of a scheduler that diffusers 0.42 can convert to ours (`_compatibles`), and LCM's. A config keeps
 # another class's settings through `from_config`, so those are known, and read only by their own class.
@@ -66,8 +66,8 @@ KNOWN_SETTINGS = frozenset(
 OBSOLETE: Mapping[str, Any] = {"tensor_format": "pt", "timestep_values": None}
 
 
-def unsupported(name: str, value: Any, supported: str) -> UsageError:
-    """The error for a setting whose value no sampler here can honour."""
+def make_unsupported_error(name: str, value: Any, supported: str) -> UsageError:
+    """The error for a setting whose value no scheduler here supports."""
     return UsageError(
         f"scheduler setting `{name}`: got {reprlib.repr(value)}, supported: {supported}; edit scheduler_config.json"
     )
@@ -78,42 +78,44 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         obsolete = name in OBSOLETE and value == OBSOLETE[name]
         if not name.startswith("_") and name not in KNOWN_SETTINGS and not obsolete:
-            raise unsupported(name, value, f"no setting of that name, only {', '.join(sorted(KNOWN_SETTINGS))}")
+            raise make_unsupported_error(
+                name, value, f"no setting of that name, only {', '.join(sorted(KNOWN_SETTINGS))}"
+            )
 
 
-def choice(config: Mapping[str, Any], name: str, default: Any, supported: Sequence[Any]) -> Any:
+def read_choice(config: Mapping[str, Any], name: str, default: Any, supported: Sequence[Any]) -> Any:
     """The setting ``name``, which must be one of ``supported`` (True is not 1)."""
     value = config.get(name, default)
     if not any(type(value) is type(known) and value == known for known in supported):
-        raise unsupported(name, value, ", ".join(repr(known) for known in supported))
+        raise make_unsupported_error(name, value, ", ".join(repr(known) for known in supported))
     return value
 
 
-def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+def read_flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
     """A true-or-false setting; ``null`` is false, as in diffusers."""
-    return bool(choice(config, name, default, (True, False, None)))
+    return bool(read_choice(config, name, default, (True, False, None)))
 
 
 def refuse_flags(config: Mapping[str, Any], names: Sequence[str]) -> None:
     """UsageError if a flag among ``names`` is on."""
     for name in names:
-        if flag(config, name, False):
-            raise unsupported(name, True, "False")
+        if read_flag(config, name, False):
+            raise make_unsupported_error(name, True, "False")
 
 
-def number(config: Mapping[str, Any], name: str, default: float) -> float:
+def read_number(config: Mapping[str, Any], name: str, default: float) -> float:
     """A real number; may be infinite, never NaN."""
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise unsupported(name, value, "a number")
+        raise make_unsupported_error(name, value, "a number")
     return float(value)
 
 
-def count(config: Mapping[str, Any], name: str, default: int, least: int) -> int:
-    """An integer of at least ``least``."""
+def read_count(config: Mapping[str, Any], name: str, default: int, minimum: int) -> int:
+    """An integer of at least ``minimum``."""
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise unsupported(name, value, f"an integer of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise make_unsupported_error(name, value, f"an integer of at least {minimum}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Which of the trained timesteps a sampler visits (Lin et al. 2023, arXiv:2305.08891, table 2)."""
+"""Spacings of a scheduler's timesteps among the trained ones (Lin et al. 2023, arXiv:2305.08891, table 2)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trailing(steps: int, end: int, train_steps: int) -> NDArray[np.int64]:
     return descending[::-1].round().astype(np.int64) - 1
 
 
-def spaced(spacing: str, steps: int, train_steps: int, steps_offset: int) -> NDArray[np.int64]:
+def space_timesteps(spacing: str, steps: int, train_steps: int, steps_offset: int) -> NDArray[np.int64]:
     """The ``int64[steps]`` timesteps of PNDM and DDIM, ascending."""
     if spacing == "linspace":
         return linspace(steps, train_steps)

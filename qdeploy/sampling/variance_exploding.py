@@ -1,4 +1,4 @@
-"""What the two Euler samplers share: ``x = x0 + sigma epsilon``, and timesteps that the model gets rounded.
+"""Code shared by the two Euler schedulers: ``x = x0 + sigma epsilon``, and timesteps that the model gets rounded.
 
 diffusers' Euler schedulers hand the model fractional timesteps wherever their noise levels lie between two
 trained ones: `linspace` spacing, which is their default, and every spacing of the levels themselves. A model
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from qdeploy.sampling.noise_levels import alpha_sigma
 from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule
-from qdeploy.sampling.settings import check_timesteps, choice, count
+from qdeploy.sampling.settings import check_timesteps, read_choice, read_count
 from qdeploy.sampling.timesteps import SPACINGS, leading, trailing
 
 
 class VarianceExploding:
-    """State and scaling of one request's sampler; ``sigmas`` are ``steps + 1`` levels sigma_t / alpha_t."""
+    """State and scaling of one request's scheduler; ``sigmas`` are ``steps + 1`` levels sigma_t / alpha_t."""
 
     def __init__(
         self, config: Mapping[str, Any], schedule: NoiseSchedule, timesteps: Floats, sigmas: NDArray[np.floating]
@@ -31,17 +31,17 @@ class VarianceExploding:
         self.timesteps: NDArray[np.int64] = np.rint(timesteps).astype(np.int64)
         check_timesteps(self.timesteps, schedule.train_steps)
         self._sigmas = tuple(sigmas.astype(np.float32).tolist())  # float32 as in diffusers
-        self.init_noise_sigma = _starting_deviation(config, max(self._sigmas))
+        self.init_noise_sigma = _compute_init_sigma(config, max(self._sigmas))
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
         """``x`` at unit variance, ``x / sqrt(sigma^2 + 1)``: ``float32[B, C, H, W]``."""
         return x * np.float32(alpha_sigma(self._sigmas[index])[0])
 
-    def noised(self, x0: Latents, noise: Latents, index: int) -> Latents:
+    def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``x0 + sigma noise`` at the level of call ``index``; ``float32[B, C, H, W]`` all."""
         return x0 + np.float32(self._sigmas[index]) * noise
 
-    def _moved(self, model_output: Latents, index: int, x: Latents, sigma: float) -> Floats:
+    def _move(self, model_output: Latents, index: int, x: Latents, sigma: float) -> Floats:
         """``x`` moved along its line through the predicted x0 to noise level ``sigma``: ``float64[B, C, H, W]``."""
         alpha, sigma_t = alpha_sigma(self._sigmas[index])
         x_wide = x.astype(np.float64)
@@ -49,10 +49,10 @@ class VarianceExploding:
         return x0 + sigma / self._sigmas[index] * (x_wide - x0)
 
 
-def spaced_timesteps(config: Mapping[str, Any], train_steps: int, steps: int) -> Floats:
+def space_fractional_timesteps(config: Mapping[str, Any], train_steps: int, steps: int) -> Floats:
     """Falling timesteps, fractional with `linspace`: ``float64[steps]`` of float32 numbers, as in diffusers."""
-    spacing = choice(config, "timestep_spacing", "linspace", SPACINGS)
-    steps_offset = count(config, "steps_offset", 0, least=0)
+    spacing = read_choice(config, "timestep_spacing", "linspace", SPACINGS)
+    steps_offset = read_count(config, "steps_offset", 0, minimum=0)
     if spacing == "linspace":
         return np.linspace(0, train_steps - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
     whole = (
@@ -61,6 +61,6 @@ def spaced_timesteps(config: Mapping[str, Any], train_steps: int, steps: int) ->
     return whole[::-1].astype(np.float64)
 
 
-def _starting_deviation(config: Mapping[str, Any], sigma_max: float) -> float:
+def _compute_init_sigma(config: Mapping[str, Any], sigma_max: float) -> float:
     """Standard deviation of the first x; with `leading` spacing that of unit data and the noise together."""
     return math.hypot(sigma_max, 1) if config.get("timestep_spacing") == "leading" else sigma_max

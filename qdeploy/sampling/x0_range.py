@@ -1,4 +1,4 @@
-"""What keeps a predicted x0 in range: clipping, or dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487)."""
+"""Keeping a predicted x0 in range: clipping, or dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.sampling.noise_schedule import Floats
-from qdeploy.sampling.settings import flag, number, unsupported
+from qdeploy.sampling.settings import make_unsupported_error, read_flag, read_number
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class X0Range:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], clips: bool | None) -> X0Range:
         """``clips`` is the class's default of `clip_sample`; None for a class without that setting."""
-        if flag(config, "thresholding", False):
+        if read_flag(config, "thresholding", False):
             ratio, ceiling = (
-                number(config, "dynamic_thresholding_ratio", 0.995),
-                number(config, "sample_max_value", 1.0),
+                read_number(config, "dynamic_thresholding_ratio", 0.995),
+                read_number(config, "sample_max_value", 1.0),
             )
             if not 0 <= ratio <= 1:
-                raise unsupported("dynamic_thresholding_ratio", ratio, "a number from 0 to 1")
+                raise make_unsupported_error("dynamic_thresholding_ratio", ratio, "a number from 0 to 1")
             if not ceiling > 0:
-                raise unsupported("sample_max_value", ceiling, "a number above 0")
+                raise make_unsupported_error("sample_max_value", ceiling, "a number above 0")
             return cls(ratio=ratio, ceiling=ceiling)
-        if clips is not None and flag(config, "clip_sample", clips):
-            return cls(clip=number(config, "clip_sample_range", 1.0))
+        if clips is not None and read_flag(config, "clip_sample", clips):
+            return cls(clip=read_number(config, "clip_sample_range", 1.0))
         return cls()
 
     def limit(self, x0: Floats) -> Floats:

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from qdeploy.artifacts.table import Affine, AttentionQuant
 from qdeploy.simulate.layers import Dequantize, Quantize
-from qdeploy.table import Affine, AttentionQuant
 
 HEADS_FIRST = (0, 2, 1, 3)  # [B, N, heads, D] -> [B, heads, N, D]
 TRANSPOSED = (0, 2, 3, 1)  # [B, N, heads, D] -> [B, heads, D, N]
@@ -59,7 +59,7 @@ class QuantAttnProcessor(nn.Module):
     ) -> Tensor:
         """``hidden_states float32[B, N, C]`` or ``[B, C, h, w]``, ``context float32[B, T, D]``; as the former."""
         residual = hidden_states
-        tokens = _tokens_of(attn, hidden_states, temb)
+        tokens = _prepare_tokens(attn, hidden_states, temb)
         if context is None:
             context = tokens
         elif attn.norm_cross:
@@ -68,7 +68,7 @@ class QuantAttnProcessor(nn.Module):
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        y = self.attend(q, k, v, _mask_of(attn, mask, context)).permute(HEADS_FIRST).flatten(2)
+        y = self.attend(q, k, v, _prepare_mask(attn, mask, context)).permute(HEADS_FIRST).flatten(2)
         y = attn.to_out[1](attn.to_out[0](y))
         if residual.dim() == 4:
             y = y.transpose(1, 2).reshape(residual.shape)
@@ -83,7 +83,7 @@ class QuantAttnProcessor(nn.Module):
         return torch.matmul(self.weights(weights), self.value(v, HEADS_FIRST)) / total
 
 
-def _tokens_of(attn: Attention, x: Tensor, temb: Tensor | None) -> Tensor:
+def _prepare_tokens(attn: Attention, x: Tensor, temb: Tensor | None) -> Tensor:
     """The normed input as ``float32[B, N, C]``."""
     if attn.spatial_norm is not None:
         x = attn.spatial_norm(x, temb)
@@ -92,7 +92,7 @@ def _tokens_of(attn: Attention, x: Tensor, temb: Tensor | None) -> Tensor:
     return x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
 
 
-def _mask_of(attn: Attention, mask: Tensor | None, context: Tensor) -> Tensor | None:
+def _prepare_mask(attn: Attention, mask: Tensor | None, context: Tensor) -> Tensor | None:
     """What is added to the scores, ``float32[B, heads, 1 or N, T]``."""
     if mask is None:
         return None

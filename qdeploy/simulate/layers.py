@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qdeploy.errors import TableError
-from qdeploy.simulate.ops import along
-from qdeploy.table import Affine, LayerQuant
+from qdeploy.artifacts.table import Affine, LayerQuant
+from qdeploy.base.errors import TableError
+from qdeploy.simulate.ops import broadcast_along
 
 CODE_TYPES = {8: torch.uint8, 16: torch.uint16}  # by bits
 
@@ -47,23 +47,23 @@ class Equalize(nn.Module):
 
     A multiplication before a per-tensor Q rather than a Q with a scale for each channel: ONNX Runtime
     moves its layout transposes in front of such a Q and then works value by value (40 times slower),
-    OpenVINO computes it wrongly behind a LayerNormalization, and TensorRT has none.
+    OpenVINO computes it wrongly after a LayerNormalization, and TensorRT has none.
     """
 
     inverse_ratio: Tensor
 
     def __init__(self, ratio: NDArray[np.float32] | None) -> None:
         super().__init__()
-        self.on = ratio is not None
+        self.is_enabled = ratio is not None
         if ratio is not None:
             self.register_buffer("inverse_ratio", 1 / torch.from_numpy(ratio))
 
     def forward(self, x: Tensor, axis: int) -> Tensor:
-        return x * along(self.inverse_ratio, x, axis) if self.on else x
+        return x * broadcast_along(self.inverse_ratio, x, axis) if self.is_enabled else x
 
 
 class InputQuant(nn.Module):
-    """The integer codes of an activation, each with its way back to float.
+    """The integer codes of an activation, each with its dequantizer.
 
     Two passes make a 16-bit activation for 8-bit kernels: the second holds what the first rounded off.
     ``signed``: codes are int8 around 0, by the table's symmetric scale.
@@ -71,9 +71,9 @@ class InputQuant(nn.Module):
 
     def __init__(self, layer: LayerQuant, signed: bool = False) -> None:
         super().__init__()
-        grid = symmetric_grid(layer) if signed else layer.input
-        self.equalize, self.quantize = Equalize(layer.input_ratio), Quantize(grid, signed)
-        self.dequantize = Dequantize(grid, signed)
+        affine = build_symmetric_affine(layer) if signed else layer.input
+        self.equalize, self.quantize = Equalize(layer.input_ratio), Quantize(affine, signed)
+        self.dequantize = Dequantize(affine, signed)
         self.passes = layer.passes
         if layer.passes == 2:  # the rest lies within half a step on each side
             fine = Affine(layer.input.scale / 255, 128)
@@ -89,7 +89,7 @@ class InputQuant(nn.Module):
         return [(codes, self.dequantize), (rest, self.dequantize_rest)]
 
 
-def symmetric_grid(layer: LayerQuant) -> Affine:
+def build_symmetric_affine(layer: LayerQuant) -> Affine:
     """A layer's input for engines that know no zero point: its scale for codes -127..127."""
     if layer.symmetric_scale is None:
         raise TableError("the target needs this layer's symmetric input scale, which the table lacks; quantize again")
@@ -112,7 +112,7 @@ class WeightQuant(nn.Module):
 
 
 class OutputQuant(nn.Module):
-    """Q and DQ behind a Conv that computes ``(y - offset) / ratio``, and the way back to ``y``."""
+    """Q and DQ after a Conv that computes ``(y - offset) / ratio``, and the reverse to ``y``."""
 
     ratio: Tensor
     offset: Tensor
@@ -121,18 +121,18 @@ class OutputQuant(nn.Module):
         super().__init__()
         assert layer.output is not None
         self.quantize, self.dequantize = Quantize(layer.output), Dequantize(layer.output)
-        self.equalized = layer.output_ratio is not None
+        self.is_equalized = layer.output_ratio is not None
         if layer.output_ratio is not None:
             self.register_buffer("ratio", torch.from_numpy(layer.output_ratio)[:, None, None])
-            self.register_buffer("offset", output_offset(layer)[:, None, None])
+            self.register_buffer("offset", compute_output_offset(layer)[:, None, None])
 
     def forward(self, y: Tensor) -> Tensor:
         y = self.dequantize(self.quantize(y))
-        return y * self.ratio + self.offset if self.equalized else y
+        return y * self.ratio + self.offset if self.is_equalized else y
 
 
-def output_offset(layer: LayerQuant) -> Tensor:
-    """``float32[out]``: what each output channel is shifted by so that its range lies around the zero point."""
+def compute_output_offset(layer: LayerQuant) -> Tensor:
+    """``float32[out]``: shift of each output channel that centres its range around the zero point."""
     assert layer.output is not None
     assert layer.output_ratio is not None
     assert layer.output_zero_point is not None
@@ -146,18 +146,16 @@ class QuantConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, layer: LayerQuant, quantize_output: bool, signed: bool = False) -> None:
         super().__init__()
         if layer.passes != 1 and quantize_output:
-            raise TableError(
-                "a convolution with Q behind it takes its activation in one pass; keep it in float instead"
-            )
+            raise TableError("a convolution with Q after it takes its activation in one pass; keep it in float instead")
         if quantize_output and layer.output is None:
             raise TableError("the target needs this convolution's output range, which the table lacks; quantize again")
         self.input_quant = InputQuant(layer, signed)
-        weight_scale, bias = torch.from_numpy(layer.weight_scale), bias_of(conv, layer)
+        weight_scale, bias = torch.from_numpy(layer.weight_scale), choose_bias(conv, layer)
         if quantize_output and layer.output is not None:
-            weight_scale, bias = onto_output_grid(weight_scale, bias, layer)
+            weight_scale, bias = rescale_to_output(weight_scale, bias, layer)
         self.weight_quant = WeightQuant(torch.from_numpy(layer.weight), weight_scale, axis=0)
         self.output_quant = OutputQuant(layer) if quantize_output else nn.Identity()
-        self.bias = frozen(bias)
+        self.bias = freeze(bias)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,14 +169,14 @@ class QuantConv2d(nn.Module):
         return F.conv2d(x, self.weight_quant(), bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def onto_output_grid(weight_scale: Tensor, bias: Tensor | None, layer: LayerQuant) -> tuple[Tensor, Tensor | None]:
-    """Weight scale and bias of ``(y - offset) / output_ratio``, the bias as an integer Conv really adds it:
+def rescale_to_output(weight_scale: Tensor, bias: Tensor | None, layer: LayerQuant) -> tuple[Tensor, Tensor | None]:
+    """Weight scale and bias of ``(y - offset) / output_ratio``, the bias as an integer Conv adds it:
 
     a whole multiple of input scale x weight scale.
     """
     assert layer.output is not None
     if layer.output_ratio is not None:
-        ratio, offset = torch.from_numpy(layer.output_ratio), output_offset(layer)
+        ratio, offset = torch.from_numpy(layer.output_ratio), compute_output_offset(layer)
         weight_scale = weight_scale / ratio
         bias = (-offset if bias is None else bias - offset) / ratio
     if bias is None:
@@ -190,7 +188,7 @@ def onto_output_grid(weight_scale: Tensor, bias: Tensor | None, layer: LayerQuan
 class QuantMatMul(nn.Module):
     """The product that Linear and 1x1 Conv share: weight stored as [in, out], float result.
 
-    That order lets engines see DQ-DQ-MatMul directly: a Transpose behind the weight's DQ makes ONNX
+    That order lets engines see DQ-DQ-MatMul directly: a Transpose after the weight's DQ makes ONNX
     Runtime fall back to a float Gemm.
     """
 
@@ -200,9 +198,9 @@ class QuantMatMul(nn.Module):
         codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T.contiguous()
         self.weight_quant = WeightQuant(codes, torch.from_numpy(layer.weight_scale), axis=1)
 
-    def product(self, x: Tensor, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
+    def multiply(self, x: Tensor, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
         """``x`` has its channels on ``axis``; ``order`` permutes the codes so that they come last."""
-        first, *rest = (self._matmul(codes, back, order) for codes, back in self.input_quant(x, axis))
+        first, *rest = (self._matmul(codes, dequantize, order) for codes, dequantize in self.input_quant(x, axis))
         return sum(rest, first)
 
     def _matmul(self, codes: Tensor, dequantize: Dequantize, order: tuple[int, ...] | None) -> Tensor:
@@ -214,11 +212,11 @@ class QuantLinear(QuantMatMul):
 
     def __init__(self, linear: nn.Linear, layer: LayerQuant, signed: bool = False) -> None:
         super().__init__(layer, signed)
-        bias = bias_of(linear, layer)
-        self.bias = frozen(None if bias is None else bias[None, None])
+        bias = choose_bias(linear, layer)
+        self.bias = freeze(None if bias is None else bias[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x, x.dim() - 1)
+        y = self.multiply(x, x.dim() - 1)
         return y if self.bias is None else y + (self.bias if x.dim() == 3 else self.bias.reshape(-1))
 
 
@@ -228,7 +226,7 @@ class FloatMatMul(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().T, requires_grad=False)
-        self.bias = frozen(None if linear.bias is None else linear.bias.detach())
+        self.bias = freeze(None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.matmul(x, self.weight)
@@ -252,15 +250,15 @@ class QuantLinearFirstFloat(QuantLinear):
 
 
 class QuantPointwise(QuantMatMul):
-    """A 1x1 Conv as a product over channels: no engine needs Q behind it, so its output stays float."""
+    """A 1x1 Conv as a product over channels: no engine needs Q after it, so its output stays float."""
 
     def __init__(self, conv: nn.Conv2d, layer: LayerQuant) -> None:
         super().__init__(layer)
-        bias = bias_of(conv, layer)
-        self.bias = frozen(None if bias is None else bias[None, None, None])
+        bias = choose_bias(conv, layer)
+        self.bias = freeze(None if bias is None else bias[None, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x, 1, (0, 2, 3, 1))
+        y = self.multiply(x, 1, (0, 2, 3, 1))
         return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
 
 
@@ -274,12 +272,12 @@ def is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def bias_of(module: nn.Conv2d | nn.Linear, layer: LayerQuant) -> Tensor | None:
+def choose_bias(module: nn.Conv2d | nn.Linear, layer: LayerQuant) -> Tensor | None:
     """The table's corrected bias, else the module's own."""
     if layer.bias is not None:
         return torch.from_numpy(layer.bias)
     return None if module.bias is None else module.bias.detach()
 
 
-def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+def freeze(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -32,7 +32,7 @@ def _(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 @torch.library.custom_op("qdeploy::dequantize_weight", mutates_args=())
 def dequantize_weight(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     """``codes * scale`` as float32, symmetric, ``scale`` running along ``axis``."""
-    return codes.to(torch.float32) * along(scale, codes, axis)
+    return codes.to(torch.float32) * broadcast_along(scale, codes, axis)
 
 
 @dequantize_weight.register_fake
@@ -40,7 +40,7 @@ def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+def broadcast_along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """``values[n]`` shaped to broadcast along ``axis`` of ``like``."""
     shape = [1] * like.dim()
     shape[axis] = -1

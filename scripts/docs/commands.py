@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qdeploy.cli import main
-from qdeploy.commands import command_named, command_names
+from qdeploy.commands import find_commands, load_command
 
 MARKER = "<!-- commands -->"
 PROGRAM = "qdeploy"
@@ -23,11 +23,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def reference() -> str:
     """Markdown on the options that every command takes, then on each command."""
-    commands = {name: command_named(name) for name in command_names()}
+    commands = {name: load_command(name) for name in find_commands()}
     shared = ["## Options of every command", f"These go before the command's name: `{PROGRAM} --quiet doctor`."]
     sections = [*shared, options_table(main)]
     for name, command in commands.items():
-        assert command is not None  # command_names lists what command_named finds
+        assert command is not None  # find_commands lists what load_command finds
         sections += [f"## {name}", usage(name, command), help_text(command), options_table(command)]
     return "\n\n".join(sections)
 

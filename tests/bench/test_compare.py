@@ -1,4 +1,4 @@
-"""What got worse is found, what noise did is not, and every doubt is said."""
+"""Regressions are found, noise is not reported as one, and every limitation of the comparison is noted."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from dataclasses import replace
 
 import pytest
 
+from qdeploy.base.errors import RegressionError
 from qdeploy.bench.compare import compare_runs
-from qdeploy.bench.fidelity import Fidelity
-from qdeploy.bench.figures import Measurement
-from qdeploy.bench.plan import BenchSettings
-from qdeploy.errors import RegressionError
-from tests.bench.made import figures, measurement, pair
+from qdeploy.bench.results import BenchRun
+from qdeploy.bench.settings import BenchSettings
+from qdeploy.reporting.fidelity import Fidelity
+from tests.bench.factories import figures, measurement, pair
 
 SEEDS = 60
 
 
-def regressions(old: Measurement, new: Measurement) -> set[str]:
+def regressions(old: BenchRun, new: BenchRun) -> set[str]:
     return {f"{c.contender} {c.figure}" for c in compare_runs(old, new).changes if c.is_regression}
 
 
-def test_noise_alone_is_no_regression() -> None:
+def test_noise_is_no_regression() -> None:
     alarms = sum(bool(regressions(pair(seed), pair(seed + 1000))) for seed in range(SEEDS))
     assert alarms <= 0.05 * SEEDS
 
 
 def test_fifteen_percent_slower_is_a_regression_though_the_machine_was_faster() -> None:
-    found = sum(regressions(pair(seed), pair(seed + 1000, slower=1.15)) == {"w8a8 unet step"} for seed in range(SEEDS))
-    assert found >= 0.9 * SEEDS
+    detections = sum(
+        regressions(pair(seed), pair(seed + 1000, slower=1.15)) == {"w8a8 unet step"} for seed in range(SEEDS)
+    )
+    assert detections >= 0.9 * SEEDS
 
 
 def test_the_yardstick_is_shown_but_not_judged() -> None:
     old, new = pair(0), pair(0)
-    for found in new.contenders:
-        samples = found.samples["unet step"]
+    for contender in new.contenders:
+        samples = contender.samples["unet step"]
         samples.steady_ms[:] = [3 * ms for ms in samples.steady_ms]  # the whole machine
     comparison = compare_runs(old, new)
     (own,) = [c for c in comparison.changes if (c.contender, c.figure) == ("fp32", "unet step")]
@@ -44,7 +46,7 @@ def test_the_yardstick_is_shown_but_not_judged() -> None:
     assert "as ratios to fp32" in " ".join(comparison.notes)
 
 
-def test_one_contender_alone_is_judged_on_its_own_machine_only() -> None:
+def test_a_single_contender_is_judged_on_its_own_machine_only() -> None:
     old, new = (measurement(figures("w8a8", "int8", [ms] * 10)) for ms in (10.0, 12.0))
     assert regressions(old, new) == {"w8a8 unet step"}
     new.environment["cpu"] = "another"
@@ -92,5 +94,5 @@ def test_every_doubt_is_said() -> None:
     new.contenders.append(figures("w4a8", "int8", [1.0]))
     new.complete = False
     notes = " ".join(compare_runs(old, new).notes)
-    for words in ("w4a8 is in the newer run alone", "w8a8 came from another model", "newer run was interrupted"):
+    for words in ("w4a8 is only in the newer run", "w8a8 came from another model", "newer run was interrupted"):
         assert words in notes

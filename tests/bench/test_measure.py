@@ -1,4 +1,4 @@
-"""What is run, in which order, and what an interrupt leaves; the command's exit codes."""
+"""Which calls run, in which order, and what an interrupt keeps; the command's exit codes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-import qdeploy.progress
-from qdeploy.bench.environment import environment
-from qdeploy.bench.figures import STAGES, StageSamples
-from qdeploy.bench.fresh_start import fresh_start
-from qdeploy.bench.measure import measure, name_apart, rounds_of, time_in_turn
-from qdeploy.bench.memory import peak_bytes
-from qdeploy.bench.plan import BenchSettings, Contender, contenders, distinct_names, levels_from_text
-from qdeploy.bench.quiet import LOOK_S, PATIENCE_S, until_quiet
-from qdeploy.bench.store import read_measurement
+import qdeploy.base.progress
+from qdeploy.base.errors import EngineError, UsageError
+from qdeploy.base.progress import ignore_progress
+from qdeploy.bench.fresh_start import measure_fresh_start
+from qdeploy.bench.idle import POLL_S, TIMEOUT_S, wait_until_idle
+from qdeploy.bench.measure import make_names_unique, run_bench, shuffle_rounds, time_interleaved
+from qdeploy.bench.memory import read_peak_bytes
+from qdeploy.bench.results import STAGES, StageSamples
+from qdeploy.bench.settings import BenchContender, BenchSettings, choose_names, levels_from_text, list_contenders
+from qdeploy.bench.store import read_bench_run
 from qdeploy.cli import main
-from qdeploy.errors import EngineError, UsageError
-from qdeploy.progress import silent
-from tests.bench.made import figures
+from qdeploy.reporting.environment import describe_environment
+from tests.bench.factories import figures
 
 SETTINGS = BenchSettings(steps=2, rounds=6, pictures=2, concurrency=(1, 2), throughput_rounds=2, fresh_starts=1)
 QUICK = ("--rounds", 5, "--pictures", 1, "--steps", 1, "--fresh-starts", 0, "--concurrency", "none")
@@ -35,26 +35,26 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["--quiet", "bench", *map(str, arguments)])
 
 
-def test_bundles_of_one_name_are_told_apart() -> None:
-    assert distinct_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
-    assert distinct_names([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
+def test_bundles_of_one_name_get_different_names() -> None:
+    assert choose_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
+    assert choose_names([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
 
 
 def test_every_bundle_runs_on_every_engine() -> None:
-    found = contenders([Path("a"), Path("b")], ["ort-cpu", "openvino"])
-    assert [(c.bundle, c.engine) for c in found] == [
+    result = list_contenders([Path("a"), Path("b")], ["ort-cpu", "openvino"])
+    assert [(c.bundle, c.engine) for c in result] == [
         ("a", "ort-cpu"), ("a", "openvino"), ("b", "ort-cpu"), ("b", "openvino"),
     ]  # fmt: skip
-    assert contenders([Path("a")]) == [Contender("a", Path("a"), None)]
-    twins = [figures("a", "fp32", [1.0]), figures("a", "fp32", [1.0])]
-    twins[1].engine = "openvino"
-    name_apart(twins)
-    assert [found.name for found in twins] == ["a on ort-cpu", "a on openvino"]
+    assert list_contenders([Path("a")]) == [BenchContender("a", Path("a"), None)]
+    results = [figures("a", "fp32", [1.0]), figures("a", "fp32", [1.0])]
+    results[1].engine = "openvino"
+    make_names_unique(results)
+    assert [result.name for result in results] == ["a on ort-cpu", "a on openvino"]
 
 
 def test_nobody_always_comes_first() -> None:
-    rounds = list(rounds_of(300, 3, seed=0))
-    assert rounds == list(rounds_of(300, 3, seed=0))
+    rounds = list(shuffle_rounds(300, 3, seed=0))
+    assert rounds == list(shuffle_rounds(300, 3, seed=0))
     assert all(sorted(order) == [0, 1, 2] for _, order in rounds)
     assert min(Counter(order[0] for _, order in rounds).values()) > 70
     assert min(Counter((order[0], order[1]) for _, order in rounds).values()) > 25
@@ -64,12 +64,12 @@ def test_warm_up_is_kept_apart() -> None:
     called: list[str] = []
     samples = {0: StageSamples(), 1: StageSamples()}
     calls: dict[int, Callable[[], object]] = {0: lambda: called.append("a"), 1: lambda: called.append("b")}
-    time_in_turn(calls, samples, 2, 5, 0, silent, "x")
+    time_interleaved(calls, samples, 2, 5, 0, ignore_progress, "x")
     assert Counter(called) == {"a": 7, "b": 7}
     assert all((len(s.warmup_ms), len(s.steady_ms)) == (2, 5) for s in samples.values())
 
 
-@pytest.mark.parametrize(("busy_s", "waited_s"), [(0.1, 0.1), (0.0, 0.0), (9.0, PATIENCE_S)])
+@pytest.mark.parametrize(("busy_s", "waited_s"), [(0.1, 0.1), (0.0, 0.0), (9.0, TIMEOUT_S)])
 def test_a_call_waits_until_the_last_ones_threads_rest(
     monkeypatch: pytest.MonkeyPatch, busy_s: float, waited_s: float
 ) -> None:
@@ -80,17 +80,17 @@ def test_a_call_waits_until_the_last_ones_threads_rest(
         now[0] += seconds
 
     clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: min(now[0], busy_s), sleep=sleep)
-    monkeypatch.setattr("qdeploy.bench.quiet.time", clock)
-    until_quiet()
-    assert waited_s <= now[0] <= waited_s + 2.5 * LOOK_S
+    monkeypatch.setattr("qdeploy.bench.idle.time", clock)
+    wait_until_idle()
+    assert waited_s <= now[0] <= waited_s + 2.5 * POLL_S
 
 
 def test_a_measurement_has_every_figure(float_bundle: Path, int8_bundle: Path) -> None:
-    found = measure(contenders([int8_bundle, float_bundle]), SETTINGS)
-    assert found.complete
-    assert found.reference.bundle == "fp32"
-    w8a8, fp32 = found.contenders
-    for contender in found.contenders:
+    result = run_bench(list_contenders([int8_bundle, float_bundle]), SETTINGS)
+    assert result.complete
+    assert result.reference.bundle == "fp32"
+    w8a8, fp32 = result.contenders
+    for contender in result.contenders:
         assert list(contender.samples) == list(STAGES)
         assert [len(contender.steady_ms(stage)) for stage in STAGES] == [6, 6, 6, 2]
         assert {level: len(rates) for level, rates in contender.pictures_per_s.items()} == {1: 2, 2: 2}
@@ -111,27 +111,27 @@ def test_an_interrupt_keeps_what_is_measured(at: str, float_bundle: Path) -> Non
         if what == at:
             raise KeyboardInterrupt
 
-    found = measure(contenders([float_bundle]), SETTINGS, interrupt)
-    assert not found.complete
-    assert len(found.contenders[0].steady_ms("text encoder")) == 6
+    result = run_bench(list_contenders([float_bundle]), SETTINGS, interrupt)
+    assert not result.complete
+    assert len(result.contenders[0].steady_ms("text encoder")) == 6
 
 
 def test_a_fresh_process_reports_its_own_peak(float_bundle: Path) -> None:
     ballast = np.ones(400_000_000, np.uint8)  # must not show in the child's figure
-    found = fresh_start(Contender("a", float_bundle), SETTINGS, cold=False)
-    assert found is not None
-    assert 20e6 < found.peak_bytes < 400e6 < peak_bytes()
-    assert found.load_ms > 0
+    sample = measure_fresh_start(BenchContender("a", float_bundle), SETTINGS, cold=False)
+    assert sample is not None
+    assert 20e6 < sample.peak_bytes < 400e6 < read_peak_bytes()
+    assert sample.load_ms > 0
     del ballast
 
 
 def test_a_bundle_that_fails_in_a_fresh_process_says_why(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not a qdeploy bundle"):
-        fresh_start(Contender("a", tmp_path), SETTINGS, cold=False)
+        measure_fresh_start(BenchContender("a", tmp_path), SETTINGS, cold=False)
 
 
 def test_the_environment_names_processor_and_versions() -> None:
-    about = environment(["ort-cpu"], None)
+    about = describe_environment(["ort-cpu"], None)
     assert {"cpu", "threads", "integer instructions", "load average at the start", "onnxruntime"} <= set(about)
 
 
@@ -155,19 +155,19 @@ def test_the_command_exits_130_when_interrupted(
     float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def interrupting(_: bool) -> Iterator[qdeploy.progress.OnProgress]:
+    def interrupting(_: bool) -> Iterator[qdeploy.base.progress.OnProgress]:
         def interrupt(what: str, done: int, total: int, note: str = "") -> None:
             if what == "bench: vae decode" and done == 3:
                 raise KeyboardInterrupt
 
         yield interrupt
 
-    monkeypatch.setattr(qdeploy.progress, "shown", interrupting)
-    found = run(float_bundle, *QUICK, "--json", tmp_path / "cut.json", "--html", tmp_path / "cut.html")
-    assert found.exit_code == 130, found.output
-    assert "unet step" in found.output
+    monkeypatch.setattr(qdeploy.base.progress, "show_progress", interrupting)
+    result = run(float_bundle, *QUICK, "--json", tmp_path / "cut.json", "--html", tmp_path / "cut.html")
+    assert result.exit_code == 130, result.output
+    assert "unet step" in result.output
     assert "interrupted" in (tmp_path / "cut.html").read_text()
-    kept = read_measurement(tmp_path / "cut.json")
+    kept = read_bench_run(tmp_path / "cut.json")
     assert not kept.complete
     assert len(kept.contenders[0].steady_ms("unet step")) == 5
 
@@ -190,6 +190,6 @@ def test_levels_of_concurrency() -> None:
     ],
 )
 def test_misuse_is_one_paragraph(options: tuple[object, ...], words: str, float_bundle: Path) -> None:
-    found = run(float_bundle, *options)
-    assert found.exit_code == 2
-    assert words in found.output
+    result = run(float_bundle, *options)
+    assert result.exit_code == 2
+    assert words in result.output

@@ -7,36 +7,36 @@ import math
 import numpy as np
 import pytest
 
-from qdeploy.bench.statistics import drift, median_interval, paired_ratio, summary
-from tests.bench.made import drifting
+from qdeploy.bench.statistics import compute_paired_ratio, measure_drift, median_interval, summarize
+from tests.bench.factories import drifting
 
 
 def test_a_summary_is_numpys() -> None:
     samples = list(np.random.default_rng(0).normal(10, 1, 101))
-    found = summary(samples)
-    assert (found.p50, found.p90, found.p99) == tuple(np.percentile(samples, (50, 90, 99)))
-    assert found.std == pytest.approx(np.std(samples, ddof=1))
-    assert (found.count, summary([3.0]).std) == (101, 0.0)
+    actual = summarize(samples)
+    assert (actual.p50, actual.p90, actual.p99) == tuple(np.percentile(samples, (50, 90, 99)))
+    assert actual.std == pytest.approx(np.std(samples, ddof=1))
+    assert (actual.count, summarize([3.0]).std) == (101, 0.0)
 
 
 def test_ten_percent_are_found_under_a_drift_of_far_more() -> None:
-    found, bands = 0, []
+    detections, bands = 0, []
     for seed in range(20):
         reference, slower = drifting(seed, 40, 50.0, 55.0)
-        interval = paired_ratio(slower, reference)
-        found += interval.low > 1
+        interval = compute_paired_ratio(slower, reference)
+        detections += interval.low > 1
         assert abs(interval.value - 1.1) < 0.06
         bands.append((median_interval(slower).band, interval.band))
-    assert found >= 18
-    alone, paired = np.median(bands, axis=0)
-    assert alone > 0.1 > 0.04 > paired  # alone, the drift hides it
+    assert detections >= 18
+    single, paired = np.median(bands, axis=0)
+    assert single > 0.1 > 0.04 > paired  # unpaired, the drift hides it
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     held = 0
     for seed in range(200):
         reference, same = drifting(seed, 30, 50.0, 50.0)
-        interval = paired_ratio(same, reference)
+        interval = compute_paired_ratio(same, reference)
         held += interval.low <= 1 <= interval.high
     assert held >= 0.9 * 200
 
@@ -59,10 +59,10 @@ def test_few_samples_have_no_interval(count: int) -> None:
     assert math.isnan(interval.band)
 
 
-def test_a_ratio_reads_whole_rounds_alone() -> None:
-    assert paired_ratio([2.0] * 6 + [9.0], [1.0] * 6) == paired_ratio([2.0] * 6, [1.0] * 6)
+def test_a_ratio_reads_only_whole_rounds() -> None:
+    assert compute_paired_ratio([2.0] * 6 + [9.0], [1.0] * 6) == compute_paired_ratio([2.0] * 6, [1.0] * 6)
 
 
 def test_drift_is_the_later_half_against_the_earlier() -> None:
-    assert drift([1.0, 1.0, 5.0, 2.0, 2.0]) == pytest.approx(1.0)
-    assert math.isnan(drift([1.0]))
+    assert measure_drift([1.0, 1.0, 5.0, 2.0, 2.0]) == pytest.approx(1.0)
+    assert math.isnan(measure_drift([1.0]))

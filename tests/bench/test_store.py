@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from qdeploy.bench.fidelity import Fidelity
-from qdeploy.bench.store import read_measurement, write_measurement
-from qdeploy.errors import UsageError
-from tests.bench.made import pair
+from qdeploy.base.errors import UsageError
+from qdeploy.bench.store import read_bench_run, write_bench_run
+from qdeploy.reporting.fidelity import Fidelity
+from tests.bench.factories import pair
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     run = pair(0)
     run.contenders[0].fidelity = Fidelity((float("inf"), 3.0), (900, 100), float("inf"), float("inf"))
-    write_measurement(tmp_path / "run.json", run)
-    assert read_measurement(tmp_path / "run.json") == run
+    write_bench_run(tmp_path / "run.json", run)
+    assert read_bench_run(tmp_path / "run.json") == run
     assert "Infinity" not in (tmp_path / "run.json").read_text()
 
 
@@ -45,12 +45,12 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("words", CHANGES)
 def test_a_changed_file_is_refused(words: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    write_measurement(path, pair(0))
+    write_bench_run(path, pair(0))
     document = json.loads(path.read_text())
     CHANGES[words](document)
     path.write_text(json.dumps(document))
     with pytest.raises(UsageError, match=r"not a measurement.*measure again") as caught:
-        read_measurement(path)
+        read_bench_run(path)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -62,4 +62,4 @@ def test_any_other_file_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match="not a measurement"):
-        read_measurement(path)
+        read_bench_run(path)

@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import engines
-from qdeploy.table import QuantTable, save_table
+from qdeploy.artifacts.table import QuantTable, save_table
 
 
 @pytest.mark.slow
-def test_rows_are_made_run_and_told(
+def test_rows_are_made_run_and_reported(
     table: QuantTable, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_table(table, tmp_path / "table.safetensors")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import mask_cpu
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
 
 LIBRARY = """
 #include <cpuid.h>
@@ -48,20 +48,20 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source, built = tmp_path / "asks.c", tmp_path / "asks.so"
     source.write_text(LIBRARY)
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", built, source], check=True)
-    monkeypatch.setattr(mask_cpu, "_libraries", lambda: iter([built]))
+    monkeypatch.setattr(mask_cpu, "_iter_libraries", lambda: iter([built]))
     return built
 
 
 @needs_tools
 def test_only_instructions_are_found(library: Path) -> None:
     assert library.read_bytes().count(mask_cpu.CPUID) == 2
-    assert len(mask_cpu.cpuid_addresses(library)) == 1
+    assert len(mask_cpu.find_cpuid_addresses(library)) == 1
 
 
 @needs_tools
 def test_a_masked_process_does_not_see_the_bits(library: Path) -> None:
     """AVX2 stays as it is, VNNI goes, and code that only looks like cpuid runs; faulthandler on, as in pytest."""
-    with mask_cpu.masked_environment(["vnni"]) as masked:
+    with mask_cpu.mask_environment(["vnni"]) as masked:
         ask = [sys.executable, "-c", ASK, str(library)]
         plain, there = (subprocess.run(ask, env=env, capture_output=True, text=True) for env in (None, masked))
     avx2, _, constant = plain.stdout.split()
@@ -74,21 +74,21 @@ def test_another_copy_of_a_library_is_refused(library: Path, tmp_path: Path) -> 
     copy = tmp_path / "elsewhere" / library.name
     copy.parent.mkdir()
     shutil.copy(library, copy)
-    with mask_cpu.masked_environment(["vnni"]) as masked:
+    with mask_cpu.mask_environment(["vnni"]) as masked:
         ask = subprocess.run([sys.executable, "-c", ASK, str(copy)], env=masked, capture_output=True, text=True)
     assert ask.returncode == 125
     assert "another copy" in ask.stderr
 
 
 def test_masked_flags_are_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_cpu, "integer_flags", lambda: ["avx2", "avx512f", "avx512_vnni", "avx_vnni"])
-    assert mask_cpu.flags_left(["vnni"]) == ["avx2", "avx512f"]
-    assert mask_cpu.flags_left(["vnni", "avx512"]) == ["avx2"]
+    monkeypatch.setattr(mask_cpu, "read_integer_flags", lambda: ["avx2", "avx512f", "avx512_vnni", "avx_vnni"])
+    assert mask_cpu.list_unmasked_flags(["vnni"]) == ["avx2", "avx512f"]
+    assert mask_cpu.list_unmasked_flags(["vnni", "avx512"]) == ["avx2"]
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask_cpu.sys, "platform", "linux")
     monkeypatch.setattr(mask_cpu.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(mask_cpu.shutil, "which", lambda program: None if program == "objdump" else program)
-    with pytest.raises(UsageError, match="binutils"), mask_cpu.masked_environment(["vnni"]):
+    with pytest.raises(UsageError, match="binutils"), mask_cpu.mask_environment(["vnni"]):
         pass

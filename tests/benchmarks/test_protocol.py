@@ -13,22 +13,22 @@ from benchmarks.protocol import (
     Predict,
     Protocol,
     Reference,
-    fresh_prompts,
+    draw_fresh_prompts,
     load_reference,
+    pair_predict,
     picture_psnr_db,
     pictures_psnr_db,
     predict_from_module,
     predict_from_session,
-    predict_in_pairs,
     record_reference,
     save_reference,
     step_sqnr_db,
 )
-from qdeploy.calibrate.prompts import draw_prompts
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
+from qdeploy.base.numerics import sqnr_db
+from qdeploy.calibrate.record.prompts import draw_prompts
+from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.numerics import sqnr_db
 from qdeploy.sampling.loop import Array
 
 PROTOCOL = Protocol(pictures=3, steps=4, seed=7, calibrated=2)
@@ -38,10 +38,10 @@ ROUND_OFF_DB = 100.0  # float32 sums in another order: 110 to 140 dB
 
 @pytest.fixture(scope="module")
 def reference(tiny_model: LatentDiffusion) -> Reference:
-    return record_reference(tiny_model, fresh_prompts(PROMPTS, PROTOCOL), PROTOCOL)
+    return record_reference(tiny_model, draw_fresh_prompts(PROMPTS, PROTOCOL), PROTOCOL)
 
 
-def with_noise(predict: Predict, amount: float) -> Predict:
+def add_noise(predict: Predict, amount: float) -> Predict:
     """``predict`` plus noise of ``amount`` of its output's root mean square."""
     rng = np.random.default_rng(0)
 
@@ -54,21 +54,21 @@ def with_noise(predict: Predict, amount: float) -> Predict:
 
 def test_measured_prompts_are_none_of_the_calibrations() -> None:
     calibrated = draw_prompts(PROMPTS, PROTOCOL.calibrated, PROTOCOL.calibrated_seed)
-    drawn = fresh_prompts(PROMPTS, PROTOCOL)
+    drawn = draw_fresh_prompts(PROMPTS, PROTOCOL)
     assert len(set(drawn)) == PROTOCOL.pictures
     assert not set(drawn) & set(calibrated)
 
 
 def test_too_few_fresh_prompts_are_refused() -> None:
     with pytest.raises(UsageError, match="expected at least 9"):
-        fresh_prompts(PROMPTS, Protocol(pictures=9, calibrated=2))
+        draw_fresh_prompts(PROMPTS, Protocol(pictures=9, calibrated=2))
 
 
 def test_the_reference_is_the_models_own_run(reference: Reference, tiny_model: LatentDiffusion) -> None:
     calls = len(reference.timestep)
     assert reference.sample.shape == (calls, 3, *tiny_model.latents.shape)
     assert reference.noise_pred.shape == (calls, 2, 3, *tiny_model.latents.shape)
-    assert np.array_equal(reference.sample[0], reference.noise)  # this sampler starts from unit noise
+    assert np.array_equal(reference.sample[0], reference.noise)  # this scheduler starts from unit noise
     assert reference.pixels.dtype == np.uint8
     one = predict_from_module(tiny_model.unet)(
         reference.sample[2][:1], int(reference.timestep[2]), reference.contexts[1:2]
@@ -86,13 +86,13 @@ def test_the_float_unet_scores_no_noise(reference: Reference, tiny_model: Latent
 def test_noise_of_known_power_scores_its_decibels(
     reference: Reference, tiny_model: LatentDiffusion, amount: float, expected_db: float
 ) -> None:
-    curve = step_sqnr_db(with_noise(predict_from_module(tiny_model.unet), amount), reference)
+    curve = step_sqnr_db(add_noise(predict_from_module(tiny_model.unet), amount), reference)
     assert curve == pytest.approx([expected_db] * len(reference.timestep), abs=0.5)
 
 
 def test_more_noise_makes_worse_pictures(reference: Reference, tiny_model: LatentDiffusion) -> None:
     predict = predict_from_module(tiny_model.unet)
-    much, little = (picture_psnr_db(with_noise(predict, share), reference, tiny_model) for share in (0.5, 0.05))
+    much, little = (picture_psnr_db(add_noise(predict, share), reference, tiny_model) for share in (0.5, 0.05))
     assert much < little < SAME_PICTURE_DB
 
 
@@ -105,12 +105,12 @@ def test_pairs_belong_to_one_picture() -> None:
 
     x = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1)
     context = np.arange(10, 16, dtype=np.float32).reshape(6, 1, 1)
-    assert np.array_equal(predict_in_pairs(predict)(x, 0, context), -x)
+    assert np.array_equal(pair_predict(predict)(x, 0, context), -x)
     assert seen == [([0, 3], [10, 13]), ([1, 4], [11, 14]), ([2, 5], [12, 15])]
 
 
 def test_a_float_bundle_scores_no_noise(reference: Reference, tiny_model: LatentDiffusion, float_bundle: Path) -> None:
-    session = engine_named("ort-cpu").open_session(float_bundle / "unet" / "model.onnx", EngineOptions())
+    session = load_engine("ort-cpu").open_session(float_bundle / "unet" / "model.onnx", EngineOptions())
     assert min(step_sqnr_db(predict_from_session(session), reference)) > ROUND_OFF_DB - 20
 
 

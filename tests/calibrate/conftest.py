@@ -1,4 +1,4 @@
-"""Models for the calibration modes: a tiny unconditional one beside the shared tiny_model."""
+"""Models for the calibration modes: a tiny unconditional one in addition to the shared tiny_model."""
 
 from __future__ import annotations
 

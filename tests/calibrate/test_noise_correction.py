@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from qdeploy.artifacts.table import QuantTable
+from qdeploy.base.numerics import sqnr_db
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.noise_correction import measure_noise_correction
-from qdeploy.models.components import Component
+from qdeploy.models.components import TorchComponent
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.numerics import sqnr_db
-from qdeploy.simulate.twin import quantized_twin
-from qdeploy.table import QuantTable
+from qdeploy.simulate.simulator import build_simulator
 
 ROUND_OFF_DB = 0.01  # float32 slopes and means
 
 
-def outputs(unet: Component, calibration: CalibrationSet) -> list[np.ndarray]:
+def outputs(unet: TorchComponent, calibration: CalibrationSet) -> list[np.ndarray]:
     with torch.no_grad():
         return [unet(**feeds).numpy() for feeds in calibration.batches("unet", 16)]
 
@@ -24,17 +24,17 @@ def outputs(unet: Component, calibration: CalibrationSet) -> list[np.ndarray]:
 def test_the_correction_does_not_lower_the_sqnr(
     tiny_model: LatentDiffusion, table: QuantTable, calibration: CalibrationSet
 ) -> None:
-    twin = quantized_twin(tiny_model.unet, table.components["unet"], True)
+    simulator = build_simulator(tiny_model.unet, table.components["unet"], True)
     seen: list[tuple[int, int]] = []
     correction = measure_noise_correction(
-        tiny_model.unet, twin, calibration, lambda _, done, total: seen.append((done, total))
+        tiny_model.unet, simulator, calibration, lambda _, done, total: seen.append((done, total))
     )
     assert seen[-1] == (calibration.count("unet"),) * 2
     assert correction.timesteps.tolist() == calibration.timestep.unique().tolist()
     assert correction.channels == tiny_model.latents.channels
-    expected, quantized = outputs(tiny_model.unet, calibration), outputs(twin, calibration)
+    expected, quantized = outputs(tiny_model.unet, calibration), outputs(simulator, calibration)
     timesteps = [int(feeds["timestep"]) for feeds in calibration.batches("unet", 16)]
-    corrected = [correction.corrected(out, t) for out, t in zip(quantized, timesteps, strict=True)]
+    corrected = [correction.apply(out, t) for out, t in zip(quantized, timesteps, strict=True)]
     before = sqnr_db(np.concatenate(expected), np.concatenate(quantized))
     after = sqnr_db(np.concatenate(expected), np.concatenate(corrected))
     assert after >= before - ROUND_OFF_DB

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-OPTIONS = {("calibrate", "--scheduler"): "--sampler"}  # (command, documented option) -> what the code has
-RECIPE_KEYS = {"scheduler": "sampler"}
+OPTIONS: dict[tuple[str, str], str] = {}  # (command, documented option) -> what the code has
+RECIPE_KEYS: dict[str, str] = {}
 VARIABLES: set[str] = set()
 PATHS = {
-    "qdeploy/artifacts/",
-    "qdeploy/base/",
-    "qdeploy/inspection/",
-    "qdeploy/reporting/",
-    "qdeploy/targets/",
     "qdeploy/targets/NAME.py",
 }

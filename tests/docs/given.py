@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qdeploy.artifacts.table import save_table
 from qdeploy.calibrate.dataset import save_calibration
-from qdeploy.table import save_table
 
 FOLDERS = {
     "model": "tiny_folder",
@@ -38,7 +38,7 @@ def write_lora(path: Path) -> None:
     save_file(tensors, path)
 
 
-def makers(request: pytest.FixtureRequest) -> Mapping[str, Callable[[Path], object]]:
+def list_makers(request: pytest.FixtureRequest) -> Mapping[str, Callable[[Path], object]]:
     """How each thing is made at a path."""
 
     def copy(fixture: str) -> Callable[[Path], object]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
+from qdeploy.base.errors import UsageError
 from qdeploy.cli import main
-from qdeploy.commands import command_named, command_names
-from qdeploy.errors import UsageError
+from qdeploy.commands import find_commands, load_command
 from qdeploy.recipe.read import recipe_from_document
 from tests.docs import ahead
 from tests.docs.blocks import PAGES, ROOT, Block, Command, all_blocks, all_commands, commands_in
@@ -26,7 +26,7 @@ REASONS = {
     "needs an NVIDIA GPU",
     "needs onnxruntime-openvino, which replaces onnxruntime",
     "replaces onnxruntime in the environment",
-    "takes a minute; tests/test_recipes.py runs every recipe",
+    "takes a minute; tests/recipe/test_recipes.py runs every recipe",
     "takes hours",
     "takes minutes",
     "tests/test_examples.py runs them",
@@ -38,19 +38,19 @@ OTHERS_OPTIONS = {"--help", "--no-deps"}  # not of a command of ours, or of ever
 FOREIGN = ("python", "pip", "scripts/gpu_check", "make", "uvicorn", "printf", "twine")  # checked by name
 
 
-def with_code_names(argv: Sequence[str]) -> list[str]:
+def translate_options(argv: Sequence[str]) -> list[str]:
     """``argv`` of qdeploy with what the code calls options that the documentation already calls otherwise."""
     return [argv[0], *(ahead.OPTIONS.get((argv[0], word), word) for word in argv[1:])]
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, object]]:
     """The command's name and its options' values, as click reads them; click's own error where it does not."""
-    name, *rest = with_code_names([word for word in argv if word not in ("--quiet", "--debug")])
+    name, *rest = translate_options([word for word in argv if word not in ("--quiet", "--debug")])
     if name.startswith("-"):
         assert name in {option for parameter in main.params for option in parameter.opts}, name
         return name, {}
-    command = command_named(name)
-    assert command is not None, f"no command {name!r}; there are {', '.join(command_names())}"
+    command = load_command(name)
+    assert command is not None, f"no command {name!r}; there are {', '.join(find_commands())}"
     with command.make_context(name, list(rest)) as context:
         return name, dict(context.params)
 
@@ -90,7 +90,7 @@ def check_python(text: str, argv: Sequence[str]) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_an_option_named_in_prose_exists(page: Path) -> None:
     known = set(OTHERS_OPTIONS) | {option for _, option in ahead.OPTIONS}
-    for command in (main, *map(command_named, command_names())):
+    for command in (main, *map(load_command, find_commands())):
         assert command is not None
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
@@ -105,9 +105,9 @@ def test_an_option_named_in_prose_exists(page: Path) -> None:
 def test_help_examples_are_commands_that_exist() -> None:
     from scripts.docs.commands import reference
 
-    found = re.findall(r"```bash\n(.*?)\n```", reference(), flags=re.DOTALL)
-    assert len(found) >= len(command_names()) - 1  # all but `demo` show one
-    for text in found:
+    examples = re.findall(r"```bash\n(.*?)\n```", reference(), flags=re.DOTALL)
+    assert len(examples) >= len(find_commands()) - 1  # all but `demo` show one
+    for text in examples:
         for command in commands_in(Block(ROOT / "README.md", 0, "bash", "", text)):
             assert command.argv[0] == "qdeploy", command.text
             parse(command.argv[1:])
@@ -133,7 +133,7 @@ def test_what_is_not_run_says_why() -> None:
 
 def test_what_is_ahead_is_still_ahead() -> None:
     for (name, documented), code in ahead.OPTIONS.items():
-        command = command_named(name)
+        command = load_command(name)
         assert command is not None
         options = {option for parameter in command.params for option in parameter.opts}
         assert documented not in options, f"{name} has {documented} now: delete it from ahead.OPTIONS"

@@ -1,7 +1,7 @@
 """Every page's commands and snippets run, in order, on the tiny model and with small settings.
 
-Exports take their bundle from the shared ones (tests/test_cli.py and tests/export make real ones); where no shared
-bundle is of the same kind, the command is checked and nothing is made.
+Exports take their bundle from the shared ones (tests/commands/test_cli.py and tests/export make real ones); where
+no shared bundle is of the same kind, the command is checked and nothing is made.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from qdeploy.artifacts.table import load_table
+from qdeploy.calibrate.spec import EFFORTS
 from qdeploy.cli import main
-from qdeploy.spec import EFFORTS, target_named
-from qdeploy.table import load_table
+from qdeploy.targets.spec import get_target
 from tests.docs.blocks import PAGES, ROOT, Block, Command, blocks_in, commands_in
-from tests.docs.given import FOLDERS, makers
-from tests.docs.test_blocks_fit import parse, with_code_names
+from tests.docs.given import FOLDERS, list_makers
+from tests.docs.test_blocks_fit import parse, translate_options
 
 FROM_SCRATCH = {"README.md", "first-bundle.md"}  # pages that make everything themselves
 SMALL = {
@@ -29,7 +30,7 @@ SMALL = {
     "generate": ["--steps", "2"],
     "bench": ["--rounds", "1", "--pictures", "0", "--steps", "1", "--fresh-starts", "0", "--concurrency", "none"],
     "evaluate": ["--count", "2", "--steps", "1"],
-}  # the last value counts, so these go behind what the page says
+}  # the last value counts, so these go after what the page says
 SHARED = {
     ("ort-cpu", "fp32", False, False): "float_bundle",
     ("ort-cpu", "fp32", True, False): "encoder_bundle",
@@ -86,7 +87,7 @@ def run_page(page: Path, folder: Path, request: pytest.FixtureRequest) -> None:
 
 def give(block: Block, folder: Path, request: pytest.FixtureRequest) -> None:
     """Put what the block names, and earlier ones have not made, into the folder."""
-    for name, make in makers(request).items():
+    for name, make in list_makers(request).items():
         if re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w-])", block.text) and not (folder / name).exists():
             make(folder / name)
 
@@ -96,7 +97,7 @@ def run(command: Command, folder: Path, request: pytest.FixtureRequest) -> None:
     if command.argv[0] == "printf":
         subprocess.run(["bash", "-c", command.text], cwd=folder, check=True)
     elif command.argv[0] == "qdeploy":
-        argv = [in_place(word, request) for word in with_code_names(command.argv[1:])]
+        argv = [in_place(word, request) for word in translate_options(command.argv[1:])]
         name, options = parse(argv)
         if name == "export":
             export(options, request)
@@ -134,7 +135,7 @@ def digest(word: str) -> str:
 
 def export(options: dict[str, object], request: pytest.FixtureRequest) -> None:
     """The shared bundle of the same kind, where there is one, in the place of what the command would make."""
-    source, target = Path(str(options["source"])), target_named(str(options["target"]))
+    source, target = Path(str(options["source"])), get_target(str(options["target"]))
     assert source.exists(), f"{source}: the page exports what it has not made"
     if source.is_file():
         load_table(source)

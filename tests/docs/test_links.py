@@ -23,7 +23,7 @@ PATH = re.compile(
 VARIABLE = re.compile(r"\bQDEPLOY_[A-Z_]+")
 
 
-def anchors_of(page: Path) -> set[str]:
+def list_anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub and the site make them, and those it sets itself."""
     text = page.read_text(encoding="utf-8")
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in HEADING.findall(text)}
@@ -39,7 +39,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = link.partition("#")
         target = page if not name else page.parent / name
         assert target.exists(), f"{page.name}: {link}"
-        assert not anchor or anchor in anchors_of(target), f"{page.name}: {link}"
+        assert not anchor or anchor in list_anchors(target), f"{page.name}: {link}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from qdeploy.cli import main
-from qdeploy.commands import command_named, command_names
+from qdeploy.commands import find_commands, load_command
 from scripts.docs.commands import MARKER, escape, help_text, names, on_page_markdown, reference
 from scripts.docs.docstrings import markdown_from_docstring
 from tests.docs.blocks import ROOT
@@ -13,9 +13,9 @@ from tests.docs.blocks import ROOT
 
 def test_the_reference_has_every_command_and_option() -> None:
     sections = dict(part.split("\n", 1) for part in reference().split("\n## ")[1:])
-    assert sorted(sections) == command_names()
-    for name in command_names():
-        command = command_named(name)
+    assert sorted(sections) == find_commands()
+    for name in find_commands():
+        command = load_command(name)
         assert command is not None
         for option in command.params:
             if isinstance(option, click.Option):

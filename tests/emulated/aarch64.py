@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdeploy.files import staged_folder
-from tests.emulated.machines import ROOT, Machine, MachineMissingError, emulator, write_cpu_info
+from qdeploy.base.files import stage_folder
+from tests.emulated.machines import ROOT, Machine, MachineMissingError, find_emulator, write_cpu_info
 
 CACHE = ROOT / "build" / "emulated"
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -37,7 +37,7 @@ class Processor:
     model: str  # what qemu is asked for
     part: str
     features: str
-    flags: Sequence[str]  # that qdeploy.cpu must read
+    flags: Sequence[str]  # that qdeploy.base.cpu must read
 
 
 PROCESSORS = (
@@ -48,22 +48,22 @@ PROCESSORS = (
 )
 
 
-def machine(processor: Processor) -> Machine:
+def make_machine(processor: Processor) -> Machine:
     """The processor with Python; fetches what it needs at first. MachineMissingError where a tool is not installed."""
-    qemu = emulator("aarch64")
-    debian, wheels = debian_root(), wheel_folder()
+    qemu = find_emulator("aarch64")
+    debian, wheels = prepare_debian(), prepare_wheels()
     root = CACHE / processor.name
     for name in LINKED:
         if not (root / name).is_symlink():
             root.mkdir(parents=True, exist_ok=True)
             (root / name).symlink_to(debian / name)
-    write_cpu_info(root, cpu_info(processor))
+    write_cpu_info(root, format_cpu_info(processor))
     # -S: a path that the root lacks is this system's, whose site-packages are of another architecture
     command = [qemu, "-cpu", processor.model, "-L", str(root), str(debian / "usr/bin/python3"), "-S"]
     return Machine(processor.name, command, processor.flags, path=[wheels])
 
 
-def cpu_info(processor: Processor) -> str:
+def format_cpu_info(processor: Processor) -> str:
     lines = {
         "BogoMIPS": "50.00",
         "Features": processor.features,
@@ -76,21 +76,21 @@ def cpu_info(processor: Processor) -> str:
     return "\n".join(f"{key}\t: {value}" for key, value in lines.items())
 
 
-def debian_root() -> Path:
+def prepare_debian() -> Path:
     """A folder with Debian's arm64 Python and all that it needs, unpacked; apt keeps its state in there too."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise MachineMissingError(f"no {tool}: Python for arm64 is taken from Debian's or Ubuntu's packages")
     final = CACHE / "debian-arm64"
     if not final.is_dir():
-        with staged_folder(final) as root:
-            for package in downloaded_packages(root / "apt"):
+        with stage_folder(final) as root:
+            for package in download_packages(root / "apt"):
                 run("dpkg-deb", "--extract", str(package), str(root))
             shutil.rmtree(root / "apt")
     return final
 
 
-def downloaded_packages(scratch: Path) -> list[Path]:
+def download_packages(scratch: Path) -> list[Path]:
     """PACKAGES and their dependencies as ``.deb`` files, for a system that has none yet."""
     archives = scratch / "cache" / "archives"
     for folder in (archives / "partial", scratch / "state" / "lists" / "partial"):
@@ -104,28 +104,30 @@ def downloaded_packages(scratch: Path) -> list[Path]:
     return sorted(archives.glob("*.deb"))
 
 
-def wheel_folder() -> Path:
+def prepare_wheels() -> Path:
     """A folder with the base install's packages for arm64, at the versions of constraints.txt."""
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     key = hashlib.sha256(repr((needed, CONSTRAINTS.read_text(), PLATFORMS)).encode()).hexdigest()[:12]
     final = CACHE / f"wheels-{key}"
     if not final.is_dir():
-        python = run(*emulated_python(), "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+        python = run(*get_python_command(), "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
         platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-        with staged_folder(final) as folder:
+        with stage_folder(final) as folder:
             run(*pip, "--python-version", python, *platforms, "--only-binary=:all:", "--target", str(folder),
                 "--constraint", str(CONSTRAINTS), *needed)  # fmt: skip
     return final
 
 
-def emulated_python() -> list[str]:
-    return [emulator("aarch64"), "-L", str(debian_root()), str(debian_root() / "usr/bin/python3")]
+def get_python_command() -> list[str]:
+    return [find_emulator("aarch64"), "-L", str(prepare_debian()), str(prepare_debian() / "usr/bin/python3")]
 
 
 def run(*command: str) -> str:
     """Its output; RuntimeError with what it wrote when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        raise RuntimeError(
+            f"`{' '.join(command)}` ended with {completed.returncode}\n{completed.stdout}{completed.stderr}"
+        )
+    return completed.stdout

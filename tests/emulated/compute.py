@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qdeploy
-from qdeploy.cpu import integer_flags
+from qdeploy.base.cpu import read_integer_flags
 
 PICTURE = dict(prompt="red apple", steps=4, seed=0)  # short: emulated, a step of the built-in model takes seconds
 Arrays = dict[str, NDArray]
@@ -27,26 +27,26 @@ def compute_bundle(folder: str, feeds_file: str, out: str) -> None:
     for key, value in np.load(feeds_file).items():
         component, number, name = key.split("/")
         feeds.setdefault((component, number), {})[name] = value
-    found: Arrays = {}
+    outputs: Arrays = {}
     with qdeploy.load(folder, threads=1) as pipe:
         for (component, number), given in feeds.items():
-            with pipe.component(component).held() as session:
-                (found[f"{component}/{number}"],) = session.run(given).values()
-        found["picture"] = np.asarray(pipe(**PICTURE).images[0])
-    np.savez(out, **found)
+            with pipe.component(component).hold() as session:
+                (outputs[f"{component}/{number}"],) = session.run(given).values()
+        outputs["picture"] = np.asarray(pipe(**PICTURE).images[0])
+    np.savez(out, **outputs)
 
 
 def compute_graphs(folder: str, out: str, *engines: str) -> None:
     """Each graph in each of ENGINES; no option of ours is set."""
-    found = {
+    outputs = {
         f"{graph.stem}/{engine}": ENGINES[engine](graph, np.load(graph.with_suffix(".npy")))
         for graph in sorted(Path(folder).glob("*.onnx"))
         for engine in engines
     }
-    np.savez(out, **found)
+    np.savez(out, **outputs)
 
 
-def in_onnxruntime(graph: Path, x: NDArray, precise: bool = False) -> NDArray:
+def run_onnxruntime(graph: Path, x: NDArray, precise: bool = False) -> NDArray:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -55,11 +55,11 @@ def in_onnxruntime(graph: Path, x: NDArray, precise: bool = False) -> NDArray:
     return session.run(None, {"x": x})[0]
 
 
-def in_onnxruntime_precise(graph: Path, x: NDArray) -> NDArray:
-    return in_onnxruntime(graph, x, precise=True)
+def run_onnxruntime_precise(graph: Path, x: NDArray) -> NDArray:
+    return run_onnxruntime(graph, x, precise=True)
 
 
-def in_openvino(graph: Path, x: NDArray) -> NDArray:
+def run_openvino(graph: Path, x: NDArray) -> NDArray:
     import openvino
 
     core = openvino.Core()
@@ -68,11 +68,11 @@ def in_openvino(graph: Path, x: NDArray) -> NDArray:
 
 
 ENGINES: dict[str, Callable[[Path, NDArray], NDArray]] = {
-    "onnxruntime": in_onnxruntime,
-    "onnxruntime-precise": in_onnxruntime_precise,
-    "openvino": in_openvino,
+    "onnxruntime": run_onnxruntime,
+    "onnxruntime-precise": run_onnxruntime_precise,
+    "openvino": run_openvino,
 }
 
 if __name__ == "__main__":
     {"bundle": compute_bundle, "graphs": compute_graphs}[sys.argv[1]](*sys.argv[2:])
-    print(json.dumps({"flags": integer_flags()}))
+    print(json.dumps({"flags": read_integer_flags()}))

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qdeploy.artifacts.table import QuantTable
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
+from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.exporter import export_bundle
-from qdeploy.export.parity import Expected, Parity, expected_outputs, measure_parity
+from qdeploy.export.parity import ExpectedOutputs, Parity, compute_expected, measure_parity
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.twin import on_target, quantized_twin
-from qdeploy.spec import QuantSpec, TargetSpec, target_named
-from qdeploy.table import QuantTable
+from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+from qdeploy.targets.spec import TargetSpec, get_target
 from tests.emulated.machines import Machine
 
 Factory = pytest.TempPathFactory
@@ -26,13 +27,13 @@ PICTURE = "picture"
 
 
 @dataclass(frozen=True)
-class Made:
+class EmulatedBundle:
     """A bundle and, by component, inputs with the float model's and the simulator's outputs."""
 
     bundle: Path
-    expected: Mapping[str, Expected]
+    expected: Mapping[str, ExpectedOutputs]
 
-    def compute(self, machine: Machine, scratch: Path) -> Computed:
+    def compute(self, machine: Machine, scratch: Path) -> MachineOutputs:
         """Everything in ``bundle`` on that machine."""
         feeds = {
             f"{component}/{number}/{name}": value
@@ -43,12 +44,12 @@ class Made:
         np.savez(scratch / "feeds.npz", **feeds)
         out = scratch / f"{machine.name}.npz"
         facts = machine.run("-m", "tests.emulated.compute", "bundle", self.bundle, scratch / "feeds.npz", out)
-        return Computed(json.loads(facts)["flags"], dict(np.load(out)))
+        return MachineOutputs(json.loads(facts)["flags"], dict(np.load(out)))
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What one machine put out."""
+class MachineOutputs:
+    """Outputs of one machine."""
 
     flags: Sequence[str]
     arrays: Mapping[str, NDArray]
@@ -61,13 +62,13 @@ class Computed:
         """Of every probe, in order."""
         return [y for key, y in self.arrays.items() if key.startswith(f"{component}/")]
 
-    def parity(self, expected: Expected, component: str) -> Parity:
+    def parity(self, expected: ExpectedOutputs, component: str) -> Parity:
         """How far these outputs are from the simulator's and the float model's, as the export's gate measures."""
         return measure_parity(expected, Replay(self.outputs(component)))
 
 
 class Replay:
-    """A session that puts out what was computed before."""
+    """A session that returns what was computed before."""
 
     def __init__(self, outputs: Sequence[NDArray]) -> None:
         self._next = iter(outputs)
@@ -79,20 +80,20 @@ class Replay:
         self._next = iter(())
 
 
-def make(model: LatentDiffusion, table: QuantTable, target: TargetSpec, bundle: Path) -> Made:
+def add_expected(model: LatentDiffusion, table: QuantTable, target: TargetSpec, bundle: Path) -> EmulatedBundle:
     expected = {}
     for name, quant in table.components.items():
         component = model.component(name)
-        simulator = quantized_twin(
-            component, on_target(quant, target), target.conv_output_quantized, target.signed_activations
+        simulator = build_simulator(
+            component, restrict_to_target(quant, target), target.conv_output_quantized, target.signed_activations
         )
-        expected[name] = expected_outputs(component, simulator, table.probes[name])
-    return Made(bundle, expected)
+        expected[name] = compute_expected(component, simulator, table.probes[name])
+    return EmulatedBundle(bundle, expected)
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_model: LatentDiffusion, table: QuantTable, int8_bundle: Path) -> Made:
-    return make(tiny_model, table, target_named("ort-cpu"), int8_bundle)
+def tiny(tiny_model: LatentDiffusion, table: QuantTable, int8_bundle: Path) -> EmulatedBundle:
+    return add_expected(tiny_model, table, get_target("ort-cpu"), int8_bundle)
 
 
 @pytest.fixture(scope="session")
@@ -103,19 +104,19 @@ def emoji_model() -> LatentDiffusion:
 @pytest.fixture(scope="session")
 def emoji_table(emoji_model: LatentDiffusion) -> QuantTable:
     """The built-in model's as `qdeploy demo` makes it, from fewer recorded inputs."""
-    method = TimestepAware(samples=2, steps=6, record=6, batch=2, guidance_scale=5.0)
+    method = TimestepAwareSettings(samples=2, steps=6, record=6, batch=2, guidance_scale=5.0)
     return quantize_model(emoji_model, record_trajectories(emoji_model, ["red apple", "rocket"], method), QuantSpec())
 
 
 @pytest.fixture(scope="session")
-def emoji_ort_cpu(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> Made:
+def emoji_ort_cpu(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> EmulatedBundle:
     bundle = tmp_path_factory.mktemp("bundles") / "emoji-ort-cpu"
-    export_bundle(emoji_model, emoji_table, target_named("ort-cpu"), bundle)
-    return make(emoji_model, emoji_table, target_named("ort-cpu"), bundle)
+    export_bundle(emoji_model, emoji_table, get_target("ort-cpu"), bundle)
+    return add_expected(emoji_model, emoji_table, get_target("ort-cpu"), bundle)
 
 
 @pytest.fixture(scope="session")
-def emoji_openvino(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> Made:
+def emoji_openvino(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> EmulatedBundle:
     bundle = tmp_path_factory.mktemp("bundles") / "emoji-openvino"
-    export_bundle(emoji_model, emoji_table, target_named("openvino"), bundle)
-    return make(emoji_model, emoji_table, target_named("openvino"), bundle)
+    export_bundle(emoji_model, emoji_table, get_target("openvino"), bundle)
+    return add_expected(emoji_model, emoji_table, get_target("openvino"), bundle)

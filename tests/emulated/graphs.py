@@ -14,7 +14,7 @@ INT16 = np.iinfo(np.int16)
 
 
 def write_product(codes: NDArray[np.int8], x: NDArray[np.uint8], path: Path) -> None:
-    """The graph x ``[ROWS, DEPTH]`` times ``codes`` ``[DEPTH, COLUMNS]`` at all scales 1, and ``x`` beside it."""
+    """The graph x ``[ROWS, DEPTH]`` times ``codes`` ``[DEPTH, COLUMNS]`` at all scales 1, and ``x`` next to it."""
     constants = {"one": np.float32(1), "zero": np.uint8(0), "codes": codes, "ones": np.ones(COLUMNS, np.float32)}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["x_codes"]),

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.mask_cpu import flags_left, masked_environment
-from qdeploy.errors import UsageError
+from benchmarks.mask_cpu import list_unmasked_flags, mask_environment
+from qdeploy.base.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 1800  # emulated code runs 50 to 100 times slower
@@ -29,8 +29,8 @@ class Machine:
     """A processor and the Python on it.
 
     python: how to start it, the emulator first.
-    path: folders of modules, beside this repository's.
-    flags: what ``qdeploy.cpu`` must read there.
+    path: folders of modules, in addition to this repository's.
+    flags: what ``qdeploy.base.cpu`` must read there.
     """
 
     name: str
@@ -44,17 +44,21 @@ class Machine:
         path = os.pathsep.join(map(str, (ROOT, *self.path)))
         environment = {**os.environ, **self.environment, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         words = [*self.python, *map(str, command)]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
-        assert done.returncode == 0, f"{self.name}: `{' '.join(words)}` ended with {done.returncode}\n{done.stderr}"
-        return done.stdout
+        completed = subprocess.run(
+            words, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False
+        )
+        assert completed.returncode == 0, (
+            f"{self.name}: `{' '.join(words)}` ended with {completed.returncode}\n{completed.stderr}"
+        )
+        return completed.stdout
 
 
-def emulator(architecture: str) -> str:
+def find_emulator(architecture: str) -> str:
     """The path of qemu's user-mode emulator; MachineMissingError where it is not installed."""
-    found = shutil.which(f"qemu-{architecture}-static") or shutil.which(f"qemu-{architecture}")
-    if found is None:
+    path = shutil.which(f"qemu-{architecture}-static") or shutil.which(f"qemu-{architecture}")
+    if path is None:
         raise MachineMissingError(f"no qemu-{architecture}: install the system's package qemu-user-static")
-    return found
+    return path
 
 
 def check_x86() -> None:
@@ -65,21 +69,21 @@ def check_x86() -> None:
 
 
 @contextmanager
-def haswell(folder: Path) -> Iterator[Machine]:
+def emulate_haswell(folder: Path) -> Iterator[Machine]:
     """AVX2 without VNNI, in software; ``folder`` gets its ``/proc/cpuinfo``."""
     check_x86()
     write_cpu_info(folder, HASWELL)
-    command = [emulator("x86_64"), "-cpu", "Haswell", "-L", str(folder), sys.executable]
+    command = [find_emulator("x86_64"), "-cpu", "Haswell", "-L", str(folder), sys.executable]
     yield Machine("haswell", command, ["avx2"])
 
 
 @contextmanager
-def masked(_: Path, without: Sequence[str]) -> Iterator[Machine]:
+def mask_machine(_: Path, without: Sequence[str]) -> Iterator[Machine]:
     """This processor, its engines blind to some instructions."""
     try:
-        with masked_environment(without) as environment:
+        with mask_environment(without) as environment:
             yield Machine(
-                "without-" + "-".join(without), [sys.executable], flags_left(without), environment=environment
+                "without-" + "-".join(without), [sys.executable], list_unmasked_flags(without), environment=environment
             )
     except UsageError as exc:
         raise MachineMissingError(str(exc)) from exc

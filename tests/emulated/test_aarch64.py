@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdeploy.numerics import psnr_db
-from tests.emulated.aarch64 import PROCESSORS, machine
-from tests.emulated.conftest import Computed, Factory, Made
+from qdeploy.base.numerics import psnr_db
+from tests.emulated.aarch64 import PROCESSORS, make_machine
+from tests.emulated.conftest import EmulatedBundle, Factory, MachineOutputs
 from tests.emulated.graphs import COLUMNS, DEPTH, ROWS, exact_product, write_product
 from tests.emulated.machines import Machine, MachineMissingError
 
@@ -26,43 +26,43 @@ PICTURE_MIN_DB = 25.0
 @pytest.fixture(scope="module", params=PROCESSORS, ids=lambda processor: processor.name)
 def arm(request: pytest.FixtureRequest) -> Machine:
     try:
-        return machine(request.param)
+        return make_machine(request.param)
     except MachineMissingError as exc:
         pytest.skip(str(exc))
 
 
 @pytest.fixture(scope="module", params=["tiny", "emoji_ort_cpu"])
-def made(request: pytest.FixtureRequest) -> Made:
+def made(request: pytest.FixtureRequest) -> EmulatedBundle:
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
-def here(made: Made, tmp_path_factory: Factory) -> Computed:
+def here(made: EmulatedBundle, tmp_path_factory: Factory) -> MachineOutputs:
     return made.compute(HERE, tmp_path_factory.mktemp("here"))
 
 
 @pytest.fixture(scope="module")
-def there(made: Made, arm: Machine, tmp_path_factory: Factory) -> Computed:
+def there(made: EmulatedBundle, arm: Machine, tmp_path_factory: Factory) -> MachineOutputs:
     return made.compute(arm, tmp_path_factory.mktemp("arm"))
 
 
-def test_the_processor_is_recognized(there: Computed, arm: Machine) -> None:
+def test_the_processor_is_recognized(there: MachineOutputs, arm: Machine) -> None:
     assert there.flags == arm.flags
 
 
-def test_it_passes_the_gate_of_the_export(there: Computed, made: Made) -> None:
+def test_it_passes_the_gate_of_the_export(there: MachineOutputs, made: EmulatedBundle) -> None:
     for component, expected in made.expected.items():
         there.parity(expected, component).check(component)
 
 
-def test_it_computes_what_x86_does(there: Computed, here: Computed, made: Made) -> None:
+def test_it_computes_what_x86_does(there: MachineOutputs, here: MachineOutputs, made: EmulatedBundle) -> None:
     """As two roundings of one model differ, and no further from the float model."""
     for component, expected in made.expected.items():
-        x86 = replace(expected, simulated=here.outputs(component))
+        x86 = replace(expected, simulator=here.outputs(component))
         there.parity(x86, component).check(component)
 
 
-def test_it_makes_the_same_picture(there: Computed, here: Computed) -> None:
+def test_it_makes_the_same_picture(there: MachineOutputs, here: MachineOutputs) -> None:
     assert there.picture.shape == here.picture.shape
     assert psnr_db(here.picture / 255, there.picture / 255) > PICTURE_MIN_DB
 
@@ -73,6 +73,6 @@ def test_the_largest_codes_are_exact_with_and_without_the_option(arm: Machine, c
     write_product(codes, x, tmp_path / "product.onnx")
     engines = ("onnxruntime", "onnxruntime-precise")
     arm.run("-m", "tests.emulated.compute", "graphs", tmp_path, tmp_path / "out.npz", *engines)
-    found = np.load(tmp_path / "out.npz")
+    outputs = np.load(tmp_path / "out.npz")
     for engine in engines:
-        np.testing.assert_array_equal(found[f"product/{engine}"], exact_product(codes, x), engine)
+        np.testing.assert_array_equal(outputs[f"product/{engine}"], exact_product(codes, x), engine)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.emulated.conftest import Factory, Made
+from tests.emulated.conftest import EmulatedBundle, Factory
 from tests.emulated.graphs import COLUMNS, DEPTH, ROWS, exact_product, saturated_product, write_product
-from tests.emulated.machines import Machine, MachineMissingError, haswell, masked
+from tests.emulated.machines import Machine, MachineMissingError, emulate_haswell, mask_machine
 
 pytestmark = pytest.mark.slow
 
 MACHINES: dict[str, Callable[[Path], AbstractContextManager[Machine]]] = {
-    "haswell": haswell,
-    "without-vnni": partial(masked, without=["vnni"]),
-    "without-vnni-avx512": partial(masked, without=["vnni", "avx512"]),
+    "haswell": emulate_haswell,
+    "without-vnni": partial(mask_machine, without=["vnni"]),
+    "without-vnni-avx512": partial(mask_machine, without=["vnni", "avx512"]),
 }
 ENGINES = ("onnxruntime", "onnxruntime-precise", "openvino")
 SATURATING = ("onnxruntime", "openvino")
@@ -31,24 +31,26 @@ EXTREMES = [code * sign for code in (NEVER, NEVER + 1, 100, 127) for sign in (1,
 @pytest.fixture(scope="module", params=MACHINES)
 def machine(request: pytest.FixtureRequest, tmp_path_factory: Factory) -> Iterator[Machine]:
     try:
-        with MACHINES[request.param](tmp_path_factory.mktemp("machine")) as found:
-            yield found
+        with MACHINES[request.param](tmp_path_factory.mktemp("machine")) as machine_here:
+            yield machine_here
     except MachineMissingError as exc:
         pytest.skip(str(exc))
 
 
-def constant(code: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+def make_constant(code: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
     """Codes all alike, and the largest activations: every pair is the worst."""
     return np.full((DEPTH, COLUMNS), code, np.int8), np.full((ROWS, DEPTH), 255, np.uint8)
 
 
-def mixed(largest: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+def make_mixed(largest: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
     noise = np.random.default_rng(0)
     codes = noise.integers(-largest, largest + 1, (DEPTH, COLUMNS)).astype(np.int8)
     return codes, noise.integers(0, 256, (ROWS, DEPTH)).astype(np.uint8)
 
 
-PRODUCTS = {str(code): constant(code) for code in EXTREMES} | {f"mixed-{top}": mixed(top) for top in (NEVER, 127)}
+PRODUCTS = {str(code): make_constant(code) for code in EXTREMES} | {
+    f"mixed-{top}": make_mixed(top) for top in (NEVER, 127)
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def products(machine: Machine, tmp_path_factory: Factory) -> Mapping[str, NDArra
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_kernels_add_pairs_in_16_bits(products: Mapping[str, NDArray], name: str) -> None:
-    """Silently: no engine says a word, whatever it puts out."""
+    """Silently: no engine says a word, whatever it outputs."""
     for engine in SATURATING:
         np.testing.assert_array_equal(products[f"{name}/{engine}"], saturated_product(*PRODUCTS[name]), engine)
 
@@ -86,7 +88,7 @@ def test_a_default_bundle_passes_parity(
     machine: Machine, made: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """The gate that it passed where it was exported, with this machine's outputs."""
-    bundle: Made = request.getfixturevalue(made)
+    bundle: EmulatedBundle = request.getfixturevalue(made)
     computed = bundle.compute(machine, tmp_path)
     assert computed.flags == machine.flags
     for component, expected in bundle.expected.items():

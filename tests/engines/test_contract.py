@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qdeploy.engines.base import Engine, EngineOptions, Kernel, Session, engine_named, engine_names
-from qdeploy.errors import EngineError, EngineUnavailableError
+from qdeploy.base.errors import EngineError, EngineUnavailableError
+from qdeploy.engines.base import Engine, EngineOptions, Kernel, Session, list_engines, load_engine
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4), np.float32)
 CODES = np.full((64, 16), 127, np.int8)  # the largest, so that an accumulator of 16 bits saturates
@@ -21,14 +21,14 @@ RTOL = 1e-5  # float32 sums of 8 and 64 products, in whatever order
 Feeds = dict[str, NDArray]
 
 
-@pytest.fixture(params=engine_names())
+@pytest.fixture(params=list_engines())
 def engine(request: pytest.FixtureRequest) -> Engine:
-    found = engine_named(request.param)
+    module = load_engine(request.param)
     try:
-        found.versions()
+        module.versions()
     except EngineUnavailableError as exc:
         pytest.skip(str(exc))
-    return found
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     inputs = [tensor("sample", TensorProto.FLOAT, [2, 8]), tensor("timestep", TensorProto.INT64, [])]
     outputs = [tensor(name, TensorProto.FLOAT, [2, 4]) for name in ("noise_pred", "doubled")]
-    return saved(nodes, inputs, outputs, {"weight": WEIGHT}, tmp_path_factory.mktemp("engines") / "float.onnx")
+    return save_model(nodes, inputs, outputs, {"weight": WEIGHT}, tmp_path_factory.mktemp("engines") / "float.onnx")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def tensor(name: str, kind: int, shape: list[int]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def saved(nodes: list, inputs: list, outputs: list, constants: dict[str, NDArray], path: Path) -> Path:
+def save_model(nodes: list, inputs: list, outputs: list, constants: dict[str, NDArray], path: Path) -> Path:
     initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     made = helper.make_graph(nodes, "graph", inputs, outputs, initializers)
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
@@ -72,12 +72,12 @@ def test_it_names_its_versions(engine: Engine) -> None:
 
 def test_outputs_come_by_name(session: Session) -> None:
     given = feeds(t=7)
-    found = session.run(given)
+    actual = session.run(given)
     expected = given["sample"] @ WEIGHT + 7
-    assert set(found) == {"noise_pred", "doubled"}
-    assert found["noise_pred"].dtype == np.float32
-    np.testing.assert_allclose(found["noise_pred"], expected, rtol=RTOL)
-    np.testing.assert_allclose(found["doubled"], 2 * expected, rtol=RTOL)
+    assert set(actual) == {"noise_pred", "doubled"}
+    assert actual["noise_pred"].dtype == np.float32
+    np.testing.assert_allclose(actual["noise_pred"], expected, rtol=RTOL)
+    np.testing.assert_allclose(actual["doubled"], 2 * expected, rtol=RTOL)
 
 
 def test_an_output_outlives_the_next_run(session: Session) -> None:
@@ -132,8 +132,8 @@ def test_concurrent_runs_equal_serial_runs(session: Session) -> None:
     serial = [session.run(one)["noise_pred"] for one in given]
     with ThreadPoolExecutor(8) as pool:
         concurrent = list(pool.map(lambda one: session.run(one)["noise_pred"], given))
-    for expected, found in zip(serial, concurrent, strict=True):
-        assert np.array_equal(expected, found)
+    for expected, actual in zip(serial, concurrent, strict=True):
+        assert np.array_equal(expected, actual)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph"], ids=["empty", "text"])
@@ -164,15 +164,15 @@ def integer_graph(tmp_path: Path) -> Path:
         "w_scale": np.full(16, 0.01, np.float32),
     }
     inputs, outputs = [tensor("x", TensorProto.FLOAT, [1, 4, 64])], [tensor("y", TensorProto.FLOAT, [1, 4, 16])]
-    return saved(nodes, inputs, outputs, constants, tmp_path / "int8.onnx")
+    return save_model(nodes, inputs, outputs, constants, tmp_path / "int8.onnx")
 
 
 def test_the_largest_integer_codes_do_not_saturate(engine: Engine, integer_graph: Path) -> None:
-    found = engine.open_session(integer_graph, EngineOptions()).run({"x": np.ones((1, 4, 64), np.float32)})["y"]
-    np.testing.assert_allclose(found, np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=RTOL)
+    actual = engine.open_session(integer_graph, EngineOptions()).run({"x": np.ones((1, 4, 64), np.float32)})["y"]
+    np.testing.assert_allclose(actual, np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=RTOL)
 
 
-def kernels_of(engine: Engine, path: Path, given: Feeds | None = None) -> list[Kernel]:
+def list_kernels(engine: Engine, path: Path, given: Feeds | None = None) -> list[Kernel]:
     """The engine's kernels; to look inside, an engine may need a package that is not here."""
     try:
         return engine.kernels(path, EngineOptions(), given)
@@ -181,16 +181,16 @@ def kernels_of(engine: Engine, path: Path, given: Feeds | None = None) -> list[K
 
 
 def test_it_names_its_kernels(engine: Engine, integer_graph: Path, graph: Path) -> None:
-    integer = [kernel for kernel in kernels_of(engine, integer_graph) if kernel.integer]
+    integer = [kernel for kernel in list_kernels(engine, integer_graph) if kernel.integer]
     assert len(integer) == 1
     assert integer[0].seconds is None
     known = {"product", "y"} & set(integer[0].names)  # by its own name or its output's
     assert known or any(name.startswith("codes") for name in integer[0].constants)
-    assert not any(kernel.integer for kernel in kernels_of(engine, graph))
+    assert not any(kernel.integer for kernel in list_kernels(engine, graph))
 
 
 def test_it_times_its_kernels(engine: Engine, graph: Path) -> None:
-    kernels = kernels_of(engine, graph, feeds())
+    kernels = list_kernels(engine, graph, feeds())
     assert any(kernel.seconds is not None for kernel in kernels)
 
 

@@ -12,22 +12,23 @@ import pytest
 from onnx import TensorProto, helper
 
 import qdeploy
-from qdeploy.bundle import open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.table import QuantTable
+from qdeploy.base.errors import EngineUnavailableError
+from qdeploy.base.numerics import sqnr_db
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import EngineUnavailableError
+from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle, save_graph
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import expected_outputs, measure_parity
+from qdeploy.export.parity import compute_expected, measure_parity
 from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.numerics import sqnr_db
-from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import QuantSpec, target_named
-from qdeploy.table import QuantTable
-from tests.engines.test_contract import saved, tensor
+from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.spec import get_target
+from tests.engines.test_contract import save_model, tensor
 
 
 @pytest.fixture(autouse=True)
@@ -43,19 +44,19 @@ def test_it_computes_what_the_simulator_says(
 ) -> None:  # fmt: skip
     if settings:
         table = quantize_model(tiny_model, calibration, QuantSpec(components=("unet",), **settings))
-    twin = quantized_twin(tiny_model.unet, table.components["unet"], True)
-    graph = graph_from_component(twin, tiny_model.example("unet", 2), 20)
+    simulator = build_simulator(tiny_model.unet, table.components["unet"], True)
+    graph = graph_from_component(simulator, tiny_model.make_example("unet", 2), 20)
     lower(graph, "openvino")
     save_graph(graph, tmp_path / "model.onnx")
-    session = engine_named("openvino").open_session(tmp_path / "model.onnx", EngineOptions())
-    measure_parity(expected_outputs(tiny_model.unet, twin, table.probes["unet"]), session).check("unet")
+    session = load_engine("openvino").open_session(tmp_path / "model.onnx", EngineOptions())
+    measure_parity(compute_expected(tiny_model.unet, simulator, table.probes["unet"]), session).check("unet")
 
 
 @pytest.mark.xfail(strict=True, reason="OpenVINO 2026.4.1 fuses this Q into its MVN kernel and takes axis 1 for axis 2")
-def test_a_per_channel_quantize_behind_layer_norm(tmp_path: Path) -> None:
+def test_a_per_channel_quantize_after_layer_norm(tmp_path: Path) -> None:
     """Why equalization is a multiplication here: such a Q gives 5 dB from ONNX Runtime's result instead of equal ones.
 
-    Behind another op than LayerNormalization, and with equal scales, OpenVINO is right.
+    After another op than LayerNormalization, and with equal scales, OpenVINO is right.
     """
     rng = np.random.default_rng(0)
     nodes = [
@@ -76,12 +77,12 @@ def test_a_per_channel_quantize_behind_layer_norm(tmp_path: Path) -> None:
         "weight_scale": np.full(32, 0.01, np.float32),
     }
     inputs, outputs = [tensor("x", TensorProto.FLOAT, [2, 16, 64])], [tensor("y", TensorProto.FLOAT, [2, 16, 32])]
-    path = saved(nodes, inputs, outputs, constants, tmp_path / "norm.onnx")
+    path = save_model(nodes, inputs, outputs, constants, tmp_path / "norm.onnx")
     feeds = {"x": rng.standard_normal((2, 16, 64), np.float32)}
-    right, found = (
-        engine_named(name).open_session(path, EngineOptions()).run(feeds)["y"] for name in ("ort-cpu", "openvino")
+    right, actual = (
+        load_engine(name).open_session(path, EngineOptions()).run(feeds)["y"] for name in ("ort-cpu", "openvino")
     )
-    assert sqnr_db(right, found) > 40.0  # round-off may move single codes by a step
+    assert sqnr_db(right, actual) > 40.0  # round-off may move single codes by a step
 
 
 def test_it_reads_its_own_format(float_bundle: Path, tiny_model: LatentDiffusion, tmp_path: Path) -> None:
@@ -89,8 +90,8 @@ def test_it_reads_its_own_format(float_bundle: Path, tiny_model: LatentDiffusion
 
     graph = float_bundle / "unet" / "model.onnx"
     openvino.save_model(openvino.Core().read_model(graph), tmp_path / "unet.xml", compress_to_fp16=False)
-    feeds = {name: value.numpy() for name, value in tiny_model.example("unet", 2).items()}
-    open_session = engine_named("openvino").open_session
+    feeds = {name: value.numpy() for name, value in tiny_model.make_example("unet", 2).items()}
+    open_session = load_engine("openvino").open_session
     from_onnx, from_ir = (open_session(path, EngineOptions()).run(feeds) for path in (graph, tmp_path / "unet.xml"))
     np.testing.assert_allclose(from_onnx["noise_pred"], from_ir["noise_pred"], rtol=1e-5, atol=1e-6)
 
@@ -98,14 +99,14 @@ def test_it_reads_its_own_format(float_bundle: Path, tiny_model: LatentDiffusion
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineUnavailableError, match=r"pip install 'qdeploy\[openvino\]'"):
-        engine_named("openvino").versions()
+        load_engine("openvino").versions()
 
 
 def test_its_own_target_runs_every_layer_in_integers_and_makes_pictures(
     tiny_model: LatentDiffusion, table: QuantTable, int8_bundle: Path, tmp_path: Path
 ) -> None:
-    """The table's two-pass shortcuts included; nothing is rounded behind a convolution, no Split copies a product."""
-    manifest = export_bundle(tiny_model, table, target_named("openvino"), tmp_path / "bundle")
+    """The table's two-pass shortcuts included; nothing is rounded after a convolution, no Split copies a product."""
+    manifest = export_bundle(tiny_model, table, get_target("openvino"), tmp_path / "bundle")
     assert manifest.engine == "openvino"
     unet = onnx.load(tmp_path / "bundle/unet/model.onnx", load_external_data=False).graph
     assert any(".gate" in node.name for node in unet.node)

@@ -1,4 +1,4 @@
-"""The engines' ways on processors with and without VNNI, on whatever machine this runs."""
+"""The engines' arithmetic on processors with and without VNNI, on any machine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from qdeploy.base.errors import EngineError
+from qdeploy.base.numerics import HALF_RANGE_MAX
 from qdeploy.engines import openvino, ort_cpu
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import EngineError
-from qdeploy.numerics import HALF_RANGE_MAX
-from tests.engines.test_contract import saved, tensor
-from tests.processors import every_processor, pretend, without_vnni
+from qdeploy.engines.base import EngineOptions, load_engine
+from tests.engines.test_contract import save_model, tensor
+from tests.processors import every_processor, pretend_processor, without_vnni
 
 PRECISION = "session.x64quantprecision"
 K = 64
@@ -36,12 +36,12 @@ def integer_graph(path: Path, code: int) -> Path:
         "w_scale": np.full(16, 0.01, np.float32),
     }
     inputs, outputs = [tensor("x", TensorProto.FLOAT, [1, 4, K])], [tensor("y", TensorProto.FLOAT, [1, 4, 16])]
-    return saved(nodes, inputs, outputs, constants, path)
+    return save_model(nodes, inputs, outputs, constants, path)
 
 
 def precision_option(options: EngineOptions) -> bool:
     try:
-        return ort_cpu._settings(options).get_session_config_entry(PRECISION) == "1"
+        return ort_cpu._build_settings(options).get_session_config_entry(PRECISION) == "1"
     except RuntimeError:  # ONNX Runtime raises where an entry was not made
         return False
 
@@ -51,12 +51,12 @@ def precision_option(options: EngineOptions) -> bool:
 def test_the_slow_option_is_set_only_where_it_is_needed(
     monkeypatch: pytest.MonkeyPatch, processor: str, code: int | None, needed_without: bool
 ) -> None:
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     assert precision_option(EngineOptions(largest_weight_code=code)) == (needed_without and processor != "vnni")
 
 
 def test_simulated_qdq_needs_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, "no-vnni")
+    pretend_processor(monkeypatch, "no-vnni")
     assert not precision_option(EngineOptions(simulate_qdq=True))
 
 
@@ -66,8 +66,8 @@ def test_simulated_qdq_needs_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_onnx_runtime_is_exact_on_every_processor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str, options: EngineOptions, code: int
 ) -> None:
-    pretend(monkeypatch, processor)
-    session = engine_named("ort-cpu").open_session(integer_graph(tmp_path / "m.onnx", code), options)
+    pretend_processor(monkeypatch, processor)
+    session = load_engine("ort-cpu").open_session(integer_graph(tmp_path / "m.onnx", code), options)
     y = session.run({"x": np.ones((1, 4, K), np.float32)})["y"]
     np.testing.assert_allclose(y, np.full((1, 4, 16), K * code * 0.01, np.float32), rtol=RTOL)
 
@@ -78,7 +78,7 @@ def test_openvino_refuses_what_it_would_saturate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str, known: bool
 ) -> None:
     """By the manifest's word, and by the file itself where there is none."""
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     with pytest.raises(EngineError, match=r"codes up to 65.*without --full-range"):
         openvino.open_session(
             integer_graph(tmp_path / "m.onnx", HALF_RANGE_MAX + 1),
@@ -91,7 +91,7 @@ def test_openvino_refuses_what_it_would_saturate(
 def test_openvino_runs_half_the_range(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: str, known: bool
 ) -> None:
-    pretend(monkeypatch, processor)
+    pretend_processor(monkeypatch, processor)
     options = EngineOptions(largest_weight_code=HALF_RANGE_MAX if known else None)
     session = openvino.open_session(integer_graph(tmp_path / "m.onnx", HALF_RANGE_MAX), options)
     y = session.run({"x": np.ones((1, 4, K), np.float32)})["y"]
@@ -101,7 +101,7 @@ def test_openvino_runs_half_the_range(
 def test_openvino_reads_the_largest_code_off_int4_too(int4_graph: Path) -> None:
     import openvino as ov
 
-    assert openvino._largest_code(ov.Core().read_model(int4_graph)) == 8
+    assert openvino._find_largest_code(ov.Core().read_model(int4_graph)) == 8
 
 
 @pytest.fixture

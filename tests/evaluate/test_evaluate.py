@@ -12,15 +12,15 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from qdeploy.base.errors import PictureError, UsageError
+from qdeploy.base.pictures import FolderPictures, open_picture_set
 from qdeploy.cli import main
-from qdeploy.errors import PictureError, UsageError
 from qdeploy.evaluate import features
-from qdeploy.evaluate.contenders import names_of
+from qdeploy.evaluate.bundles import choose_names
 from qdeploy.evaluate.extractors import ExtractorOptions, open_extractor
-from qdeploy.evaluate.features import Source, features_of
-from qdeploy.evaluate.result import calibration_of, read_result, write_result
-from qdeploy.picture_files import FolderPictures, picture_set
-from tests.calibrate.test_raw_data import write_lmdb
+from qdeploy.evaluate.features import PictureSource, extract_features
+from qdeploy.evaluate.result import classify_calibration, read_result, write_result
+from tests.calibrate.record.test_raw_data import write_lmdb
 
 COUNT = 6
 QUICK = ("--extractor", "rgb8", "--count", COUNT, "--steps", 2, "--guidance", 1, "--threads", 1)
@@ -56,23 +56,23 @@ def test_the_whole_way(float_bundle: Path, int8_bundle: Path, reference: Path, p
     metrics = ["--metrics", "fid,kid,is,pr,psnr,ssim,sqnr"]
     shown = evaluate(*asked, *metrics)
     assert shown.exit_code == 0, shown.output
-    found = read_result(out / "result.json")
-    twin, int8 = found.contenders
-    assert (twin.bits, twin.calibration) == ("W32A32", "baseline")
+    result = read_result(out / "result.json")
+    float_result, int8 = result.contenders
+    assert (float_result.bits, float_result.calibration) == ("W32A32", "baseline")
     assert (int8.bits, int8.calibration) == ("W8A8", "W")
-    assert twin.twin is None
-    assert int8.twin is not None
-    assert int8.twin.numbers == tuple(range(COUNT))
-    assert len(int8.twin.psnr_db) == len(int8.twin.ssim) == COUNT
-    assert len(int8.twin.step_sqnr_db) == len(int8.twin.timesteps) >= 2
+    assert float_result.comparison is None
+    assert int8.comparison is not None
+    assert int8.comparison.numbers == tuple(range(COUNT))
+    assert len(int8.comparison.psnr_db) == len(int8.comparison.ssim) == COUNT
+    assert len(int8.comparison.step_sqnr_db) == len(int8.comparison.timesteps) >= 2
     assert int8.figures["psnr"] == pytest.approx(
-        10 * math.log10(255**2 / np.mean([255**2 / 10 ** (db / 10) for db in int8.twin.psnr_db]))
+        10 * math.log10(255**2 / np.mean([255**2 / 10 ** (db / 10) for db in int8.comparison.psnr_db]))
     )
-    assert int8.twin.latent_psnr_db is not None
-    assert int8.twin.latent_psnr_db > 20
+    assert int8.comparison.latent_psnr_db is not None
+    assert int8.comparison.latent_psnr_db > 20
     assert {"fid", "kid", "is", "precision", "recall", "psnr", "ssim", "sqnr_mean"} <= int8.figures.keys()
-    assert found.reference is not None
-    assert (found.reference.count, found.reference.size, found.reference.kind) == (12, (16, 16), "folder")
+    assert result.reference is not None
+    assert (result.reference.count, result.reference.size, result.reference.kind) == (12, (16, 16), "folder")
     assert any("rank-deficient" in warning for warning in int8.warnings)
     assert sorted(path.name for path in (out / int8.pictures).iterdir())[-1] == f"{COUNT - 1:06d}.png"
     table = (out / "table.md").read_text()
@@ -92,8 +92,8 @@ def test_the_whole_way(float_bundle: Path, int8_bundle: Path, reference: Path, p
     assert [line["Calib"] for line in calibration] == ["baseline", "W/O", "W"]
     assert calibration[0]["W32A32 FID ↓"] != "-" != calibration[2]["W8A8 FID ↓"]
     assert calibration[1]["W8A8 FID ↓"] == "-"
-    write_result(tmp_path / "again.json", found)
-    assert read_result(tmp_path / "again.json") == found
+    write_result(tmp_path / "again.json", result)
+    assert read_result(tmp_path / "again.json") == result
 
     # again: nothing is made anew, and the figures are the same
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
@@ -101,16 +101,18 @@ def test_the_whole_way(float_bundle: Path, int8_bundle: Path, reference: Path, p
     assert evaluate(*asked, *metrics).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == made
     assert {path: path.read_bytes() for path in out.rglob("*.npy")} == rows
-    assert read_result(out / "result.json").contenders == found.contenders
+    assert read_result(out / "result.json").contenders == result.contenders
 
 
-def test_a_float_reference_is_the_twin(float_bundle: Path, int8_bundle: Path, prompts: Path, tmp_path: Path) -> None:
+def test_bundles_are_compared_with_a_float_reference(
+    float_bundle: Path, int8_bundle: Path, prompts: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shown = evaluate(int8_bundle, "--reference", float_bundle, "--prompts", prompts, *QUICK, "-o", out)
     assert shown.exit_code == 0, shown.output
     (int8,) = read_result(out / "result.json").contenders
-    assert int8.twin is not None
-    assert int8.twin.name == float_bundle.name
+    assert int8.comparison is not None
+    assert int8.comparison.name == float_bundle.name
     assert "same seeds" in (out / "table.md").read_text()
 
 
@@ -119,7 +121,7 @@ def test_a_float_reference_is_the_twin(float_bundle: Path, int8_bundle: Path, pr
     [
         (["--metrics", "fid,beauty"], "got 'beauty', expected some of fid,kid"),
         (["--metrics", "fid"], "the metric fid needs --reference"),
-        (["--metrics", "sqnr"], "needs the float twin"),
+        (["--metrics", "sqnr"], "needs a float bundle to compare with"),
         (["--metrics", "is"], "needs a classifier and rgb8 has none"),
         (["--metrics", "clip"], "--clip FOLDER"),
         (["--metrics", "lpips", "--reference", "FLOAT"], "--lpips FILE"),
@@ -145,9 +147,9 @@ def test_text_needs_prompts(int8_bundle: Path, tmp_path: Path) -> None:
 RGB8 = open_extractor("rgb8", ExtractorOptions())
 
 
-def source(folder: Path, **options: object) -> Source:
-    pictures = picture_set(folder)
-    return Source("reference", pictures, range(len(pictures)), "one", **options)  # type: ignore[arg-type]
+def source(folder: Path, **options: object) -> PictureSource:
+    pictures = open_picture_set(folder)
+    return PictureSource("reference", pictures, range(len(pictures)), "one", **options)  # type: ignore[arg-type]
 
 
 def test_an_empty_reference(tmp_path: Path) -> None:
@@ -158,57 +160,57 @@ def test_an_empty_reference(tmp_path: Path) -> None:
 def test_a_mixed_size_reference(reference: Path, tmp_path: Path) -> None:
     Image.new("RGB", (20, 16)).save(reference / "dark" / "wide.png")
     with pytest.raises(PictureError, match=r"wide\.png has 20x16 pixels, the first of the set 16x16; --fit .* --skip"):
-        features_of(source(reference), RGB8, tmp_path / "a")
-    skipped = features_of(source(reference), RGB8, tmp_path / "a", skip_broken=True)
+        extract_features(source(reference), RGB8, tmp_path / "a")
+    skipped = extract_features(source(reference), RGB8, tmp_path / "a", skip_broken=True)
     assert (len(skipped), len(skipped.broken)) == (12, 1)
     assert "wide.png" in skipped.broken[0]
-    fitted = features_of(source(reference, fit=(16, 16)), RGB8, tmp_path / "b")
+    fitted = extract_features(source(reference, fit=(16, 16)), RGB8, tmp_path / "b")
     assert (len(fitted), fitted.broken) == (13, ())
 
 
 @pytest.mark.parametrize("at", [0, 7, 11])
 def test_a_broken_picture_among_many(at: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "BATCH", 5)
-    whole = features_of(source(reference), RGB8, tmp_path / "whole")
+    whole = extract_features(source(reference), RGB8, tmp_path / "whole")
     (broken, *_) = [path for number, path in enumerate(sorted(reference.rglob("*.png"))) if number == at]
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(PictureError, match=rf"{broken.name} cannot be read .*; --skip-broken leaves"):
-        features_of(source(reference), RGB8, tmp_path / "rows")
-    found = features_of(source(reference), RGB8, tmp_path / "rows", skip_broken=True)
-    assert len(found) == 11
-    assert np.array_equal(found.values, np.delete(whole.values, at, axis=0))
-    assert list(found.positions) == [number for number in range(12) if number != at]
+        extract_features(source(reference), RGB8, tmp_path / "rows")
+    extracted = extract_features(source(reference), RGB8, tmp_path / "rows", skip_broken=True)
+    assert len(extracted) == 11
+    assert np.array_equal(extracted.values, np.delete(whole.values, at, axis=0))
+    assert list(extracted.positions) == [number for number in range(12) if number != at]
 
 
 def test_features_go_on_where_they_were_stopped(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BATCH", 5)
-    monkeypatch.setattr(features, "KEEP", 5)
-    whole = features_of(source(reference), RGB8, tmp_path / "whole")
+    monkeypatch.setattr(features, "SAVE_EVERY", 5)
+    whole = extract_features(source(reference), RGB8, tmp_path / "whole")
 
     def stop(what: str, done: int, total: int, note: str = "") -> None:
         if done == 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        features_of(source(reference), RGB8, tmp_path / "rows", on_progress=stop)
+        extract_features(source(reference), RGB8, tmp_path / "rows", on_progress=stop)
     told: list[int] = []
-    found = features_of(
+    extracted = extract_features(
         source(reference), RGB8, tmp_path / "rows", on_progress=lambda what, done, total, note="": told.append(done)
     )
     assert told == [12]
-    assert np.array_equal(found.values, whole.values)
-    other = Source("reference", source(reference).pictures, range(12), "another set")
-    features_of(other, RGB8, tmp_path / "rows", on_progress=lambda what, done, total, note="": told.append(done))
+    assert np.array_equal(extracted.values, whole.values)
+    other = PictureSource("reference", source(reference).pictures, range(12), "another set")
+    extract_features(other, RGB8, tmp_path / "rows", on_progress=lambda what, done, total, note="": told.append(done))
     assert told == [12, 5, 10, 12]
 
 
 def test_an_lmdb_and_a_folder_of_its_files_have_the_same_features(reference: Path, tmp_path: Path) -> None:
     files = sorted(reference.rglob("*.png"))
     lmdb = write_lmdb(tmp_path / "lsun", {f"{i:040x}".encode(): path.read_bytes() for i, path in enumerate(files)})
-    first = features_of(Source("a", FolderPictures(files), range(12), ""), RGB8, tmp_path)
-    second = features_of(Source("b", picture_set(lmdb), range(12), ""), RGB8, tmp_path)
+    first = extract_features(PictureSource("a", FolderPictures(files), range(12), ""), RGB8, tmp_path)
+    second = extract_features(PictureSource("b", open_picture_set(lmdb), range(12), ""), RGB8, tmp_path)
     assert np.array_equal(first.values, second.values)
 
 
@@ -227,22 +229,22 @@ def test_a_broken_picture_of_a_bundles_own(
     assert shown.exit_code == 0, shown.output
     _, int8 = read_result(out / "result.json").contenders
     assert (int8.count, len(int8.broken)) == (COUNT - 1, 1)
-    assert int8.twin is not None
-    assert int8.twin.numbers == (0, 1, 3, 4, 5)
+    assert int8.comparison is not None
+    assert int8.comparison.numbers == (0, 1, 3, 4, 5)
     assert "1 broken pictures left out" in shown.output
 
 
 def test_bundles_are_named_apart() -> None:
     paths = [Path("/runs/a_w8a8/bundle"), Path("/runs/a_w4a8/bundle"), Path("/demo/w8a8")]
-    assert names_of(paths) == ["a_w8a8", "a_w4a8", "w8a8"]
-    assert names_of([Path("/one/w8a8"), Path("/two/w8a8")]) == ["one-w8a8", "two-w8a8"]
+    assert choose_names(paths) == ["a_w8a8", "a_w4a8", "w8a8"]
+    assert choose_names([Path("/one/w8a8"), Path("/two/w8a8")]) == ["one-w8a8", "two-w8a8"]
 
 
 def test_calibrations_have_the_experiments_names() -> None:
     from types import SimpleNamespace
 
     def of(quantization: object) -> str:
-        return calibration_of(SimpleNamespace(provenance={"quantization": quantization}))  # type: ignore[arg-type]
+        return classify_calibration(SimpleNamespace(provenance={"quantization": quantization}))  # type: ignore[arg-type]
 
     nearest = {"spec": {"observer": "minmax", "equalize": False, "reconstruction": None}}
     assert of(None) == "baseline"

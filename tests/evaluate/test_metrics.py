@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from qdeploy.errors import UsageError
-from qdeploy.evaluate.extractors import ExtractorOptions, extractor_names, open_extractor
-from qdeploy.evaluate.extractors.resize import BICUBIC, resized
-from qdeploy.evaluate.metrics.classifier import fitted_classifier, labels_of
+from qdeploy.base.errors import UsageError
+from qdeploy.evaluate.extractors import ExtractorOptions, list_extractors, open_extractor
+from qdeploy.evaluate.extractors.resize import BICUBIC, resize_picture
+from qdeploy.evaluate.metrics.classifier import fit_classifier, labels_from_names
 from qdeploy.evaluate.metrics.clip_score import ClipScore
-from qdeploy.evaluate.metrics.fid import FrechetTo, fid_of, torchmetrics_fid
-from qdeploy.evaluate.metrics.inception_score import inception_score_of
-from qdeploy.evaluate.metrics.kid import kid_of
+from qdeploy.evaluate.metrics.fid import FrechetReference, compute_fid, compute_torchmetrics_fid
+from qdeploy.evaluate.metrics.inception_score import compute_inception_score
+from qdeploy.evaluate.metrics.kid import compute_kid
 from qdeploy.evaluate.metrics.lpips import Lpips
-from qdeploy.evaluate.metrics.pairs import psnr_of, ssim_of
-from qdeploy.evaluate.metrics.precision_recall import precision_recall_of
+from qdeploy.evaluate.metrics.pairs import compute_psnr, compute_ssim
+from qdeploy.evaluate.metrics.precision_recall import compute_precision_recall
 from tests.tiny import TEXT
 
 DIM = 12
@@ -35,60 +35,60 @@ def rows(count: int, seed: int, shift: float = 0, scale: float = 1, dim: int = D
 @pytest.mark.parametrize("count", [8, 300])  # fewer and more pictures than dimensions
 def test_both_forms_of_fid_agree(count: int) -> None:
     made, reference = rows(count, 0, 0.3, 1.5), rows(500, 1)
-    to_reference = FrechetTo(reference)
-    found = to_reference.distance(to_reference.projected(made))
-    assert found == pytest.approx(torchmetrics_fid(made, reference), rel=1e-6 if count < DIM else SAME_TO)
+    to_reference = FrechetReference(reference)
+    actual = to_reference.distance(to_reference.project(made))
+    assert actual == pytest.approx(compute_torchmetrics_fid(made, reference), rel=1e-6 if count < DIM else SAME_TO)
 
 
 def test_fid_infinity_is_nearer_to_the_truth_than_fid() -> None:
     true = DIM * (0.3**2 + (1.5 - 1) ** 2)  # of the normal distributions themselves
     reference = rows(20_000, 99)
-    found = [fid_of(rows(60, seed, 0.3, 1.5), reference, seed=0) for seed in range(12)]
-    infinite = [one.infinity for one in found if one.infinity is not None]
-    assert len(infinite) == len(found)
-    assert abs(np.mean(infinite) - true) < 0.5 * abs(np.mean([one.fid for one in found]) - true)
-    assert not found[0].rank_deficient
-    low, high = found[0].interval
-    assert low < found[0].fid < high
-    assert fid_of(rows(60, 0, 0.3, 1.5), reference, seed=0) == found[0]
+    fids = [compute_fid(rows(60, seed, 0.3, 1.5), reference, seed=0) for seed in range(12)]
+    infinite = [one.infinity for one in fids if one.infinity is not None]
+    assert len(infinite) == len(fids)
+    assert abs(np.mean(infinite) - true) < 0.5 * abs(np.mean([one.fid for one in fids]) - true)
+    assert not fids[0].rank_deficient
+    low, high = fids[0].interval
+    assert low < fids[0].fid < high
+    assert compute_fid(rows(60, 0, 0.3, 1.5), reference, seed=0) == fids[0]
 
 
 def test_the_interval_holds_what_other_samples_give() -> None:
     reference = rows(5000, 99)
-    low, high = fid_of(rows(200, 0, 0.3), reference, seed=0).interval
-    others = [torchmetrics_fid(rows(200, seed, 0.3), reference) for seed in range(1, 41)]
+    low, high = compute_fid(rows(200, 0, 0.3), reference, seed=0).interval
+    others = [compute_torchmetrics_fid(rows(200, seed, 0.3), reference) for seed in range(1, 41)]
     assert np.std(others) == pytest.approx((high - low) / 2 / 1.96, rel=0.5)
 
 
 def test_few_pictures_are_said_to_be_few() -> None:
-    found = fid_of(rows(DIM, 0), rows(500, 1), seed=0)
-    assert found.rank_deficient
-    assert found.infinity is None
-    assert np.isfinite(found.fid)
+    fid = compute_fid(rows(DIM, 0), rows(500, 1), seed=0)
+    assert fid.rank_deficient
+    assert fid.infinity is None
+    assert np.isfinite(fid.fid)
 
 
 def test_kid_is_unbiased_and_grows_with_the_distance() -> None:
-    same, other = (kid_of(rows(400, 0, shift), rows(400, 1), seed=0) for shift in (0, 0.5))
+    same, other = (compute_kid(rows(400, 0, shift), rows(400, 1), seed=0) for shift in (0, 0.5))
     assert abs(same.kid) < 2 * same.std
     assert other.kid > 10 * abs(same.kid)
     assert same.subset_size == 200
-    assert kid_of(rows(400, 0), rows(400, 1), seed=0) == same
+    assert compute_kid(rows(400, 0), rows(400, 1), seed=0) == same
 
 
 def test_inception_scores_bounds() -> None:
     sure = np.eye(5, dtype=np.float32)[np.arange(100) % 5] * 50
-    assert inception_score_of(sure, 0).score == pytest.approx(5)
-    assert inception_score_of(np.zeros((100, 5), np.float32), 0).score == pytest.approx(1)
-    one_kind = inception_score_of(sure[::5], 0)
+    assert compute_inception_score(sure, 0).score == pytest.approx(5)
+    assert compute_inception_score(np.zeros((100, 5), np.float32), 0).score == pytest.approx(1)
+    one_kind = compute_inception_score(sure[::5], 0)
     assert one_kind.score == pytest.approx(1)
     assert one_kind.splits == 1
 
 
 def test_precision_falls_with_noise_and_recall_with_sameness() -> None:
     reference = rows(300, 0)
-    same = precision_recall_of(rows(300, 1), reference)
-    noisy = precision_recall_of(rows(300, 1, scale=4), reference)
-    narrow = precision_recall_of(rows(300, 1, scale=0.3), reference)
+    same = compute_precision_recall(rows(300, 1), reference)
+    noisy = compute_precision_recall(rows(300, 1, scale=4), reference)
+    narrow = compute_precision_recall(rows(300, 1, scale=0.3), reference)
     assert min(same.precision, same.recall) > 0.7
     assert noisy.precision < 0.1
     assert narrow.precision == 1
@@ -99,20 +99,20 @@ def test_precision_recall_by_hand() -> None:
     """Balls of the reference reach to the next point (k = 1): [0, 1, 3] have radii 1, 1, 2."""
     reference = np.array([[0.0], [1.0], [3.0]], np.float32)
     made = np.array([[-1.0], [-1.1], [4.9], [5.1]], np.float32)
-    assert precision_recall_of(made, reference, neighbours=1).precision == 0.5
+    assert compute_precision_recall(made, reference, neighbours=1).precision == 0.5
 
 
 def test_a_classifier_of_the_references_folders() -> None:
     features = np.concatenate([rows(40, seed, shift) for seed, shift in enumerate((-2, 0, 2))])
     names = [f"{kind}/{number}.png" for kind in "abc" for number in range(40)]
-    labels = labels_of(names)
+    labels = labels_from_names(names)
     assert labels is not None
-    found = fitted_classifier(features, labels)
-    assert found.classes == ("a", "b", "c")
-    assert found.accuracy > 0.9
-    assert (found.logits(features).argmax(axis=1) == np.repeat([0, 1, 2], 40)).mean() > 0.95
-    assert np.array_equal(fitted_classifier(features, labels).weight, found.weight)
-    assert labels_of([f"all/{number}.png" for number in range(40)]) is None
+    classifier = fit_classifier(features, labels)
+    assert classifier.classes == ("a", "b", "c")
+    assert classifier.accuracy > 0.9
+    assert (classifier.logits(features).argmax(axis=1) == np.repeat([0, 1, 2], 40)).mean() > 0.95
+    assert np.array_equal(fit_classifier(features, labels).weight, classifier.weight)
+    assert labels_from_names([f"all/{number}.png" for number in range(40)]) is None
 
 
 def pictures(seed: int, count: int = 2, side: int = 64) -> np.ndarray:
@@ -121,16 +121,16 @@ def pictures(seed: int, count: int = 2, side: int = 64) -> np.ndarray:
 
 def test_pairs() -> None:
     first, second = pictures(0), pictures(1)
-    assert psnr_of(first, first) == [np.inf, np.inf]
-    assert ssim_of(first, first) == pytest.approx([1, 1])
-    assert max(ssim_of(first, second)) < 0.2
+    assert compute_psnr(first, first) == [np.inf, np.inf]
+    assert compute_ssim(first, first) == pytest.approx([1, 1])
+    assert max(compute_ssim(first, second)) < 0.2
     off = np.clip(first.astype(int) + 10, 0, 255).astype(np.uint8)
-    assert 28 < psnr_of(first, off)[0] < 29  # 28.1 dB without the clipping
+    assert 28 < compute_psnr(first, off)[0] < 29  # 28.1 dB without the clipping
 
 
 @pytest.fixture
 def alexnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Random weights in torchvision's layout, and a torchvision that knows AlexNet alone, for torchmetrics' LPIPS."""
+    """Random weights in torchvision's layout, and a torchvision that has only AlexNet, for torchmetrics' LPIPS."""
     torch.manual_seed(0)
     convs = [(3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)]
     layers: list[torch.nn.Module] = []
@@ -150,15 +150,15 @@ def test_lpips_is_torchmetrics(alexnet: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(theirs, "_TORCHVISION_AVAILABLE", True)
     first, second = pictures(0), pictures(1)
-    found = Lpips(alexnet, allow_download=False)
+    metric = Lpips(alexnet, allow_download=False)
     net = theirs._LPIPS(net="alex", pnet_rand=True)
     with torch.no_grad():
         a, b = (torch.from_numpy(one.transpose(0, 3, 1, 2) / np.float32(127.5) - 1) for one in (first, second))
         expected = net(a, b).flatten().tolist()
-    assert found(first, second) == pytest.approx(expected, rel=1e-5)
-    assert found(first, first) == [0, 0]
+    assert metric(first, second) == pytest.approx(expected, rel=1e-5)
+    assert metric(first, first) == [0, 0]
     with pytest.raises(UsageError, match="too small"):
-        found(first[:, :16], first[:, :16])
+        metric(first[:, :16], first[:, :16])
 
 
 def test_lpips_without_weights_names_the_remedy(tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_clip_score_is_the_models_cosine(clip_folder: Path) -> None:
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     images = [Image.fromarray(one) for one in pictures(0, side=48)]
-    found = ClipScore(clip_folder)(images, ["a cat", "a red cat"])
+    actual = ClipScore(clip_folder)(images, ["a cat", "a red cat"])
     model = CLIPModel.from_pretrained(clip_folder).eval()
     text = CLIPTokenizer.from_pretrained(clip_folder)(["a cat", "a red cat"], padding=True, return_tensors="pt")
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     with torch.no_grad():
         logits = model(**text, **processor(images, return_tensors="pt")).logits_per_image
     cosine = (logits / model.logit_scale.exp()).diagonal() * 100
-    assert found == pytest.approx(cosine.clamp(min=0).tolist(), abs=0.5)  # theirs rounds the resized pixels
+    assert actual == pytest.approx(cosine.clamp(min=0).tolist(), abs=0.5)  # theirs rounds the resized pixels
     with pytest.raises(UsageError, match="--clip FOLDER"):
         ClipScore(None)
     with pytest.raises(UsageError, match=r"no model\.safetensors"):
@@ -205,15 +205,15 @@ def test_clip_score_is_the_models_cosine(clip_folder: Path) -> None:
 
 
 def test_extractors_say_what_they_are() -> None:
-    assert extractor_names() == ["inception", "open-nsfw", "rgb8"]
+    assert list_extractors() == ["inception", "open-nsfw", "rgb8"]
     for name in ("open-nsfw", "rgb8"):
         extractor = open_extractor(name, ExtractorOptions(threads=1))
         assert not extractor.info.comparable
         assert "not comparable with published figures" in extractor.info.note
         images = [Image.fromarray(one) for one in pictures(0, 3)]
-        together, alone = extractor(images), extractor(images[1:2])
-        assert together.shape == (3, extractor.info.dim)
-        assert np.abs(together[1] - alone[0]).max() < 1e-4
+        batched, single = extractor(images), extractor(images[1:2])
+        assert batched.shape == (3, extractor.info.dim)
+        assert np.abs(batched[1] - single[0]).max() < 1e-4
     with pytest.raises(UsageError, match="expected one of inception, open-nsfw, rgb8"):
         open_extractor("vgg", ExtractorOptions())
 
@@ -236,4 +236,4 @@ def test_resizing_is_antialiased() -> None:
     """A checkerboard of pixels shrinks to grey: the trap that clean-fid found is a few of its pixels instead."""
     board = np.indices((64, 64)).sum(axis=0) % 2 * 255
     picture = Image.fromarray(np.repeat(board[..., None], 3, axis=2).astype(np.uint8))
-    assert np.abs(resized(picture, 16, 16, BICUBIC) - 127.5).max() < 2
+    assert np.abs(resize_picture(picture, 16, 16, BICUBIC) - 127.5).max() < 2

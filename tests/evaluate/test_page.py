@@ -1,4 +1,4 @@
-"""The page of an evaluation: what it holds, what a browser shows of it, and the layers beside the float model's."""
+"""The page of an evaluation: what it holds, how a browser shows it, and the layers compared with the float model's."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from qdeploy.artifacts.table import QuantTable, save_table
+from qdeploy.base.errors import TableError, UsageError
+from qdeploy.base.numerics import sqnr_db
 from qdeploy.cli import main
-from qdeploy.errors import TableError, UsageError
-from qdeploy.evaluate.layer_figures import Layers, tables_of
+from qdeploy.evaluate.layer_figures import BundleLayers, match_tables
 from qdeploy.evaluate.layers import check_models, measure_layers
-from qdeploy.evaluate.page import page_of
+from qdeploy.evaluate.page import build_page
 from qdeploy.evaluate.result import read_result
-from qdeploy.evaluate.timing import seconds_per_picture, timed
-from qdeploy.numerics import sqnr_db
-from qdeploy.page import Grid, Picture, write_page
-from qdeploy.table import QuantTable, save_table
-from tests.artifacts import built_once
-from tests.test_page import HOSTILE, Read, browse, needs_browser, screenshot
+from qdeploy.evaluate.timing import read_seconds_per_picture, record_time
+from qdeploy.reporting.page import Picture, PictureGrid, write_page
+from tests.reporting.test_page import HOSTILE, Read, browse, needs_browser, screenshot
+from tests.shared_artifacts import build_once
 
 COUNT = 4
 SIDE = 144  # pixels of a shown picture, 9 rem
 MAGENTA, CYAN, YELLOW = (255, 0, 255), (0, 255, 255), (255, 255, 0)
 
 
-@built_once("evaluated", traces=True)
-def evaluated(out: Path, float_bundle: Path, int8_bundle: Path, table_file: Path) -> None:
+@build_once("evaluated", traces=True)
+def evaluation_folder(out: Path, float_bundle: Path, int8_bundle: Path, table_file: Path) -> None:
     """The folder of an evaluation with its page, one prompt of which would like to be a script."""
     out.mkdir()
     (out / "prompts.txt").write_text(f"a cat\n{HOSTILE}\n")
@@ -42,23 +42,24 @@ def evaluated(out: Path, float_bundle: Path, int8_bundle: Path, table_file: Path
     assert "page.html" in shown.output
 
 
-def test_a_page_holds_everything(evaluated: Path) -> None:
-    html = (evaluated / "page.html").read_text()
+def test_a_page_holds_everything(evaluation_folder: Path) -> None:
+    html = (evaluation_folder / "page.html").read_text()
     read = Read(html)
     text = " ".join(read.text)
     for words in (
-        "PSNR to the twin", "n = 4 pictures", "rgb8", "not comparable with published", "seed 0", "side by side",
-        "4 times amplified", "at each sampler step", "Size, speed and quality", "longer a picture took",
+        "PSNR to the float reference", "n = 4 pictures", "rgb8", "not comparable with published", "seed 0",
+        "side by side",
+        "4 times amplified", "at each step", "Size, speed and quality", "longer a picture took",
         "SQNR of each layer's output", "The worst layers of w8a8", "before", "after", "Measured on",
     ):  # fmt: skip
         assert words in text, words
-    result = read_result(evaluated / "result.json")
+    result = read_result(evaluation_folder / "result.json")
     assert all(one.seconds_per_picture and one.size_bytes for one in result.contenders)
-    assert read.tags.count("img") == COUNT * 3  # the twin's, the other's, and how they differ
+    assert read.tags.count("img") == COUNT * 3  # the reference's, the other's, and their difference
 
 
-def test_a_page_is_escaped_and_fetches_nothing(evaluated: Path) -> None:
-    html = (evaluated / "page.html").read_text()
+def test_a_page_is_escaped_and_fetches_nothing(evaluation_folder: Path) -> None:
+    html = (evaluation_folder / "page.html").read_text()
     read = Read(html)
     assert any(HOSTILE in text for text in read.text)
     assert not {"script", "iframe", "link", "object"} & set(read.tags)
@@ -67,40 +68,40 @@ def test_a_page_is_escaped_and_fetches_nothing(evaluated: Path) -> None:
     assert set(re.findall(r"url\((.)", html)) == {"#"}
 
 
-def test_without_tables_a_page_says_how_to_get_the_layers(evaluated: Path, tmp_path: Path) -> None:
-    write_page(tmp_path / "page.html", page_of(read_result(evaluated / "result.json"), evaluated))
+def test_without_tables_a_page_says_how_to_get_the_layers(evaluation_folder: Path, tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", build_page(read_result(evaluation_folder / "result.json"), evaluation_folder))
     text = (tmp_path / "page.html").read_text()
     assert "--table TABLE" in text
     assert "worst layers" not in text
 
 
-def painted(evaluated: Path, out: Path) -> None:
+def write_painted_page(evaluation_folder: Path, out: Path) -> None:
     """A page whose float pictures are magenta and whose others are cyan."""
-    result = read_result(evaluated / "result.json")
+    result = read_result(evaluation_folder / "result.json")
     for one, colour in zip(result.contenders, (MAGENTA, CYAN), strict=True):
         for number in range(COUNT):
             path = out / one.pictures / f"{number:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (200, 200), colour).save(path)
-    write_page(out / "page.html", page_of(result, out))
+    write_page(out / "page.html", build_page(result, out))
 
 
-def test_pictures_are_embedded_small_and_differences_amplified(evaluated: Path, tmp_path: Path) -> None:
-    painted(evaluated, tmp_path)
-    page = page_of(read_result(evaluated / "result.json"), tmp_path)
-    (grid,) = [block for section in page.sections for block in section.blocks if isinstance(block, Grid)]
+def test_pictures_are_embedded_small_and_differences_amplified(evaluation_folder: Path, tmp_path: Path) -> None:
+    write_painted_page(evaluation_folder, tmp_path)
+    page = build_page(read_result(evaluation_folder / "result.json"), tmp_path)
+    (grid,) = [block for section in page.sections for block in section.blocks if isinstance(block, PictureGrid)]
     for name, (first, second) in grid.rows:
         assert [picture.image.getpixel((5, 5)) for picture in (*first, *second)] == [MAGENTA, CYAN, YELLOW], name
         assert all(isinstance(picture, Picture) and picture.image.width == 160 for picture in (*first, *second))
     Image.new("RGB", (200, 200), (245, 10, 255)).save(tmp_path / "pictures" / "w8a8" / "000000.png")
-    page = page_of(read_result(evaluated / "result.json"), tmp_path)
-    (grid,) = [block for section in page.sections for block in section.blocks if isinstance(block, Grid)]
+    page = build_page(read_result(evaluation_folder / "result.json"), tmp_path)
+    (grid,) = [block for section in page.sections for block in section.blocks if isinstance(block, PictureGrid)]
     assert grid.rows[0][1][1][1].image.getpixel((5, 5)) == (40, 40, 0)
 
 
 @needs_browser
-def test_a_browser_shows_the_pictures_side_by_side(evaluated: Path, tmp_path: Path) -> None:
-    painted(evaluated, tmp_path)
+def test_a_browser_shows_the_pictures_side_by_side(evaluation_folder: Path, tmp_path: Path) -> None:
+    write_painted_page(evaluation_folder, tmp_path)
     dom = browse(tmp_path / "page.html", "--dump-dom")
     assert dom.count("<img") == COUNT * 3
     pixels = np.asarray(screenshot(tmp_path / "page.html", size=(1200, 5000), mode="RGB"))
@@ -116,27 +117,27 @@ def test_a_browser_shows_the_pictures_side_by_side(evaluated: Path, tmp_path: Pa
 
 
 @needs_browser
-def test_a_browser_draws_the_charts(evaluated: Path, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_bytes((evaluated / "page.html").read_bytes())
+def test_a_browser_draws_the_charts(evaluation_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_bytes((evaluation_folder / "page.html").read_bytes())
     dom = browse(tmp_path / "page.html", "--dump-dom")
     assert dom.count("<svg") == len(re.findall("<svg", (tmp_path / "page.html").read_text())) >= 4
     pixels = np.asarray(screenshot(tmp_path / "page.html", size=(1200, 8000), mode="RGB"))
     assert (pixels == (0xEE, 0x88, 0x66)).all(axis=2).sum() > 500  # the tested bundle's colour
 
 
-def layers_of(table: QuantTable, path: Path, bundle: Path) -> Layers:
+def measure_table_layers(table: QuantTable, path: Path, bundle: Path) -> BundleLayers:
     save_table(table, path)
-    (found,) = measure_layers(tables_of([f"{bundle}={path}"], [bundle]), ["it"])
-    return found
+    (layers,) = measure_layers(match_tables([f"{bundle}={path}"], [bundle]), ["it"])
+    return layers
 
 
 def test_layers_are_held_against_the_float_model(table: QuantTable, int8_bundle: Path, tmp_path: Path) -> None:
-    found = layers_of(table, tmp_path / "t.safetensors", int8_bundle)
-    assert {(one.component, one.name) for one in found.figures} == {
+    layers = measure_table_layers(table, tmp_path / "t.safetensors", int8_bundle)
+    assert {(one.component, one.name) for one in layers.figures} == {
         (component, name) for component, quant in table.components.items() for name in quant.layers
     }
-    assert all(15 < one.output_db < 80 and one.weight_db > 20 for one in found.figures)
-    for one in found.figures:
+    assert all(15 < one.output_db < 80 and one.weight_db > 20 for one in layers.figures)
+    for one in layers.figures:
         assert one.weight.before.sum() == one.weight.after.sum() > 0
         assert one.input.before.sum() == one.input.after.sum() > 0
 
@@ -147,7 +148,7 @@ def test_a_spoilt_layer_is_the_worst(table: QuantTable, int8_bundle: Path, tmp_p
     layer = unet.layers[name]
     spoilt = replace(unet, layers={**unet.layers, name: replace(layer, weight_scale=layer.weight_scale * 2)})
     spoilt_table = replace(table, components={**table.components, "unet": spoilt})
-    worst = layers_of(spoilt_table, tmp_path / "t.safetensors", int8_bundle).worst(1)[0]
+    worst = measure_table_layers(spoilt_table, tmp_path / "t.safetensors", int8_bundle).worst(1)[0]
     assert worst.name == name
     assert worst.weight_db == pytest.approx(sqnr_db(np.ones(1), np.full(1, 2.0)), abs=0.2)
 
@@ -156,15 +157,15 @@ def test_tables_find_their_bundles(
     table: QuantTable, table_file: Path, float_bundle: Path, int8_bundle: Path, tmp_path: Path
 ) -> None:
     bundles = [float_bundle, int8_bundle]
-    assert [one.number for one in tables_of([str(table_file)], bundles)] == [1]
-    assert [one.number for one in tables_of([f"{int8_bundle}={table_file}"], bundles)] == [1]
+    assert [one.number for one in match_tables([str(table_file)], bundles)] == [1]
+    assert [one.number for one in match_tables([f"{int8_bundle}={table_file}"], bundles)] == [1]
     other = tmp_path / "other=table.safetensors"
     save_table(replace(table, provenance={**table.provenance, "spec": "another"}), other)
     with pytest.raises(UsageError, match="no bundle given says"):
-        tables_of([str(other)], bundles)
+        match_tables([str(other)], bundles)
     save_table(replace(table, model_sha256="0" * 64), other)
     with pytest.raises(TableError, match="other weights"):
-        check_models(tables_of([f"{int8_bundle}={other}"], bundles))
+        check_models(match_tables([f"{int8_bundle}={other}"], bundles))
 
 
 def test_a_table_needs_a_page(int8_bundle: Path, table_file: Path, tmp_path: Path) -> None:
@@ -179,20 +180,20 @@ def test_seconds_are_kept_over_runs_and_interruptions(tmp_path: Path) -> None:
     pictures.mkdir()
     receipts.mkdir()
     (receipts / "sample.json").write_text('{"key": "a"}')
-    assert seconds_per_picture(receipts) is None
+    assert read_seconds_per_picture(receipts) is None
 
     def make(number: int) -> None:
         (pictures / f"{number:06d}.png").touch()
 
-    with timed(pictures, receipts):
+    with record_time(pictures, receipts):
         make(0)
     first = (receipts / "timing.json").read_text()
-    with timed(pictures, receipts):
+    with record_time(pictures, receipts):
         pass
     assert (receipts / "timing.json").read_text() == first  # a run that makes nothing changes nothing
-    with pytest.raises(KeyboardInterrupt), timed(pictures, receipts):
+    with pytest.raises(KeyboardInterrupt), record_time(pictures, receipts):
         make(1)
         raise KeyboardInterrupt
     assert '"pictures": 2' in (receipts / "timing.json").read_text()
     (receipts / "sample.json").write_text('{"key": "b"}')
-    assert seconds_per_picture(receipts) is None  # pictures made another way
+    assert read_seconds_per_picture(receipts) is None  # pictures made another way

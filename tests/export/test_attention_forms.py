@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from qdeploy.errors import ExportError
+from qdeploy.base.errors import ExportError
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.passes.expand_attention import expand_attention
 from qdeploy.export.passes.fuse_attention import fuse_attention
-from qdeploy.models.components import Component
-from tests.export.rewritten import run
+from qdeploy.models.components import TorchComponent
+from tests.export.rewriting import run
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
-class OneAttention(Component):
+class OneAttention(TorchComponent):
     """Two heads over the tokens ``x``, masked where ``mask`` says."""
 
     outputs = ("y",)
@@ -47,8 +47,8 @@ def operators(component: OneAttention, *passes: object) -> Counter[str]:
 
 @pytest.mark.exports
 def test_written_out() -> None:
-    found = operators(OneAttention(), expand_attention)
-    assert (found["MatMul"], found["Softmax"], found["Add"]) == (2, 1, 0)
+    counts = operators(OneAttention(), expand_attention)
+    assert (counts["MatMul"], counts["Softmax"], counts["Add"]) == (2, 1, 0)
 
 
 @pytest.mark.exports
@@ -57,14 +57,14 @@ def test_a_mask_is_added(kind: torch.dtype) -> None:
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     if kind == torch.float32:
         mask = torch.zeros(6, 6).masked_fill(~mask, float("-inf"))
-    found = operators(OneAttention(mask), fuse_attention, expand_attention)
-    assert (found["MatMul"], found["Add"], found["MultiHeadAttention"]) == (2, 1, 0)
+    counts = operators(OneAttention(mask), fuse_attention, expand_attention)
+    assert (counts["MatMul"], counts["Add"], counts["MultiHeadAttention"]) == (2, 1, 0)
 
 
 @pytest.mark.exports
 def test_fused_without_the_heads_transposes() -> None:
-    found = operators(OneAttention(), fuse_attention, expand_attention)
-    assert (found["MultiHeadAttention"], found["MatMul"], found["Transpose"]) == (1, 0, 0)
+    counts = operators(OneAttention(), fuse_attention, expand_attention)
+    assert (counts["MultiHeadAttention"], counts["MatMul"], counts["Transpose"]) == (1, 0, 0)
 
 
 @pytest.mark.exports

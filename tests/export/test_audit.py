@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qdeploy.describe_audit import describe_audit, example_feeds
-from qdeploy.errors import ExportError, UsageError
+from qdeploy.base.errors import ExportError, UsageError
 from qdeploy.export.audit import Finding, audit_graph
+from qdeploy.inspection.audit import describe_audit, make_example_feeds
 
 NOISE = np.random.default_rng(0)
 CONSTANTS = {
@@ -49,7 +49,7 @@ def test_an_integer_convolution(tmp_path: Path) -> None:
     assert finding.reason == ""
 
 
-def test_without_q_behind_it_onnx_runtime_computes_in_float_and_openvino_does_not(tmp_path: Path) -> None:
+def test_without_q_after_it_onnx_runtime_computes_in_float_and_openvino_does_not(tmp_path: Path) -> None:
     path = graph(tmp_path, f"{CONV} y = Relu(c)")
     finding = only_finding(path)
     assert not finding.integer
@@ -64,7 +64,7 @@ def test_a_layer_that_was_left_in_float(tmp_path: Path) -> None:
     assert finding.reason == "float in the graph, by choice"
 
 
-def test_a_weight_alone_in_integers_is_not_quantized(tmp_path: Path) -> None:
+def test_only_a_weight_in_integers_is_not_quantized(tmp_path: Path) -> None:
     path = graph(tmp_path, "wd = DequantizeLinear <axis = 0> (w, ws) y = Conv(x, wd)")
     assert not only_finding(path).quantized
 
@@ -85,10 +85,10 @@ def test_the_share_weighs_by_macs(tmp_path: Path) -> None:
     assert audit.integer_mac_share == pytest.approx(conv / (conv + product))
 
 
-def test_time_is_told_by_kind_of_node(tmp_path: Path) -> None:
+def test_time_is_listed_by_kind_of_node(tmp_path: Path) -> None:
     path = graph(tmp_path, f"{CONV} {AND_Q}")
     assert audit_graph(path, "ort-cpu").seconds_by_op() == {}
-    audit = audit_graph(path, "ort-cpu", feeds=example_feeds(path))
+    audit = audit_graph(path, "ort-cpu", feeds=make_example_feeds(path))
     spent = audit.seconds_by_op()
     assert spent["QLinearConv"][0] == 1
     assert all(seconds > 0 for _, seconds in spent.values())

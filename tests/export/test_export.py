@@ -12,31 +12,33 @@ import onnx_ir as ir
 import pytest
 
 import qdeploy
-from qdeploy.bundle import open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.components import choose_graph_batch
+from qdeploy.artifacts.table import QuantTable
+from qdeploy.base.errors import AuditError, ParityError, TableError
 from qdeploy.calibrate.dataset import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.errors import AuditError, ParityError, TableError
+from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.export.audit import PRODUCT_OPS, audit_graph
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import Parity, expected_outputs, measure_parity
+from qdeploy.export.parity import Parity, compute_expected, measure_parity
 from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
 from qdeploy.export.passes.split_gate import GATE
 from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.twin import quantized_twin
-from qdeploy.spec import QuantSpec, graph_batch, target_named
-from qdeploy.table import QuantTable
-from tests.artifacts import built_once
+from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.spec import get_target
+from tests.shared_artifacts import build_once
 
 
-@built_once("w4a8", traces=True)
+@build_once("w4a8", traces=True)
 def w4a8(out: Path, tiny_folder: Path, calibration_file: Path) -> None:
     """A bundle with everything on that the table can say: 4 bits, rewrites, two passes, noise correction."""
     spec = QuantSpec(weight_bits=4, rewrites=("split_skips", "timestep_table"), noise_correction=True)
     model = load_model(str(tiny_folder))
-    export_bundle(model, quantize_model(model, load_calibration(calibration_file), spec), target_named("ort-cpu"), out)
+    export_bundle(model, quantize_model(model, load_calibration(calibration_file), spec), get_target("ort-cpu"), out)
 
 
 def test_four_bit_weights_lie_in_the_file_as_int4_and_run_as_int8(w4a8: Path, int8_bundle: Path) -> None:
@@ -74,7 +76,7 @@ def test_every_layer_of_the_table_runs_in_integers(int8_bundle: Path, table: Qua
             if layer.removesuffix(".rest") in quant.layers:
                 assert finding.op_type in ("QLinearConv", "MatMulIntegerToFloat")
                 macs[layer] += finding.macs if layer in quant.layers else 0
-        batch = graph_batch(name, reads_text=True)
+        batch = choose_graph_batch(name, reads_text=True)
         assert +macs == {layer: batch * quant.macs[layer] for layer in quant.layers}
         audit.check(name, quant)
 
@@ -121,7 +123,7 @@ def test_qkv_share_one_quantize(int8_bundle: Path) -> None:
     assert users == {"to_q", "to_k", "to_v"}
 
 
-def test_a_conv_without_q_behind_it_is_named_by_the_audit(int8_bundle: Path, table: QuantTable, tmp_path: Path) -> None:
+def test_a_conv_without_q_after_it_is_named_by_the_audit(int8_bundle: Path, table: QuantTable, tmp_path: Path) -> None:
     """The graph is broken on purpose: one Conv's consumers read it raw."""
     graph = onnx.load(int8_bundle / "vae_decoder" / "model.onnx")
     broken = "decoder.mid_block.resnets.0.conv1"
@@ -160,13 +162,13 @@ def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
             for name, layer in quant.layers.items()
         },
     )
-    graph = graph_from_component(quantized_twin(tiny_model.unet, wrong, True), tiny_model.example("unet", 2), 20)
+    graph = graph_from_component(build_simulator(tiny_model.unet, wrong, True), tiny_model.make_example("unet", 2), 20)
     lower(graph, "ort-cpu")
     ir.save(graph, tmp_path / "wrong.onnx")
-    session = engine_named("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
-    right = quantized_twin(tiny_model.unet, quant, True)
+    session = load_engine("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
+    right = build_simulator(tiny_model.unet, quant, True)
     with pytest.raises(ParityError, match="does not compute what the table says"):
-        measure_parity(expected_outputs(tiny_model.unet, right, table.probes["unet"]), session).check("unet")
+        measure_parity(compute_expected(tiny_model.unet, right, table.probes["unet"]), session).check("unet")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_the_parity_gate(parity: Parity, passes: bool) -> None:
 def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path) -> None:
     stranger = dataclasses.replace(table, model_sha256="0" * 64)
     with pytest.raises(TableError, match="other weights"):
-        export_bundle(tiny_model, stranger, target_named("ort-cpu"), tmp_path / "b")
+        export_bundle(tiny_model, stranger, get_target("ort-cpu"), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,7 +205,7 @@ def test_a_failing_gate_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("qdeploy.export.exporter.measure_parity", lambda *_: Parity(3.0, 30.0, 3.0))
     with pytest.raises(ParityError, match=r"3\.0 dB"):
-        export_bundle(tiny_model, table, target_named("ort-cpu"), tmp_path / "b")
+        export_bundle(tiny_model, table, get_target("ort-cpu"), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,11 +215,11 @@ def test_saturation_free_on_every_cpu(tmp_path: Path) -> None:
     import torch
     from torch import nn
 
-    from qdeploy.models.components import Component
+    from qdeploy.artifacts.table import Affine, LayerQuant
+    from qdeploy.models.components import TorchComponent
     from qdeploy.simulate.layers import QuantLinear
-    from qdeploy.table import Affine, LayerQuant
 
-    class One(Component):
+    class One(TorchComponent):
         outputs = ("y",)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -230,5 +232,5 @@ def test_saturation_free_on_every_cpu(tmp_path: Path) -> None:
     graph = graph_from_component(component, {"x": x}, 20)
     lower(graph, "ort-cpu")
     ir.save(graph, tmp_path / "one.onnx")
-    session = engine_named("ort-cpu").open_session(tmp_path / "one.onnx", EngineOptions())
+    session = load_engine("ort-cpu").open_session(tmp_path / "one.onnx", EngineOptions())
     assert np.allclose(session.run({"x": x.numpy()})["y"], component(x).numpy(), rtol=1e-5)

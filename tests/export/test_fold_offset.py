@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qdeploy.export.passes.fold_offset import fold_offset
-from tests.export.rewritten import rewritten
+from tests.export.rewriting import run_pass
 
 MAP = np.random.default_rng(0).standard_normal((1, 4, 2, 3)).astype(np.float32)
 OFFSET = "o = Constant<value = float[4,1,1] {1, 2, 3, 4}>()"
@@ -22,7 +22,7 @@ def test_into_the_bias_of_a_shortcut() -> None:
         f"{OFFSET} {BIAS} {WEIGHT} {TOKENS} {BACK} m = MatMul(t, w) n = Add(m, b) r = Reshape(n, u) "
         "c = Transpose<perm = [0,3,1,2]>(r) a = Add(x, o) y = Add(a, c)"
     )
-    count, left = rewritten(body, MAP, fold_offset)
+    count, left = run_pass(body, MAP, fold_offset)
     assert (count, left["Add"]) == (1, 2)
 
 
@@ -34,7 +34,7 @@ def test_into_the_bias_of_a_projection_of_the_timestep() -> None:
     )
     axes = "l = Constant<value = int64[2] {2, 3}>()"
     body = f"{OFFSET} {WEIGHT} {axes} {gemm} a = Add(x, o) y = Add(a, e)"
-    count, left = rewritten(body, MAP, fold_offset)
+    count, left = run_pass(body, MAP, fold_offset)
     assert (count, left["Add"]) == (1, 1)
 
 
@@ -49,5 +49,5 @@ def test_into_the_bias_of_a_projection_of_the_timestep() -> None:
     ],
     ids=["no bias", "two readers of the sum", "two readers of the other side"],
 )
-def test_left_alone(body: str) -> None:
-    assert rewritten(body, MAP, fold_offset)[0] == 0
+def test_unchanged(body: str) -> None:
+    assert run_pass(body, MAP, fold_offset)[0] == 0

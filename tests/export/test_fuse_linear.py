@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL, fuse_linear
-from tests.export.rewritten import rewritten
+from tests.export.rewriting import run_pass
 
 X = np.random.default_rng(0).standard_normal((1, 3, 4)).astype(np.float32)
 INPUT = (
@@ -20,26 +20,26 @@ BIAS = "b = Constant<value = float[1,1,4] {1, 2, 3, 4}>()"
 
 
 def test_a_product_and_its_bias() -> None:
-    count, left = rewritten(f"{INPUT} {WEIGHT} {BIAS} m = MatMul(d, w) y = Add(m, b)", X, fuse_linear)
+    count, left = run_pass(f"{INPUT} {WEIGHT} {BIAS} m = MatMul(d, w) y = Add(m, b)", X, fuse_linear)
     assert (count, left) == (1, {"QuantizeLinear": 1, INTEGER_MATMUL: 1})
 
 
 def test_a_product_without_one() -> None:
-    count, left = rewritten(f"{INPUT} {WEIGHT} y = MatMul(d, w)", X, fuse_linear)
+    count, left = run_pass(f"{INPUT} {WEIGHT} y = MatMul(d, w)", X, fuse_linear)
     assert (count, left) == (1, {"QuantizeLinear": 1, INTEGER_MATMUL: 1})
 
 
 def test_what_is_added_for_each_row_is_no_bias() -> None:
     rows = "b = Constant<value = float[3,1] {1, 2, 3}>()"
-    count, left = rewritten(f"{INPUT} {WEIGHT} {rows} m = MatMul(d, w) y = Add(m, b)", X, fuse_linear)
+    count, left = run_pass(f"{INPUT} {WEIGHT} {rows} m = MatMul(d, w) y = Add(m, b)", X, fuse_linear)
     assert (count, left["Add"]) == (1, 1)
 
 
-def test_a_float_product_is_left_alone() -> None:
-    assert rewritten(f"{WEIGHT} y = MatMul(x, w)", X, fuse_linear)[0] == 0
+def test_a_float_product_is_unchanged() -> None:
+    assert run_pass(f"{WEIGHT} y = MatMul(x, w)", X, fuse_linear)[0] == 0
 
 
-def test_a_product_of_activations_is_left_alone() -> None:
+def test_a_product_of_activations_is_unchanged() -> None:
     turned = "t = Transpose<perm = [0,2,1]>(q) e = DequantizeLinear(t, i, z) m = MatMul(d, e)"
     body = f"{INPUT} {turned} y = MatMul(m, x)"
-    assert rewritten(body, X, fuse_linear)[0] == 0
+    assert run_pass(body, X, fuse_linear)[0] == 0

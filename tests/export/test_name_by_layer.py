@@ -29,14 +29,14 @@ def test_every_product_has_a_name_of_its_own(float_bundle: Path, int8_bundle: Pa
 
 
 def test_an_attention_is_named_after_its_module(float_bundle: Path) -> None:
-    found = [name for name in names(float_bundle, "unet") if ".mid_block." in f".{name}" and "attn1" in name]
+    actual = [name for name in names(float_bundle, "unet") if ".mid_block." in f".{name}" and "attn1" in name]
     block = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    assert found == [f"{block}.to_q", f"{block}.to_k", f"{block}.to_v", block, f"{block}.to_out.0"]
+    assert actual == [f"{block}.to_q", f"{block}.to_k", f"{block}.to_v", block, f"{block}.to_out.0"]
 
 
 def test_the_products_of_an_attention_are_named_in_order(float_bundle: Path) -> None:
-    found = [name for name in names(float_bundle, "text_encoder") if "layers.0.self_attn" in name]
+    actual = [name for name in names(float_bundle, "text_encoder") if "layers.0.self_attn" in name]
     block = "encoder.layers.0.self_attn"
     parts = ("q_proj", "k_proj", "v_proj", "scores", "values", "out_proj")
-    assert sorted(found) == sorted(f"{block}.{part}" for part in parts)
-    assert found.index(f"{block}.scores") < found.index(f"{block}.values")
+    assert sorted(actual) == sorted(f"{block}.{part}" for part in parts)
+    assert actual.index(f"{block}.scores") < actual.index(f"{block}.values")

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 import qdeploy
-from qdeploy.bundle import open_bundle as opened
+from qdeploy.artifacts.bundle import open_bundle as opened
+from qdeploy.base.errors import ExportError, RequestError, UsageError
 from qdeploy.cli import main
-from qdeploy.errors import ExportError, RequestError, UsageError
 from qdeploy.export.audit import audit_file
-from qdeploy.export.open_dims import TRACED_WITH, OpenDims, close_dims, evaluated
+from qdeploy.export.open_dims import TRACED_WITH, OpenDims, close_dims, evaluate_expression
 from qdeploy.models.source import LatentDiffusion
 
 
@@ -25,7 +25,7 @@ def test_the_manifest_says_what_is_open(open_bundle: Path, tiny_model: LatentDif
     assert manifest.components["unet"].inputs["sample"].shape == (-1, channels, -1, -1)
     assert manifest.components["text_encoder"].inputs["input_ids"].shape == (-1, tiny_model.latents.tokens)
     assert manifest.components["vae_encoder"].inputs["image"].shape == (-1, 3, -1, -1)
-    assert manifest.latents.side_multiple == tiny_model.multiple("unet")
+    assert manifest.latents.side_multiple == tiny_model.size_multiple("unet")
 
 
 def test_it_runs_in_integers_like_the_static_one(open_bundle: Path, int8_bundle: Path) -> None:
@@ -39,8 +39,8 @@ def test_every_dimension_is_named_by_the_inputs(open_bundle: Path) -> None:
     model = ir.load(open_bundle / "unet/model.onnx")
     sample = next(value for value in model.graph.inputs if value.name == "sample")
     assert [str(side) for side in sample.shape or ()] == ["batch", "4", "height", "width"]
-    found = {side.value for value in model.graph.outputs for side in value.shape or () if not isinstance(side, int)}
-    assert found == {"batch", "height", "width"}
+    symbols = {side.value for value in model.graph.outputs for side in value.shape or () if not isinstance(side, int)}
+    assert symbols == {"batch", "height", "width"}
 
 
 def test_the_static_size_gives_the_static_pictures(open_bundle: Path, int8_bundle: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_static_bundle_says_how_to_get_other_sizes(int8_bundle: Path) -> None:
 
 def test_without_guidance_the_unet_runs_one_row(open_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    with qdeploy.load(open_bundle) as pipe, pipe.component("unet").held() as session:
+    with qdeploy.load(open_bundle) as pipe, pipe.component("unet").hold() as session:
         run = session.run
         monkeypatch.setattr(session, "run", lambda feeds: (rows.append(len(feeds["sample"])), run(feeds))[1])
         pipe("a cat", steps=2, guidance_scale=1)
@@ -110,7 +110,7 @@ def test_dimensions_from_text() -> None:
     ],
 )
 def test_expressions_are_computed_and_nothing_else(expression: str | None, expected: int | None) -> None:
-    assert evaluated(expression, {"batch": 2, "height": 16, "width": 12}) == expected
+    assert evaluate_expression(expression, {"batch": 2, "height": 16, "width": 12}) == expected
 
 
 def test_alien_metadata_are_refused() -> None:

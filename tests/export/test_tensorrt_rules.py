@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from qdeploy.errors import AuditError, EngineUnavailableError
-from qdeploy.export.tensorrt_rtx import accept, library_folder
-from qdeploy.export.tensorrt_rules import broken_rules, check_rules
+from qdeploy.base.errors import AuditError, EngineUnavailableError
+from qdeploy.export.tensorrt_rules import check_rules, find_broken_rules
+from qdeploy.export.trial_build import build_on_trial, find_library_folder
 
 NOISE = np.random.default_rng(0)
 CONSTANTS = {
@@ -40,9 +40,9 @@ CASES = {
     "unsigned codes": (RIGHT.replace("s, z)", "s, u)"), "expected INT8", False),
     "a scale of zero": (RIGHT.replace("(w, ws)", "(w, zero)"), "scale zero is no finite positive constant", False),
     "a scale for each channel": (RIGHT.replace("s, z)", "s4)"), "a scale for each channel", False),
-    "Clip behind a weight": (
+    "Clip after a weight": (
         RIGHT.replace("wd =", "c = Clip(w, low, high) wd =").replace("(w, ws)", "(c, ws)"),
-        "a scale for each channel behind Clip",
+        "a scale for each channel after Clip",
         True,
     ),
     "an integer bias": (
@@ -50,7 +50,7 @@ CASES = {
         "bias bd is no float constant",
         True,
     ),
-    "Q behind Pad": (
+    "Q after Pad": (
         f"p = Pad(x, pads, none) {Q.replace('(x', '(p')} {W} y = Conv (d, wd, b)",
         "Q or DQ between node_p and the convolution",
         False,
@@ -69,11 +69,11 @@ def graph(body: str, opset: int = 20, size: str = "2,4,6,5") -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def broken(model: onnx.ModelProto) -> list[str]:
-    return list(broken_rules(ir.from_proto(model)))
+def find_broken(model: onnx.ModelProto) -> list[str]:
+    return list(find_broken_rules(ir.from_proto(model)))
 
 
-def saved(model: onnx.ModelProto, folder: Path) -> Path:
+def save_graph(model: onnx.ModelProto, folder: Path) -> Path:
     onnx.save(model, folder / "g.onnx")
     return folder / "g.onnx"
 
@@ -81,20 +81,20 @@ def saved(model: onnx.ModelProto, folder: Path) -> Path:
 @pytest.fixture
 def library() -> None:
     try:
-        library_folder()
+        find_library_folder()
     except EngineUnavailableError as exc:
         pytest.skip(str(exc))
 
 
 def test_a_right_graph_breaks_no_rule() -> None:
-    assert broken(graph(RIGHT)) == []
+    assert find_broken(graph(RIGHT)) == []
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_broken_rule_is_named(case: str) -> None:
     body, what, _ = CASES[case]
     model = graph(body)
-    assert what in " ".join(broken(model))
+    assert what in " ".join(find_broken(model))
     with pytest.raises(AuditError, match="TensorRT would refuse"):
         check_rules(ir.from_proto(model), "unet")
 
@@ -103,38 +103,38 @@ def test_a_broken_rule_is_named(case: str) -> None:
     ("opset", "size", "what"), [(18, "2,4,6,5", "opset 18, expected 19"), (20, "N,4,6,5", "the open or empty shape")]
 )
 def test_sizes_and_opset_are_checked(opset: int, size: str, what: str) -> None:
-    assert what in " ".join(broken(graph("y = Relu(x)", opset, size)))
+    assert what in " ".join(find_broken(graph("y = Relu(x)", opset, size)))
 
 
 @pytest.mark.usefixtures("library")
 def test_the_library_builds_a_right_graph(tmp_path: Path) -> None:
-    found = accept(saved(graph(RIGHT), tmp_path))
-    assert found.engine_bytes > 1000
-    assert found.library.startswith("TensorRT-RTX ")
+    trial = build_on_trial(save_graph(graph(RIGHT), tmp_path))
+    assert trial.engine_bytes > 1000
+    assert trial.library.startswith("TensorRT-RTX ")
 
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("case", [name for name, (_, _, refused) in CASES.items() if refused])
 def test_the_library_refuses_the_same(case: str, tmp_path: Path) -> None:
-    path = saved(graph(CASES[case][0]), tmp_path)
+    path = save_graph(graph(CASES[case][0]), tmp_path)
     with pytest.raises(AuditError, match=r"TensorRT-RTX [\d.]+ refuses"):
-        accept(path)
+        build_on_trial(path)
 
 
 @pytest.mark.usefixtures("library")
 def test_an_open_batch_has_no_profile(tmp_path: Path) -> None:
     with pytest.raises(AuditError, match="profile"):
-        accept(saved(graph("y = Relu(x)", size="N,4,6,5"), tmp_path))
+        build_on_trial(save_graph(graph("y = Relu(x)", size="N,4,6,5"), tmp_path))
 
 
 @pytest.mark.usefixtures("library")
 def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"not a graph")
     with pytest.raises(AuditError, match=r"g\.onnx"):
-        accept(tmp_path / "g.onnx")
+        build_on_trial(tmp_path / "g.onnx")
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdeploy.export.tensorrt_rtx.find_spec", lambda _: None)
+    monkeypatch.setattr("qdeploy.export.trial_build.find_spec", lambda _: None)
     with pytest.raises(EngineUnavailableError, match=r"pip install 'qdeploy\[tensorrt-rtx\]'"):
-        accept(tmp_path / "g.onnx")
+        build_on_trial(tmp_path / "g.onnx")

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdeploy.errors import EngineUnavailableError
+from qdeploy.base.errors import EngineUnavailableError
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.targets import lower
-from qdeploy.export.tensorrt_rtx import accept, library_folder
 from qdeploy.export.tensorrt_rules import check_rules
+from qdeploy.export.trial_build import build_on_trial, find_library_folder
 from qdeploy.models.components import UNet
-from qdeploy.spec import target_named
+from qdeploy.targets.spec import get_target
 
 SD15 = dict(sample_size=64, cross_attention_dim=768)  # the rest are diffusers' defaults
 FP16_BYTES = 1.72e9  # 860 M parameters
@@ -25,7 +25,7 @@ def test_the_library_builds_stable_diffusions_unet_in_fp16(tmp_path: Path) -> No
     from diffusers import UNet2DConditionModel
 
     try:
-        library_folder()
+        find_library_folder()
     except EngineUnavailableError as exc:
         pytest.skip(str(exc))
     path = tmp_path / "unet.onnx"
@@ -33,18 +33,18 @@ def test_the_library_builds_stable_diffusions_unet_in_fp16(tmp_path: Path) -> No
     import onnx_ir as ir
 
     check_rules(ir.load(path), "unet")
-    built = accept(path)
+    built = build_on_trial(path)
     print(f"parsed in {built.parse_s:.0f} s, built in {built.build_s:.0f} s, {built.engine_bytes / 1e9:.2f} GB")
     assert built.engine_bytes > FP16_BYTES
 
 
 def write_unet(module: torch.nn.Module, path: Path) -> None:
-    """Trace, lower and save; what it held is freed behind it, for the builder needs the memory."""
+    """Trace, lower and save; its memory is freed afterwards, since the builder needs it."""
     example = {
         "sample": torch.zeros(2, 4, 64, 64),
         "timestep": torch.tensor(500),
         "encoder_hidden_states": torch.zeros(2, 77, 768),
     }
-    graph = graph_from_component(UNet(module).eval(), example, target_named("tensorrt").opset)
+    graph = graph_from_component(UNet(module).eval(), example, get_target("tensorrt").opset)
     lower(graph, "tensorrt")
     save_graph(graph, path)

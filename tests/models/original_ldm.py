@@ -4,7 +4,7 @@ After github.com/CompVis/latent-diffusion (``openaimodel.py``, ``attention.py``,
 ``x_transformer.py``, ``ema.py``, ``ddpm.py``; parts of it from OpenAI's guided-diffusion and lucidrains'
 x-transformers, MIT too): only what the published models use. Every size is a parameter, so
 the same code makes a tiny checkpoint and a full one. Weights are random throughout, also in the layers that the
-original starts at zero, for a layer that is zero would hide any mistake behind it.
+original starts at zero: a layer of zeros would hide any mistake before it.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ class FirstStageSizes:
     out_ch: int = 3
 
 
-def level_of(blocks: list[nn.Module], resample: str, module: nn.Module | None) -> nn.Module:
+def make_level(blocks: list[nn.Module], resample: str, module: nn.Module | None) -> nn.Module:
     level = nn.Module()
     level.block, level.attn = nn.ModuleList(blocks), nn.ModuleList()
     if module is not None:
@@ -345,7 +345,7 @@ class Encoder(nn.Module):
             blocks: list[nn.Module] = [ResnetBlock(out if j else width, out) for j in range(sizes.num_res_blocks)]
             width = out
             last = i == len(sizes.ch_mult) - 1
-            self.down.append(level_of(blocks, "downsample", None if last else PaddedDownsample(width)))
+            self.down.append(make_level(blocks, "downsample", None if last else PaddedDownsample(width)))
         self.mid = middle(width)
         self.norm_out = normalize(width)
         self.conv_out = nn.Conv2d(width, sizes.z_channels * (2 if sizes.n_embed is None else 1), 3, padding=1)
@@ -370,7 +370,7 @@ class Decoder(nn.Module):
             out = mult * sizes.ch
             blocks: list[nn.Module] = [ResnetBlock(out if j else width, out) for j in range(sizes.num_res_blocks + 1)]
             width = out
-            levels.insert(0, level_of(blocks, "upsample", Upsample(width, True) if i else None))
+            levels.insert(0, make_level(blocks, "upsample", Upsample(width, True) if i else None))
         self.up = nn.ModuleList(levels)
         self.norm_out = normalize(width)
         self.conv_out = nn.Conv2d(width, sizes.out_ch, 3, padding=1)

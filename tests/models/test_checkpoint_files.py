@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qdeploy.errors import ModelError
+from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints import read_checkpoint
 
 WEIGHTS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5, dtype=torch.float16)}
@@ -108,7 +108,9 @@ def stub(monkeypatch: pytest.MonkeyPatch, dotted: str, base: type = object) -> t
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_what_trainers_leave_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
+def test_objects_that_trainers_store_with_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
     with monkeypatch.context() as patched:
         callback = stub(patched, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
         settings = stub(patched, "omegaconf.dictconfig.DictConfig")()
@@ -192,9 +194,9 @@ def test_archives_that_grow(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "z.ckpt")
     with zipfile.ZipFile(path, "a") as archive:
         for i in range(100):
-            twin = copy.copy(archive.getinfo("model/data.pkl"))
-            twin.filename = f"model/data/{100 + i}"
-            archive.filelist.append(twin)
+            duplicate = copy.copy(archive.getinfo("model/data.pkl"))
+            duplicate.filename = f"model/data/{100 + i}"
+            archive.filelist.append(duplicate)
         archive.comment = b"written again"
     with pytest.raises(ModelError, match="overlap"):
         read_checkpoint(path)

@@ -12,9 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
-from qdeploy.models.checkpoints import Converted, convert_checkpoint, describe_checkpoint, kind_of, read_checkpoint
-from qdeploy.sampling import make_sampler
+from qdeploy.base.errors import ModelError
+from qdeploy.models.checkpoints import (
+    ConvertedCheckpoint,
+    convert_checkpoint,
+    describe_checkpoint,
+    detect_kind,
+    read_checkpoint,
+)
+from qdeploy.sampling import make_scheduler
 from tests.models.original_ldm import (
     FULL,
     LatentDiffusion,
@@ -47,11 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def assert_close(found: Tensor, expected: Tensor, round_off: float | None = None) -> None:
-    assert found.shape == expected.shape
+def assert_close(actual: Tensor, expected: Tensor, round_off: float | None = None) -> None:
+    assert actual.shape == expected.shape
     assert expected.isfinite().all()
     assert expected.std() > 0.01  # else nothing is compared
-    error = (found - expected).abs().max() / expected.abs().max()
+    error = (actual - expected).abs().max() / expected.abs().max()
     assert error <= (ROUND_OFF[expected.dtype] if round_off is None else round_off), f"{error:.1e}"
 
 
@@ -83,7 +89,7 @@ def run_original(source: LatentDiffusion, inputs: dict[str, Tensor]) -> dict[str
 
 
 @torch.no_grad()
-def run_converted(model: Converted, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_converted(model: ConvertedCheckpoint, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = (part for part in (model.unet, model.vae, model.text_encoder) if part is not None)
     unet, vae, *text = (nn.Module.to(part, inputs["x"].dtype) for part in parts)
     context = [inputs["context"]] if "context" in inputs else []
@@ -96,12 +102,12 @@ def run_converted(model: Converted, inputs: dict[str, Tensor]) -> dict[str, Tens
     return outputs | ({"hidden": text[0](inputs["tokens"]).last_hidden_state} if text else {})
 
 
-def assert_same(model: Converted, source: LatentDiffusion, dtype: torch.dtype = torch.float32) -> None:
+def assert_same(model: ConvertedCheckpoint, source: LatentDiffusion, dtype: torch.dtype = torch.float32) -> None:
     inputs = inputs_for(source.sizes, dtype)
-    found, expected = run_converted(model, inputs), run_original(source, inputs)
-    assert found.keys() == expected.keys()
+    actual, expected = run_converted(model, inputs), run_original(source, inputs)
+    assert actual.keys() == expected.keys()
     for name in expected:
-        assert_close(found[name], expected[name])
+        assert_close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize(("suffix", "yaml"), [("ckpt", False), ("safetensors", True)])
@@ -165,7 +171,7 @@ def test_schedule_and_scale(
     assert model.scaling_factor == pytest.approx(scale, rel=1e-6)
     assert model.vae.config.scaling_factor == model.scaling_factor
     assert (model.sample_size, model.unet.config.sample_size, model.unet.config.in_channels) == (side, side, channels)
-    timesteps = make_sampler(config, 10).timesteps
+    timesteps = make_scheduler(config, 10).timesteps
     assert sorted(timesteps)[0] == 1  # the original's steps start at 1
     assert bool(model.missing) == (model.text_encoder is not None)
 
@@ -221,7 +227,7 @@ def test_an_unpublished_width_needs_the_yaml(tmp_path: Path) -> None:
     assert_same(convert_checkpoint(path, write_yaml(other.sizes, tmp_path / "other.yaml")), other)
 
 
-def changed(name: str, **changes: Tensor | None) -> dict[str, Tensor]:
+def change_state(name: str, **changes: Tensor | None) -> dict[str, Tensor]:
     state: dict[str, Any] = {**original_state(original(name)), **changes}
     return {key: value for key, value in state.items() if value is not None}
 
@@ -237,7 +243,7 @@ def changed(name: str, **changes: Tensor | None) -> dict[str, Tensor]:
         ("lsun_beds256", {"first_stage_model.encoder.down.1.attn.0.q.weight": torch.zeros(2)}, "first stage.*attn"),
         ("lsun_beds256", {"first_stage_model.quantize.embedding.weight": torch.zeros(64, 4)}, "first stage.*quantize"),
         ("sd-v1-4", {"cond_stage_model.transformer.text_model.final_layer_norm.bias": None}, "text encoder.*norm.bias"),
-        ("sd-v1-4", {"cond_stage_model.adapter.weight": torch.zeros(2)}, "beside its transformer"),
+        ("sd-v1-4", {"cond_stage_model.adapter.weight": torch.zeros(2)}, "outside its transformer"),
         ("txt2img-1p4B", {"cond_stage_model.transformer.memory_tokens": torch.zeros(2)}, "text encoder.*memory_tokens"),
         ("sd-v1-4", {"control_model.weight": torch.zeros(2)}, "control_model.weight.*no known part|no known part.*"),
         ("sd-v1-4", {"cond_stage_model.model.positional_embedding": torch.zeros(2)}, "Stable Diffusion 2"),
@@ -247,20 +253,20 @@ def changed(name: str, **changes: Tensor | None) -> dict[str, Tensor]:
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, name: str, changes: dict[str, Any], words: str) -> None:
-    path = write_ckpt(changed(name, **changes), tmp_path / "wrong.ckpt")
+    path = write_ckpt(change_state(name, **changes), tmp_path / "wrong.ckpt")
     with pytest.raises(ModelError, match=f"wrong.ckpt: .*({words})"):
         convert_checkpoint(path)
 
 
 def test_known_extras_are_left_aside(tmp_path: Path) -> None:
     extras = {name: torch.zeros(2) for name in ("loss.discriminator.main.0.weight", "logvar", "posterior_mean_coef1")}
-    path = write_ckpt(changed("sd-v1-4", betas=None, **extras), tmp_path / "extras.ckpt")
+    path = write_ckpt(change_state("sd-v1-4", betas=None, **extras), tmp_path / "extras.ckpt")
     assert convert_checkpoint(path).scheduler_config["beta_end"] == 0.012
 
 
 def test_a_schedule_that_is_no_ramp_is_kept_value_by_value(tmp_path: Path) -> None:
     betas = torch.linspace(0.0001, 0.03, 1000) ** 1.3
-    path = write_ckpt(changed("lsun_beds256", betas=betas), tmp_path / "ramp.ckpt")
+    path = write_ckpt(change_state("lsun_beds256", betas=betas), tmp_path / "ramp.ckpt")
     assert convert_checkpoint(path).scheduler_config["trained_betas"] == pytest.approx(betas.tolist())
 
 
@@ -290,6 +296,6 @@ def test_a_yaml_that_is_not_the_models(folder: Path, tmp_path: Path, change: tup
 
 def test_kind_of_other_tensors() -> None:
     with pytest.raises(ModelError, match="no UNet"):
-        kind_of({"weight": torch.zeros(1)})
+        detect_kind({"weight": torch.zeros(1)})
     with pytest.raises(ModelError, match="diffusers folder"):
-        kind_of({"down_blocks.0.weight": torch.zeros(1)})
+        detect_kind({"down_blocks.0.weight": torch.zeros(1)})

@@ -14,7 +14,7 @@ import torch
 from tests.models.original_ldm import FULL, LatentDiffusion, original_state, write_ckpt
 from tests.models.test_checkpoints import assert_close, inputs_for, run_original
 
-ROUND_OFF = 3e-5  # float32 through the published depths: 1.0e-5 was seen behind text2img256's 32 text layers and UNet
+ROUND_OFF = 3e-5  # float32 through the published depths: 1.0e-5 after text2img256's 32 text layers and UNet
 ALLOWANCE_BYTES = 1.5 * 2**30  # Python, torch, diffusers and transformers
 ROOT = Path(__file__).parents[2]
 CONVERT = """
@@ -54,7 +54,7 @@ def test_full_size(tmp_path: Path, name: str) -> None:
     path.unlink()
     peaks = ", ".join(f"{step} {figures[step] / 1e9:.2f} GB" for step in ("imports", "converted", "used"))
     print(f"\n{name}: file {size / 1e9:.2f} GB, converted in {figures['seconds']:.1f} s; peak memory: {peaks}")
-    found = torch.load(tmp_path / "found.pt")
+    actual = torch.load(tmp_path / "found.pt")
     for part in expected:
-        assert_close(found[part], expected[part], ROUND_OFF)
+        assert_close(actual[part], expected[part], ROUND_OFF)
     assert figures["used"] <= 2 * size + ALLOWANCE_BYTES

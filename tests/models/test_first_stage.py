@@ -13,7 +13,7 @@ import torch
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.targets import lower
-from qdeploy.models.components import VaeEncoder, VqDecoder, nearest_codes
+from qdeploy.models.components import VaeEncoder, VqDecoder, find_nearest_codes
 from tests.tiny import tiny_vq
 
 ROUND_OFF = 1e-5  # of values around 1 through a few convolutions in float32
@@ -38,7 +38,7 @@ def test_the_encoder_is_before_the_codebook(decoder: VqDecoder) -> None:
     image = torch.rand(2, 3, 16, 16, generator=torch.manual_seed(0)) * 2 - 1
     latents = VaeEncoder(decoder.inner).eval()(image)
     assert torch.equal(latents, decoder.inner.encode(image).latents)
-    assert not torch.equal(latents, nearest_codes(latents, decoder.inner.quantize.embedding.weight))
+    assert not torch.equal(latents, find_nearest_codes(latents, decoder.inner.quantize.embedding.weight))
 
 
 def test_nearest_at_full_size() -> None:
@@ -46,9 +46,9 @@ def test_nearest_at_full_size() -> None:
     codebook = torch.randn(CODES, 3, generator=generator)
     latents = torch.randn(1, 3, SIDE, SIDE, generator=generator)
     pixels = latents.permute(0, 2, 3, 1).reshape(-1, 3)
-    found = nearest_codes(latents, codebook).permute(0, 2, 3, 1).reshape(-1, 3)
+    actual = find_nearest_codes(latents, codebook).permute(0, 2, 3, 1).reshape(-1, 3)
     least = torch.cat([torch.cdist(part.double(), codebook.double()).amin(dim=1) for part in pixels.split(512)])
-    distance = (pixels - found).double().norm(dim=1)
+    distance = (pixels - actual).double().norm(dim=1)
     assert (distance**2 - least**2).abs().max() < ROUND_OFF  # ties apart, that very code
 
 
@@ -63,5 +63,5 @@ def test_the_graph_has_standard_ops_and_the_same_pictures(decoder: VqDecoder, tm
     assert {node.domain for node in nodes} <= {"", "ai.onnx"}
     assert {"MatMul", "ArgMin", "Gather"} <= {node.op_type for node in nodes}
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"latents": latents.numpy()})
-    assert np.abs(found - decoder(latents).numpy()).max() < ROUND_OFF
+    (actual,) = session.run(None, {"latents": latents.numpy()})
+    assert np.abs(actual - decoder(latents).numpy()).max() < ROUND_OFF

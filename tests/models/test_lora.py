@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.calibrate.dataset import save_calibration
-from qdeploy.calibrate.timestep_aware import TimestepAware, record_trajectories
+from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.cli import main
-from qdeploy.errors import ModelError, UsageError
-from qdeploy.models.lora import KOHYA_PREFIXES, METADATA, addresses_of, fuse_lora
+from qdeploy.models.lora import KOHYA_PREFIXES, METADATA, fuse_lora, list_addresses
 from qdeploy.models.options import LoraFile, ModelOptions
 from qdeploy.models.source import LatentDiffusion, load_model
 
@@ -55,7 +55,7 @@ def older(component: str, layer: str) -> tuple[str, str]:
 
 
 def bare(_: str, layer: str) -> tuple[str, str]:
-    """As ``save_attn_procs`` of the UNet alone writes it."""
+    """As the UNet's ``save_attn_procs`` writes it."""
     name = {TO_Q: TO_Q.replace("to_q", "processor.to_q")}[layer]
     return f"{name}_lora.down.weight", f"{name}_lora.up.weight"
 
@@ -73,7 +73,7 @@ def by_hand(weight: Tensor, down: Tensor, up: Tensor, factor: float) -> Tensor:
     return weight + factor * torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
 
 
-def layer_of(model: LatentDiffusion, component: str, layer: str) -> nn.Module:
+def get_layer(model: LatentDiffusion, component: str, layer: str) -> nn.Module:
     return model.component(component).inner.get_submodule(layer)
 
 
@@ -98,7 +98,7 @@ def test_every_layout_against_a_hand_fused_weight(
 ) -> None:
     tensors, expected = {}, {}
     for number, (component, layer) in enumerate(layers):
-        weight = layer_of(tiny_model, component, layer).weight
+        weight = get_layer(tiny_model, component, layer).weight
         down, up = pair_for(weight, number)
         down_name, up_name = naming(component, layer)
         tensors |= {down_name: down, up_name: up}
@@ -108,17 +108,17 @@ def test_every_layout_against_a_hand_fused_weight(
             tensors[f"{root}.alpha"] = torch.tensor(alpha)
         factor = SCALE * (1 if alpha is None else alpha / RANK)
         expected[component, layer] = by_hand(weight, down, up, factor)
-    before = {key: layer_of(tiny_model, *key).weight.clone() for key in expected}
+    before = {key: get_layer(tiny_model, *key).weight.clone() for key in expected}
     fused = fuse_lora(tiny_model, write(tmp_path / "a.safetensors", tensors), SCALE)
     for key, weight in expected.items():
-        assert torch.allclose(layer_of(fused, *key).weight, weight, atol=1e-5)
-        assert not torch.allclose(layer_of(fused, *key).weight, before[key], atol=1e-2)
-        assert torch.equal(layer_of(tiny_model, *key).weight, before[key])
+        assert torch.allclose(get_layer(fused, *key).weight, weight, atol=1e-5)
+        assert not torch.allclose(get_layer(fused, *key).weight, before[key], atol=1e-2)
+        assert torch.equal(get_layer(tiny_model, *key).weight, before[key])
     assert fused.vae_decoder is tiny_model.vae_decoder
 
 
 def unet_pair(model: LatentDiffusion, naming: Naming = peft, layer: str = TO_Q) -> dict[str, Tensor]:
-    return dict(zip(naming("unet", layer), pair_for(layer_of(model, "unet", layer).weight), strict=True))
+    return dict(zip(naming("unet", layer), pair_for(get_layer(model, "unet", layer).weight), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_peft_settings_in_the_metadata(
     tensors = unet_pair(tiny_model)
     file = write(tmp_path / "a.safetensors", tensors, **{METADATA: json.dumps(config)})
     down, up = tensors.values()
-    expected = by_hand(layer_of(tiny_model, "unet", TO_Q).weight, down, up, strength)
-    assert torch.allclose(layer_of(fuse_lora(tiny_model, file), "unet", TO_Q).weight, expected, atol=1e-5)
+    expected = by_hand(get_layer(tiny_model, "unet", TO_Q).weight, down, up, strength)
+    assert torch.allclose(get_layer(fuse_lora(tiny_model, file), "unet", TO_Q).weight, expected, atol=1e-5)
 
 
 def test_the_sha256_tells_models_apart(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_sha256_tells_models_apart(tiny_model: LatentDiffusion, tmp_path: Pa
 
 
 def test_every_layer_has_names_of_its_own(tiny_model: LatentDiffusion) -> None:
-    addresses = addresses_of(tiny_model)
+    addresses = list_addresses(tiny_model)
     for component, prefix in KOHYA_PREFIXES.items():
         inner = tiny_model.component(component).inner
         layers = [name for name, module in inner.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -216,7 +216,7 @@ def test_the_commands_refuse_to_mix_models(tiny_folder: Path, tiny_model: Latent
     lora = f"{write(tmp_path / 'style.safetensors', unet_pair(tiny_model))}:0.5"
     fused = load_model(str(tiny_folder), ModelOptions((LoraFile.from_text(lora),)))
     calib, table = tmp_path / "c.safetensors", tmp_path / "q.safetensors"
-    save_calibration(record_trajectories(fused, ["a cat"], TimestepAware(samples=1, steps=3, record=3)), calib)
+    save_calibration(record_trajectories(fused, ["a cat"], TimestepAwareSettings(samples=1, steps=3, record=3)), calib)
 
     def run(*arguments: object) -> tuple[int, str]:
         result = CliRunner().invoke(main, ["--quiet", *map(str, arguments)])

@@ -13,17 +13,17 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError, TableError
+from qdeploy.base.errors import ModelError, TableError
+from qdeploy.base.numerics import sqnr_db
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.targets import lower
-from qdeploy.models.components import Component, UNet, called_layers
+from qdeploy.models.components import TorchComponent, UNet, trace_layers
 from qdeploy.models.rewrites import REWRITES, apply_rewrite
-from qdeploy.models.rewrites.split_skips import SplitConv2d, skip_readers, split_skips
-from qdeploy.models.rewrites.surgery import copy_of
+from qdeploy.models.rewrites.split_skips import SplitConv2d, find_skip_readers, split_skips
+from qdeploy.models.rewrites.surgery import copy_module
 from qdeploy.models.rewrites.timestep_table import TimestepTable, timestep_table
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.numerics import sqnr_db
 
 SPLIT_DB = 110  # float32 sums in another order, through a whole UNet
 TABLE_DB = 60  # float16 has 11 bits: 2**-11 of each entry's magnitude is 66 dB, and GroupNorms in between
@@ -32,7 +32,7 @@ HALF_SUBNORMAL = 2.0**-25
 SPLITS = {"tiny": 8, "builtin:emoji": 12}  # conv1 and conv_shortcut of each up-block resnet
 
 
-class Unconditional(Component):
+class Unconditional(TorchComponent):
     """``sample, timestep`` -> ``noise_pred`` of a UNet2DModel."""
 
     outputs = ("noise_pred",)
@@ -52,23 +52,23 @@ def unconditional() -> Unconditional:
     return Unconditional(unet).eval().requires_grad_(False)
 
 
-def output(component: Component, feeds: dict[str, Tensor], t: int) -> np.ndarray:
+def output(component: TorchComponent, feeds: dict[str, Tensor], t: int) -> np.ndarray:
     with torch.no_grad():
         return component(**{**feeds, "timestep": torch.tensor(t)}).numpy()
 
 
 @pytest.fixture(scope="module", params=["tiny", "builtin:emoji", "unconditional"])
-def case(request: pytest.FixtureRequest) -> tuple[str, Component, dict[str, Tensor]]:
+def case(request: pytest.FixtureRequest) -> tuple[str, TorchComponent, dict[str, Tensor]]:
     torch.manual_seed(2)
     if request.param == "unconditional":
         return "unconditional", unconditional(), {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(500)}
     model = request.getfixturevalue("tiny_model") if request.param == "tiny" else load_model(request.param)
-    return request.param, model.unet, model.example("unet", 2)
+    return request.param, model.unet, model.make_example("unet", 2)
 
 
 def test_a_copy_shares_weights_and_its_rewrites_do_not_show_in_the_original(tiny_model: LatentDiffusion) -> None:
     before = [name for name, _ in tiny_model.unet.named_modules()]
-    copy = copy_of(tiny_model.unet)
+    copy = copy_module(tiny_model.unet)
     assert all(a is b for a, b in zip(copy.parameters(), tiny_model.unet.parameters(), strict=True))
     split_skips(copy)
     timestep_table(copy)
@@ -77,7 +77,7 @@ def test_a_copy_shares_weights_and_its_rewrites_do_not_show_in_the_original(tiny
 
 
 def test_rewrites_are_applied_by_name(tiny_model: LatentDiffusion) -> None:
-    copy = copy_of(tiny_model.unet)
+    copy = copy_module(tiny_model.unet)
     for name in REWRITES:
         assert apply_rewrite(copy, name)
     modules = list(copy.inner.modules())
@@ -87,19 +87,19 @@ def test_rewrites_are_applied_by_name(tiny_model: LatentDiffusion) -> None:
         apply_rewrite(copy, "no_such")
 
 
-def test_split_skips_is_exact(case: tuple[str, Component, dict[str, Tensor]]) -> None:
+def test_split_skips_is_exact(case: tuple[str, TorchComponent, dict[str, Tensor]]) -> None:
     name, component, feeds = case
-    split = copy_of(component)
+    split = copy_module(component)
     names = split_skips(split)
     assert len(names) == SPLITS.get(name, 8)
     assert sqnr_db(output(component, feeds, 300), output(split, feeds, 300)) > SPLIT_DB
-    layers = {call.name for call in called_layers(split, feeds)}
+    layers = {call.name for call in trace_layers(split, feeds)}
     assert {f"{name}.{part}" for name in names for part in ("h", "skip")} <= layers
     assert not layers & set(names)
 
 
 def test_split_weights_are_views_and_the_bias_is_added_once(tiny_model: LatentDiffusion) -> None:
-    split = copy_of(tiny_model.unet)
+    split = copy_module(tiny_model.unet)
     for name in split_skips(split):
         original, halves = tiny_model.unet.inner.get_submodule(name), split.inner.get_submodule(name)
         assert isinstance(halves, SplitConv2d)
@@ -110,8 +110,8 @@ def test_split_weights_are_views_and_the_bias_is_added_once(tiny_model: LatentDi
         assert halves.skip.bias is None
 
 
-def test_the_boundary_is_the_hidden_states_channels(case: tuple[str, Component, dict[str, Tensor]]) -> None:
-    """Seen from outside: what each up-block is given, and what each of its resnets puts out."""
+def test_the_boundary_is_the_hidden_states_channels(case: tuple[str, TorchComponent, dict[str, Tensor]]) -> None:
+    """Seen from outside: what each up-block is given, and what each of its resnets outputs."""
     _, component, feeds = case
     seen: list[int] = []
 
@@ -127,15 +127,15 @@ def test_the_boundary_is_the_hidden_states_channels(case: tuple[str, Component, 
     output(component, feeds, 1)
     for handle in handles:
         handle.remove()
-    assert [hidden for _, hidden in skip_readers(component.inner)] == seen
+    assert [hidden for _, hidden in find_skip_readers(component.inner)] == seen
 
 
 def test_splitting_twice_and_unknown_blocks_are_refused(tiny_model: LatentDiffusion) -> None:
-    split = copy_of(tiny_model.unet)
+    split = copy_module(tiny_model.unet)
     split_skips(split)
     with pytest.raises(ModelError, match="once"):
         split_skips(split)
-    strange = copy_of(tiny_model.unet)
+    strange = copy_module(tiny_model.unet)
     strange.inner.up_blocks[1] = nn.Sequential()
     with pytest.raises(ModelError, match=r"up_blocks\.1 is a Sequential"):
         split_skips(strange)
@@ -143,23 +143,23 @@ def test_splitting_twice_and_unknown_blocks_are_refused(tiny_model: LatentDiffus
 
 @pytest.mark.parametrize("timesteps", [1000, [1, 300, 999]])
 def test_the_timestep_table_is_as_exact_as_float16(
-    case: tuple[str, Component, dict[str, Tensor]], timesteps: int | list[int]
+    case: tuple[str, TorchComponent, dict[str, Tensor]], timesteps: int | list[int]
 ) -> None:
     _, component, feeds = case
-    tabled = copy_of(component)
+    tabled = copy_module(component)
     names = timestep_table(tabled, timesteps)
     assert len(names) == sum(getattr(m, "time_emb_proj", None) is not None for m in component.inner.modules())
     for t in (1, 300, 999):
         assert sqnr_db(output(component, feeds, t), output(tabled, feeds, t)) > TABLE_DB
-    layers = {call.name for call in called_layers(tabled, {**feeds, "timestep": torch.tensor(300)})}
+    layers = {call.name for call in trace_layers(tabled, {**feeds, "timestep": torch.tensor(300)})}
     assert not any("time_emb" in layer for layer in layers)
 
 
 def test_each_row_is_within_float16_rounding_of_the_float_projection(
-    case: tuple[str, Component, dict[str, Tensor]],
+    case: tuple[str, TorchComponent, dict[str, Tensor]],
 ) -> None:
     _, component, feeds = case
-    tabled = copy_of(component)
+    tabled = copy_module(component)
     names = timestep_table(tabled)
     exact: dict[str, Tensor] = {}
     handles = [
@@ -179,9 +179,9 @@ def test_each_row_is_within_float16_rounding_of_the_float_projection(
 
 
 def test_a_timestep_without_a_row_is_refused(tiny_model: LatentDiffusion) -> None:
-    feeds = tiny_model.example("unet", 2)
+    feeds = tiny_model.make_example("unet", 2)
     for timesteps, unknown in ((1000, 1000), (1000, -1), ([10, 20], 15), ([10, 20], 21)):
-        tabled = copy_of(tiny_model.unet)
+        tabled = copy_module(tiny_model.unet)
         timestep_table(tabled, timesteps)
         with pytest.raises((IndexError, RuntimeError), match="out of"):
             output(tabled, feeds, unknown)
@@ -190,20 +190,20 @@ def test_a_timestep_without_a_row_is_refused(tiny_model: LatentDiffusion) -> Non
 
 
 def test_what_a_table_cannot_hold_is_refused(tiny_model: LatentDiffusion) -> None:
-    twice = copy_of(tiny_model.unet)
+    twice = copy_module(tiny_model.unet)
     timestep_table(twice)
     with pytest.raises(ModelError, match="already has"):
         timestep_table(twice)
-    classes = copy_of(tiny_model.unet)
+    classes = copy_module(tiny_model.unet)
     classes.inner.class_embedding = nn.Embedding(3, 128)
     with pytest.raises(ModelError, match="class_embedding"):
         timestep_table(classes)
     for wrong in ([], [-1, 5], [0.5], 0):
         with pytest.raises(ModelError, match="whole numbers"):
-            timestep_table(copy_of(tiny_model.unet), wrong)
+            timestep_table(copy_module(tiny_model.unet), wrong)
 
 
-def exported(component: Component, feeds: dict[str, Tensor], folder: Path) -> Path:
+def export_graph(component: TorchComponent, feeds: dict[str, Tensor], folder: Path) -> Path:
     path = folder / "model.onnx"
     graph = graph_from_component(component, feeds, opset=20)
     lower(graph, "ort-cpu")
@@ -223,11 +223,11 @@ def ops_between_timestep_and_add(graph: onnx.GraphProto) -> Counter[str]:
 
 @pytest.mark.exports
 def test_the_exported_graph_gathers_by_t_and_computes_no_embedding(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
-    rewritten: UNet = copy_of(tiny_model.unet)
+    rewritten: UNet = copy_module(tiny_model.unet)
     split_skips(rewritten)
     names = timestep_table(rewritten)
-    feeds = tiny_model.example("unet", 2)
-    path = exported(rewritten, feeds, tmp_path)
+    feeds = tiny_model.make_example("unet", 2)
+    path = export_graph(rewritten, feeds, tmp_path)
     graph = onnx.load(path, load_external_data=False).graph
     assert not {"Sin", "Cos"} & {node.op_type for node in graph.node}
     from_t = ops_between_timestep_and_add(graph)
@@ -237,9 +237,9 @@ def test_the_exported_graph_gathers_by_t_and_computes_no_embedding(tiny_model: L
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     numpy_feeds = {name: value.numpy() for name, value in feeds.items()}
     for t in (0, 7, 500, 999):
-        (found,) = session.run(None, {**numpy_feeds, "timestep": np.array(t, np.int64)})
-        assert sqnr_db(output(rewritten, feeds, t), found) > SPLIT_DB
-        assert sqnr_db(output(tiny_model.unet, feeds, t), found) > TABLE_DB
+        (actual,) = session.run(None, {**numpy_feeds, "timestep": np.array(t, np.int64)})
+        assert sqnr_db(output(rewritten, feeds, t), actual) > SPLIT_DB
+        assert sqnr_db(output(tiny_model.unet, feeds, t), actual) > TABLE_DB
     for unknown in (1000, -1):
         with pytest.raises(Exception, match="out of"):
             session.run(None, {**numpy_feeds, "timestep": np.array(unknown, np.int64)})

@@ -10,9 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.cli import main
-from qdeploy.describe import describe
-from qdeploy.errors import ModelError, UsageError
+from qdeploy.inspection.describe import describe
 from qdeploy.models.components import BertTextEncoder, TextEncoder, UnconditionalUNet, VaeDecoder, VqDecoder
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.source import load_model
@@ -52,7 +52,7 @@ def test_unconditional_files(name: str, decoder: type, latents: tuple[int, ...],
     ("name", "encoder", "lender"),
     [("sd-v1-4", TextEncoder, "tiny_folder"), ("text2img256", BertTextEncoder, "ldm_text_folder")],
 )
-def test_files_with_text_take_the_tokenizer_beside_them(
+def test_files_with_text_take_the_tokenizer_next_to_them(
     name: str, encoder: type, lender: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path = write(name, tmp_path)
@@ -61,7 +61,7 @@ def test_files_with_text_take_the_tokenizer_beside_them(
     shutil.copytree(request.getfixturevalue(lender) / "tokenizer", tmp_path / "tokenizer")
     model = load_model(str(path), options(path))
     assert type(model.text_encoder) is encoder
-    assert model.tokens(["a", ""]).shape == (2, model.latents.tokens)
+    assert model.tokenize(["a", ""]).shape == (2, model.latents.tokens)
 
 
 def test_a_tokenizer_is_fetched_only_where_that_is_allowed(
@@ -84,7 +84,7 @@ def test_a_tokenizer_is_fetched_only_where_that_is_allowed(
 def test_averaged_weights_are_another_model(churches: Path) -> None:
     last, averaged = (load_model(str(churches), options(churches, ema=ema)) for ema in (False, True))
     assert last.sha256 != averaged.sha256
-    feeds = last.example("unet", 1)
+    feeds = last.make_example("unet", 1)
     with torch.no_grad():
         assert not torch.equal(last.unet(**feeds), averaged.unet(**feeds))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdeploy.errors import ModelError
+from qdeploy.base.errors import ModelError
 from qdeploy.models.components import UnconditionalUNet, VaeDecoder, VqDecoder
 from qdeploy.models.source import load_model
 from tests.tiny import VAE
@@ -107,10 +107,10 @@ def test_weights_that_lack_a_tensor(folder: Path) -> None:
 
 
 def test_an_inpainting_folder(inpainting_folder: Path, tmp_path: Path) -> None:
-    from qdeploy.calibrate.modes import Request, calibrate_to_file
+    from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
 
     model = load_model(str(inpainting_folder))
     assert (model.unet_channels, model.latents.channels) == (9, 4)
-    assert model.example("unet", 2)["sample"].shape == (2, 9, 8, 8)
-    with pytest.raises(ModelError, match="reads a mask beside the latents"):
-        calibrate_to_file(model, Request(samples=1, steps=1), tmp_path / "c.safetensors")
+    assert model.make_example("unet", 2)["sample"].shape == (2, 9, 8, 8)
+    with pytest.raises(ModelError, match="reads a mask besides latents"):
+        calibrate_to_file(model, CalibrationRequest(samples=1, steps=1), tmp_path / "c.safetensors")

@@ -28,6 +28,6 @@ def picture() -> np.ndarray:
 @pytest.fixture(scope="session")
 def mask() -> np.ndarray:
     """True, to be repainted, in the right half and one corner."""
-    found = np.zeros((SIDE, SIDE), bool)
-    found[:, SIDE // 2 :] = found[:4, :4] = True
-    return found
+    repainted = np.zeros((SIDE, SIDE), bool)
+    repainted[:, SIDE // 2 :] = repainted[:4, :4] = True
+    return repainted

@@ -17,28 +17,28 @@ import torch
 from PIL import Image
 
 import qdeploy
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
 from qdeploy.export.exporter import export_bundle
-from qdeploy.models.source import load_model, model_folder
-from qdeploy.runtime.image import fitted
+from qdeploy.models.source import find_model_folder, load_model
+from qdeploy.runtime.image import fit_image
 from qdeploy.runtime.pipeline import Pipeline
-from qdeploy.sampling import NAMES, with_scheduler
+from qdeploy.sampling import CLASS_NAMES, replace_scheduler
 from qdeploy.sampling.loop import PictureStreams
-from qdeploy.spec import target_named
-from tests.artifacts import built_once
+from qdeploy.targets.spec import get_target
+from tests.shared_artifacts import build_once
 
 ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
 HOME = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_"
 
 
-def scheduler_of(scheduler: str, config: dict[str, Any]) -> Any:
+def make_diffusers_scheduler(scheduler: str, config: dict[str, Any]) -> Any:
     """diffusers' scheduler called ``scheduler``."""
-    made = with_scheduler(config, scheduler)
+    made = replace_scheduler(config, scheduler)
     return getattr(diffusers, made["_class_name"]).from_config(made)
 
 
 @functools.cache
-def parts_of(folder: Path) -> dict[str, Any]:
+def load_parts(folder: Path) -> dict[str, Any]:
     """The model's modules in float32, read once; its UNet rounds the timesteps that it is given."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -59,7 +59,7 @@ def reference(way: str, folder: Path, scheduler: Any) -> Any:
     Euler's fall between two where they are spread evenly; CONTRIBUTING says what rounding them costs.
     """
     pipeline = getattr(diffusers, way)(
-        **parts_of(folder), scheduler=scheduler,
+        **load_parts(folder), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -68,7 +68,7 @@ def reference(way: str, folder: Path, scheduler: Any) -> Any:
 
 @contextmanager
 def same_draws(scheduler: Any) -> Iterator[None]:
-    """A stochastic scheduler draws what our sampler does for picture 0 of seed 0."""
+    """A stochastic scheduler draws the same noise as ours for picture 0 of seed 0."""
     streams = PictureStreams([(0, 0)])
 
     def draw(shape: Any, **_: Any) -> torch.Tensor:
@@ -80,10 +80,10 @@ def same_draws(scheduler: Any) -> Iterator[None]:
 
 @pytest.fixture
 def same_noise(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    return started_alike(pipe, monkeypatch)
+    return patch_starting_noise(pipe, monkeypatch)
 
 
-def started_alike(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+def patch_starting_noise(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Unit noise that diffusers' pipelines also start from; they take the encoder's mean, as we do."""
     noise = np.random.default_rng(3).standard_normal((1, *pipe.latents.shape), np.float32)
     for module in ("img2img", "inpaint"):
@@ -92,64 +92,64 @@ def started_alike(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> np.ndarray
     return noise
 
 
-def check_same(found: qdeploy.Result, expected: np.ndarray) -> None:
-    assert np.abs(found.pixels[0].astype(int) - np.rint(expected[0] * 255)).max() <= ONE_GREY_LEVEL
+def check_same(actual: qdeploy.Result, expected: np.ndarray) -> None:
+    assert np.abs(actual.pixels[0].astype(int) - np.rint(expected[0] * 255)).max() <= ONE_GREY_LEVEL
 
 
-@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("scheduler", CLASS_NAMES)
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_text_to_image(
     pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, scheduler: str, guidance_scale: float
 ) -> None:
-    twin = scheduler_of(scheduler, pipe.scheduler_config)
-    diffusers_pipe = reference("StableDiffusionPipeline", tiny_folder, twin)
+    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.scheduler_config)
+    diffusers_pipe = reference("StableDiffusionPipeline", tiny_folder, expected_scheduler)
     settings = dict(negative_prompt="blue", guidance_scale=guidance_scale, guidance_rescale=0.6)
-    with same_draws(twin):
+    with same_draws(expected_scheduler):
         expected = diffusers_pipe(
             "a red house", num_inference_steps=8, latents=torch.from_numpy(same_noise), output_type="np", **settings
         ).images
     check_same(pipe("a red house", steps=8, latents=same_noise, scheduler=scheduler, **settings), expected)
 
 
-@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("scheduler", CLASS_NAMES)
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_image_to_image(
     pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, scheduler: str, strength: float
 ) -> None:
-    twin = scheduler_of(scheduler, pipe.scheduler_config)
-    diffusers_pipe = reference("StableDiffusionImg2ImgPipeline", tiny_folder, twin)
+    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.scheduler_config)
+    diffusers_pipe = reference("StableDiffusionImg2ImgPipeline", tiny_folder, expected_scheduler)
     settings = dict(strength=strength, guidance_scale=5.0)
-    with same_draws(twin):
+    with same_draws(expected_scheduler):
         expected = diffusers_pipe(
             "a red house", image=Image.fromarray(picture), num_inference_steps=8, output_type="np", **settings
         ).images
-    found = pipe("a red house", image=picture, steps=8, latents=same_noise, scheduler=scheduler, **settings)
-    check_same(found, expected)
+    actual = pipe("a red house", image=picture, steps=8, latents=same_noise, scheduler=scheduler, **settings)
+    check_same(actual, expected)
 
 
-@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("scheduler", CLASS_NAMES)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_by_blending(
     pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, mask: np.ndarray, scheduler: str,
     strength: float,
 ) -> None:  # fmt: skip
-    twin = scheduler_of(scheduler, pipe.scheduler_config)
-    diffusers_pipe = reference("StableDiffusionInpaintPipeline", tiny_folder, twin)
-    with same_draws(twin):
+    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.scheduler_config)
+    diffusers_pipe = reference("StableDiffusionInpaintPipeline", tiny_folder, expected_scheduler)
+    with same_draws(expected_scheduler):
         expected = diffusers_pipe(
             "a red house", image=Image.fromarray(picture), mask_image=Image.fromarray(mask), num_inference_steps=8,
             height=16, width=16, strength=strength, guidance_scale=5.0, output_type="np",
         ).images  # fmt: skip
-    found = pipe(
+    actual = pipe(
         "a red house", image=picture, mask=mask, strength=strength, guidance_scale=5.0, steps=8, latents=same_noise,
         scheduler=scheduler,
     )  # fmt: skip
-    check_same(found, expected)
+    check_same(actual, expected)
 
 
-@built_once("inpainting", traces=True)
+@build_once("inpainting", traces=True)
 def inpainting_bundle(out: Path, inpainting_folder: Path) -> None:
-    export_bundle(load_model(str(inpainting_folder)), None, target_named("ort-cpu"), out, with_encoder=True)
+    export_bundle(load_model(str(inpainting_folder)), None, get_target("ort-cpu"), out, with_encoder=True)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
@@ -160,27 +160,27 @@ def test_inpainting_by_the_unet(
 ) -> None:  # fmt: skip
     with qdeploy.load(inpainting_bundle) as nine:
         diffusers_pipe = reference(
-            "StableDiffusionInpaintPipeline", inpainting_folder, scheduler_of("pndm", nine.scheduler_config)
+            "StableDiffusionInpaintPipeline", inpainting_folder, make_diffusers_scheduler("pndm", nine.scheduler_config)
         )
         expected = diffusers_pipe(
             "a red house", image=Image.fromarray(picture), mask_image=Image.fromarray(mask), num_inference_steps=6,
             height=16, width=16, strength=strength, guidance_scale=guidance_scale, output_type="np",
         ).images  # fmt: skip
-        found = nine(
+        actual = nine(
             "a red house", image=picture, mask=mask, strength=strength, guidance_scale=guidance_scale, steps=6,
             latents=same_noise,
         )  # fmt: skip
-        check_same(found, expected)
+        check_same(actual, expected)
         with pytest.raises(UsageError, match="give image and mask"):
             nine("a red house")
         with pytest.raises(UsageError, match="give a mask"):
             nine("a red house", image=picture)
 
 
-@built_once("emoji", traces=True)
+@build_once("emoji", traces=True)
 def emoji_bundle(out: Path) -> None:
     """Trained weights, in float."""
-    export_bundle(load_model("builtin:emoji"), None, target_named("ort-cpu"), out, with_encoder=True)
+    export_bundle(load_model("builtin:emoji"), None, get_target("ort-cpu"), out, with_encoder=True)
 
 
 @pytest.fixture(scope="module")
@@ -190,48 +190,50 @@ def emoji(emoji_bundle: Path) -> Iterator[Pipeline]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("scheduler", CLASS_NAMES)
 @pytest.mark.parametrize("way", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
 def test_the_built_in_model(emoji: Pipeline, monkeypatch: pytest.MonkeyPatch, scheduler: str, way: str) -> None:
-    twin, noise = scheduler_of(scheduler, emoji.scheduler_config), started_alike(emoji, monkeypatch)
+    expected_scheduler = make_diffusers_scheduler(scheduler, emoji.scheduler_config)
+    noise = patch_starting_noise(emoji, monkeypatch)
     start = Image.fromarray(emoji("a dog", steps=4, seed=1).pixels[0])
     theirs: dict[str, Any] = dict(latents=torch.from_numpy(noise))
     ours: dict[str, Any] = dict()
     if way == "StableDiffusionImg2ImgPipeline":
         theirs = ours = dict(image=start, strength=0.7)
-    with same_draws(twin):
-        expected = reference(way, model_folder("builtin:emoji"), twin)(
+    with same_draws(expected_scheduler):
+        expected = reference(way, find_model_folder("builtin:emoji"), expected_scheduler)(
             "a cat", num_inference_steps=20, guidance_scale=5.0, output_type="np", **theirs
         ).images
     check_same(emoji("a cat", steps=20, guidance_scale=5.0, latents=noise, scheduler=scheduler, **ours), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("scheduler", CLASS_NAMES)
 def test_inpainting_with_the_built_in_model(emoji: Pipeline, monkeypatch: pytest.MonkeyPatch, scheduler: str) -> None:
-    twin, noise = scheduler_of(scheduler, emoji.scheduler_config), started_alike(emoji, monkeypatch)
+    expected_scheduler = make_diffusers_scheduler(scheduler, emoji.scheduler_config)
+    noise = patch_starting_noise(emoji, monkeypatch)
     start = emoji("a dog", steps=4, seed=1).pixels[0]
     mask = np.zeros(start.shape[:2], np.uint8)
     mask[16:48, 24:] = 255
-    diffusers_pipe = reference("StableDiffusionInpaintPipeline", model_folder("builtin:emoji"), twin)
+    diffusers_pipe = reference("StableDiffusionInpaintPipeline", find_model_folder("builtin:emoji"), expected_scheduler)
     channels = diffusers_pipe.unet.config.in_channels
     diffusers_pipe.unet.register_to_config(in_channels=4)  # what it calls a UNet that does not read the mask
     try:
-        with same_draws(twin):
+        with same_draws(expected_scheduler):
             expected = diffusers_pipe(
                 "a cat", image=Image.fromarray(start), mask_image=Image.fromarray(mask), num_inference_steps=20,
                 height=64, width=64, strength=0.8, guidance_scale=5.0, output_type="np",
             ).images  # fmt: skip
     finally:
         diffusers_pipe.unet.register_to_config(in_channels=channels)
-    found = emoji(
+    actual = emoji(
         "a cat", image=start, mask=mask, strength=0.8, guidance_scale=5.0, steps=20, latents=noise, scheduler=scheduler
     )
-    check_same(found, expected)
+    check_same(actual, expected)
 
 
 def test_fitted_keeps_the_middle() -> None:
     wide = Image.new("RGB", (40, 20))
     wide.paste((255, 0, 0), (10, 0, 30, 20))
-    assert np.array_equal(np.unique(np.asarray(fitted(wide, 16, 16)).reshape(-1, 3), axis=0)[-1], [255, 0, 0])
-    assert fitted(wide, 16, 16).size == (16, 16)
+    assert np.array_equal(np.unique(np.asarray(fit_image(wide, 16, 16)).reshape(-1, 3), axis=0)[-1], [255, 0, 0])
+    assert fit_image(wide, 16, 16).size == (16, 16)

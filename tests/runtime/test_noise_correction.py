@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import qdeploy
-from qdeploy.bundle import open_bundle, write_manifest
-from qdeploy.errors import BundleError
-from qdeploy.noise_correction import BUNDLE_FILE, NoiseCorrection, save_noise_correction
+from qdeploy.artifacts.bundle import open_bundle, write_manifest
+from qdeploy.artifacts.noise_correction import BUNDLE_FILE, NoiseCorrection, save_noise_correction
+from qdeploy.base.errors import BundleError
 from qdeploy.runtime.pipeline import Pipeline
 
 
@@ -25,34 +25,34 @@ def correction(channels: int = 4) -> NoiseCorrection:
     return NoiseCorrection(np.array([100, 900]), np.array([0.25, -0.25], np.float32), mean)
 
 
-def with_correction(bundle: Path, correction: NoiseCorrection) -> Path:
+def add_correction(bundle: Path, correction: NoiseCorrection) -> Path:
     manifest = open_bundle(bundle).manifest
     save_noise_correction(bundle / BUNDLE_FILE, correction)
     write_manifest(bundle, manifest)
     return bundle
 
 
-def predicted(pipeline: Pipeline, t: int) -> np.ndarray:
+def predict(pipeline: Pipeline, t: int) -> np.ndarray:
     x = np.random.default_rng(0).standard_normal((3, *pipeline.latents.shape), np.float32)
     return pipeline.predict(x, t, np.repeat(pipeline.encode(["a cat"]), 3, axis=0))
 
 
 def test_a_listed_correction_is_applied_at_each_timestep(bundle: Path, float_bundle: Path) -> None:
-    with qdeploy.load(float_bundle) as plain, qdeploy.load(with_correction(bundle, correction())) as corrected:
+    with qdeploy.load(float_bundle) as plain, qdeploy.load(add_correction(bundle, correction())) as corrected:
         for t in (1, 500, 900):
-            assert np.array_equal(predicted(corrected, t), correction().corrected(predicted(plain, t), t))
+            assert np.array_equal(predict(corrected, t), correction().apply(predict(plain, t), t))
         assert not np.array_equal(plain("a cat", steps=2).latents, corrected("a cat", steps=2).latents)
 
 
 def test_a_file_that_the_manifest_does_not_list_is_not_read(bundle: Path, float_bundle: Path) -> None:
     (bundle / BUNDLE_FILE).write_bytes(b"anything")
-    with qdeploy.load(float_bundle) as plain, qdeploy.load(bundle) as found:
-        assert np.array_equal(predicted(found, 500), predicted(plain, 500))
+    with qdeploy.load(float_bundle) as plain, qdeploy.load(bundle) as unlisted:
+        assert np.array_equal(predict(unlisted, 500), predict(plain, 500))
 
 
 def test_a_correction_of_other_channels_is_refused(bundle: Path) -> None:
-    with pytest.raises(BundleError, match="corrects 3 channels, the UNet puts out 4"):
-        qdeploy.load(with_correction(bundle, correction(channels=3)))
+    with pytest.raises(BundleError, match="corrects 3 channels, the UNet's output has 4"):
+        qdeploy.load(add_correction(bundle, correction(channels=3)))
 
 
 def test_a_broken_correction_is_refused(bundle: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import qdeploy
-from qdeploy.errors import CancelledError, EngineError, RequestError, UsageError
+from qdeploy.base.errors import CancelledError, EngineError, RequestError, UsageError
 from qdeploy.runtime.pipeline import Pipeline, Step
-from qdeploy.sampling import NAMES
+from qdeploy.sampling import CLASS_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,17 @@ def test_same_picture_as_diffusers_within_one_grey_level(
         "a red house", negative_prompt="blue", num_inference_steps=8, guidance_scale=guidance_scale,
         latents=torch.from_numpy(noise), output_type="np",
     ).images  # fmt: skip
-    found = pipe("a red house", negative_prompt="blue", steps=8, guidance_scale=guidance_scale, latents=noise)
-    assert np.abs(found.pixels[0].astype(int) - np.rint(expected[0] * 255)).max() <= 1
+    actual = pipe("a red house", negative_prompt="blue", steps=8, guidance_scale=guidance_scale, latents=noise)
+    assert np.abs(actual.pixels[0].astype(int) - np.rint(expected[0] * 255)).max() <= 1
 
 
 def test_equal_seed_equal_picture_whatever_else_is_in_the_batch(pipe: Pipeline) -> None:
-    alone = pipe("a cat", steps=4, seed=9)
+    single = pipe("a cat", steps=4, seed=9)
     among = pipe(["a dog", "a cat"], steps=4, seed=9, count=2)
     assert among.pixels.shape[0] == 4
-    assert np.array_equal(alone.pixels[0], among.pixels[2])
+    assert np.array_equal(single.pixels[0], among.pixels[2])
     assert not np.array_equal(among.pixels[2], among.pixels[3])
-    assert not np.array_equal(alone.pixels, pipe("a cat", steps=4, seed=10).pixels)
+    assert not np.array_equal(single.pixels, pipe("a cat", steps=4, seed=10).pixels)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_threads_share_one_pipeline(pipe: Pipeline) -> None:
 
     expected = [pipe("a cat", steps=3, seed=seed).pixels for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda seed: pipe("a cat", steps=3, seed=seed).pixels, range(4)))
-    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+        actual = list(pool.map(lambda seed: pipe("a cat", steps=3, seed=seed).pixels, range(4)))
+    assert all(np.array_equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 def test_callback_sees_every_step_and_can_cancel(pipe: Pipeline) -> None:
@@ -101,7 +101,7 @@ def test_callback_sees_every_step_and_can_cancel(pipe: Pipeline) -> None:
     assert pipe("a cat", steps=2).pixels.shape[0] == 1
 
 
-@pytest.mark.parametrize("scheduler", NAMES)
+@pytest.mark.parametrize("scheduler", CLASS_NAMES)
 def test_schedulers_can_be_swapped(pipe: Pipeline, scheduler: str) -> None:
     assert np.isfinite(pipe("a cat", steps=4, scheduler=scheduler).latents).all()
 
@@ -161,10 +161,10 @@ def test_tokens_equal_transformers(pipe: Pipeline, tiny_folder: Path) -> None:
     assert np.array_equal(pipe.tokenizer(prompts), expected)
 
 
-def test_int8_is_near_its_float_twin(pipe: Pipeline, int8_bundle: Path) -> None:
-    from qdeploy.bench.fidelity import compare
+def test_int8_is_near_its_float_reference(pipe: Pipeline, int8_bundle: Path) -> None:
+    from qdeploy.reporting.fidelity import measure_fidelity
 
     with qdeploy.load(int8_bundle) as int8:
-        fidelity = compare(pipe, int8, ["a cat"], steps=4)
+        fidelity = measure_fidelity(pipe, int8, ["a cat"], steps=4)
     assert min(fidelity.step_sqnr_db) > 15
     assert len(fidelity.step_sqnr_db) == len(fidelity.timesteps) == 5

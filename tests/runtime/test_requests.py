@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import qdeploy
-from qdeploy.bundle import MANIFEST, open_bundle, write_manifest
-from qdeploy.errors import BundleError, NonFiniteError, RequestError, UsageError
+from qdeploy.artifacts.bundle import MANIFEST, open_bundle, write_manifest
+from qdeploy.base.errors import BundleError, NonFiniteError, RequestError, UsageError
 from qdeploy.runtime.pipeline import Pipeline
-from qdeploy.sampling.loop import rescaled
+from qdeploy.sampling.loop import rescale_guidance
 
 GREY = np.full((16, 16, 3), 128, np.uint8)
 WHITE = np.full((16, 16), 255, np.uint8)
@@ -72,8 +72,8 @@ def test_bad_requests_are_refused_and_the_pipeline_goes_on(pipe: Pipeline, argum
 
 
 def test_a_longest_prompt_is_served(pipe: Pipeline) -> None:
-    found = pipe("x" * 10_000, steps=1)
-    assert found.truncated == {"x" * 10_000: "x" * (10_000 - 14)}
+    actual = pipe("x" * 10_000, steps=1)
+    assert actual.truncated == {"x" * 10_000: "x" * (10_000 - 14)}
 
 
 def test_a_picture_file_cut_short(pipe: Pipeline, tmp_path: Path) -> None:
@@ -117,7 +117,9 @@ def test_non_finite_output_names_component_and_step(float_bundle: Path, tmp_path
     onnx.save(graph, path)
     write_manifest(bundle, manifest)
     with qdeploy.load(bundle) as broken:
-        with pytest.raises(NonFiniteError, match=r"unet put out NaN or infinity in step 5 of 10 \(timestep 501\)"):
+        with pytest.raises(
+            NonFiniteError, match=r"the output of unet holds NaN or infinity in step 5 of 10 \(timestep 501\)"
+        ):
             broken("a cat", steps=10, scheduler="ddim", guidance_scale=2)
         assert np.isfinite(broken.encode(["a cat"])).all()
 
@@ -129,18 +131,18 @@ def test_a_batch_of_prompts_with_their_own_negatives_and_pictures(
     settings = dict(steps=4, seed=2, strength=0.75)
     both = pipe(["a cat", "a dog"], negative_prompt=negatives, image=pictures, mask=masks, count=2, **settings)
     for row, prompt in enumerate(["a cat", "a dog"]):
-        alone = pipe(
+        single = pipe(
             prompt, negative_prompt=negatives[row], image=Image.fromarray(pictures[row]),
             mask=Image.fromarray(masks[row]), count=2, **settings,
         )  # fmt: skip
-        assert np.array_equal(both.latents[2 * row : 2 * row + 2], alone.latents)
+        assert np.array_equal(both.latents[2 * row : 2 * row + 2], single.latents)
 
 
 def test_black_is_kept(pipe: Pipeline, picture: np.ndarray, mask: np.ndarray) -> None:
     kept = ~mask[::2, ::2]
-    found = pipe("a cat", image=picture, mask=mask, steps=4).latents[0]
-    assert np.array_equal(found[:, kept], pipe.encode_image(picture[None])[0][:, kept])
-    assert not np.allclose(found[:, ~kept], pipe.encode_image(picture[None])[0][:, ~kept])
+    actual = pipe("a cat", image=picture, mask=mask, steps=4).latents[0]
+    assert np.array_equal(actual[:, kept], pipe.encode_image(picture[None])[0][:, kept])
+    assert not np.allclose(actual[:, ~kept], pipe.encode_image(picture[None])[0][:, ~kept])
 
 
 def test_with_guidance_one_two_pictures_share_a_call(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +164,8 @@ def test_a_graph_with_open_batch_runs_at_one_without_guidance(pipe: Pipeline) ->
     """What an exporter that leaves the UNet's batch open gets: one row a call with guidance 1, else two."""
     from dataclasses import replace
 
-    from qdeploy.bundle import TensorInfo
-    from qdeploy.runtime.components import Component, Turn
+    from qdeploy.artifacts.bundle import TensorInfo
+    from qdeploy.runtime.components import BundleComponent, Turn
 
     info = pipe.components["unet"].info
     output = {name: TensorInfo(tensor.dtype, (-1, *tensor.shape[1:])) for name, tensor in info.outputs.items()}
@@ -177,7 +179,7 @@ def test_a_graph_with_open_batch_runs_at_one_without_guidance(pipe: Pipeline) ->
         def close(self) -> None:
             pass
 
-    component = Component("unet", replace(info, outputs=output), Recorder, Turn(exclusive=False))
+    component = BundleComponent("unet", replace(info, outputs=output), Recorder, Turn(exclusive=False))
     x = np.random.default_rng(0).standard_normal((3, 4, 8, 8), np.float32)
     feeds = {"sample": x, "timestep": np.array(1), "encoder_hidden_states": np.zeros((3, 16, 32), np.float32)}
     assert np.array_equal(component.run(feeds), x)
@@ -188,9 +190,9 @@ def test_a_graph_with_open_batch_runs_at_one_without_guidance(pipe: Pipeline) ->
 def test_rescaling_restores_the_deviation() -> None:
     rng = np.random.default_rng(0)
     guided, text = (rng.standard_normal((2, 4, 8, 8), np.float32) * scale for scale in (9, 1))
-    assert np.allclose(rescaled(guided, text, 1.0).std(axis=(1, 2, 3)), text.std(axis=(1, 2, 3)), rtol=1e-5)
-    assert np.array_equal(rescaled(guided, text, 0.5)[1:], rescaled(guided[1:], text[1:], 0.5))
-    assert np.isfinite(rescaled(np.zeros_like(text), text, 1.0)).all()
+    assert np.allclose(rescale_guidance(guided, text, 1.0).std(axis=(1, 2, 3)), text.std(axis=(1, 2, 3)), rtol=1e-5)
+    assert np.array_equal(rescale_guidance(guided, text, 0.5)[1:], rescale_guidance(guided[1:], text[1:], 0.5))
+    assert np.isfinite(rescale_guidance(np.zeros_like(text), text, 1.0)).all()
 
 
 def test_old_bundles_still_load(encoder_bundle: Path, tmp_path: Path) -> None:

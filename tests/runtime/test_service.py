@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import qdeploy
-from qdeploy.errors import CancelledError, DeadlineError, EngineError, UsageError
+from qdeploy.base.errors import CancelledError, DeadlineError, EngineError, UsageError
 from qdeploy.runtime.pipeline import Pipeline, Step
 
 CHILD_S = 60  # for a forked child to be done, on a busy machine
@@ -29,10 +29,10 @@ def test_a_picture_does_not_depend_on_threads(encoder_bundle: Path, pipe: Pipeli
     settings = [dict(seed=seed, image=picture if seed % 2 else None, steps=3) for seed in range(6)]
     expected = [pipe("a cat", **one).latents for one in settings]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda one: pipe("a cat", **one).latents, settings))
+        actual = list(pool.map(lambda one: pipe("a cat", **one).latents, settings))
     with qdeploy.load(encoder_bundle, threads=1) as single:
-        alone = [single("a cat", **one).latents for one in settings]
-    for first, second, third in zip(expected, found, alone, strict=True):
+        sequential = [single("a cat", **one).latents for one in settings]
+    for first, second, third in zip(expected, actual, sequential, strict=True):
         assert np.array_equal(first, second)
         assert np.array_equal(first, third)
 
@@ -125,13 +125,13 @@ def test_low_memory_holds_one_component_at_a_time(
 
         monkeypatch.setattr(OrtSession, "run", counting)
         with ThreadPoolExecutor(3) as pool:
-            found = list(pool.map(lambda seed: frugal("a cat", steps=2, seed=seed, image=picture).latents, range(6)))
+            actual = list(pool.map(lambda seed: frugal("a cat", steps=2, seed=seed, image=picture).latents, range(6)))
         monkeypatch.undo()
         assert set(most) == {1}
         assert not sessions(frugal)
         preview = frugal("a cat", steps=1, callback=lambda step: frugal.decode(step.latents).shape == (1, 16, 16, 3))
         assert preview.pixels.shape[0] == 1
-    for seed, latents in enumerate(found):
+    for seed, latents in enumerate(actual):
         assert np.array_equal(latents, pipe("a cat", steps=2, seed=seed, image=picture).latents)
 
 
@@ -192,7 +192,7 @@ def test_a_forked_child_is_told_and_ends(encoder_bundle: Path, tmp_path: Path) -
 def test_providers_and_threads_are_what_was_asked_for(float_bundle: Path) -> None:
     with qdeploy.load(float_bundle, providers=["CPUExecutionProvider"]) as pipeline:
         assert pipeline("a cat", steps=1).pixels.shape[0] == 1
-    with pytest.raises(UsageError, match="runs on CPUExecutionProvider alone"):
+    with pytest.raises(UsageError, match="runs only on CPUExecutionProvider"):
         qdeploy.load(float_bundle, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(UsageError, match="threads: got 0"):
         qdeploy.load(float_bundle, threads=0)

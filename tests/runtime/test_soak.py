@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import qdeploy
-from qdeploy.errors import CancelledError, DeadlineError, RequestError
+from qdeploy.base.errors import CancelledError, DeadlineError, RequestError
 from qdeploy.runtime.pipeline import Pipeline
 
 SHORT_S = 5.0
@@ -72,8 +72,8 @@ class Soak:
         return counts
 
     def plain(self, index: int) -> None:
-        found = self.pipeline(seed=7, **self.mix[index])
-        assert np.array_equal(found.latents, self.expected[index])
+        actual = self.pipeline(seed=7, **self.mix[index])
+        assert np.array_equal(actual.latents, self.expected[index])
 
     def callback(self, index: int) -> None:
         with pytest.raises(CancelledError):
@@ -98,13 +98,13 @@ class Soak:
 
 
 @contextmanager
-def loaded(bundle: Path, low_memory: bool) -> Iterator[Pipeline]:
+def open_pipeline(bundle: Path, low_memory: bool) -> Iterator[Pipeline]:
     with qdeploy.load(bundle, threads=1, low_memory=low_memory) as pipeline:
         yield pipeline
 
 
 def soak(bundle: Path, mix: list[dict[str, Any]], seconds: float, low_memory: bool) -> None:
-    with loaded(bundle, low_memory) as pipeline, ThreadPoolExecutor(THREADS + 1) as pool:
+    with open_pipeline(bundle, low_memory) as pipeline, ThreadPoolExecutor(THREADS + 1) as pool:
         run = Soak(pipeline, mix, seconds)
         working = [pool.submit(run.work, number) for number in range(THREADS)]
         time.sleep(seconds / 4)

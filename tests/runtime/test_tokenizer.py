@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qdeploy.export.exporter import write_tokenizer
-from qdeploy.models.source import load_model, model_folder
+from qdeploy.models.source import find_model_folder, load_model
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.runtime.tokenizer import Tokenizer
 
@@ -57,8 +57,8 @@ def corpus(size: int = 1500) -> list[str]:
     def character() -> str:
         if rng.random() < 0.6:
             return rng.choice(letters)
-        found = chr(rng.randint(*rng.choice(ranges)))
-        return " " if unicodedata.category(found) in ("Cn", "Cs") else found
+        letter = chr(rng.randint(*rng.choice(ranges)))
+        return " " if unicodedata.category(letter) in ("Cn", "Cs") else letter
 
     return WRITTEN + ["".join(character() for _ in range(rng.randint(0, 120))) for _ in range(size)]
 
@@ -67,23 +67,23 @@ def corpus(size: int = 1500) -> list[str]:
 def test_tokens_equal_transformers(source: str, tiny_folder: Path, tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    folder = tiny_folder if source == "tiny" else model_folder(source)
+    folder = tiny_folder if source == "tiny" else find_model_folder(source)
     model = load_model(str(folder))
     write_tokenizer(model, tmp_path / "tokenizer" / "tokenizer.json")
     length = model.latents.tokens
     prompts = corpus()
     reference = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     expected = reference(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="np")
-    found = Tokenizer(tmp_path / "tokenizer" / "tokenizer.json", length)(prompts)
-    different = [prompts[row] for row in np.flatnonzero((found != expected.input_ids).any(axis=1))]
+    actual = Tokenizer(tmp_path / "tokenizer" / "tokenizer.json", length)(prompts)
+    different = [prompts[row] for row in np.flatnonzero((actual != expected.input_ids).any(axis=1))]
     assert not different, different[:5]
 
 
 def test_what_is_cut_off_is_reported(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
-    found = pipe(["word word word word", "a cat"], negative_prompt="blue " * 5, steps=1)
-    for prompt, lost in found.truncated.items():
+    result = pipe(["word word word word", "a cat"], negative_prompt="blue " * 5, steps=1)
+    for prompt, lost in result.truncated.items():
         assert prompt.endswith(lost)
         assert len(prompt[: -len(lost)].replace(" ", "")) == 14  # this tokenizer has a token a letter
-    assert set(found.truncated) == {"word word word word", "blue " * 5}
+    assert set(result.truncated) == {"word word word word", "blue " * 5}
     assert caplog.text.count("cut to 16 tokens") == 2
     assert not pipe("a cat", steps=1).truncated

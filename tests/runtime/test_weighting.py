@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from qdeploy.runtime.pipeline import Pipeline
-from qdeploy.runtime.weighting import parse, weighted
+from qdeploy.runtime.weighting import apply_weights, parse_weights
 
 
 def pieces(prompt: str) -> list[tuple[str, float]]:
     """Runs of equal weight."""
-    found = parse(prompt)
+    weighted_text = parse_weights(prompt)
     runs: list[tuple[str, float]] = []
-    for character, weight in zip(found.text, found.weights, strict=True):
+    for character, weight in zip(weighted_text.text, weighted_text.weights, strict=True):
         if runs and runs[-1][1] == round(weight, 4):
             runs[-1] = (runs[-1][0] + character, runs[-1][1])
         else:
@@ -43,22 +43,22 @@ def test_grammar(prompt: str, expected: list[tuple[str, float]]) -> None:
 
 def test_the_web_uis_own_example() -> None:
     """From the docstring of ``parse_prompt_attention``."""
-    found = pieces("a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).")
+    actual = pieces("a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).")
     expected = [
         ("a ", 1.0), ("house", 1.5730), (" ", 1.1), ("on", 1.0), (" a ", 1.1), ("hill", 0.55), (", sun, ", 1.1),
         ("sky", 1.4641), (".", 1.1),
     ]  # fmt: skip
-    assert [(text, pytest.approx(weight, abs=1e-4)) for text, weight in expected] == found
+    assert [(text, pytest.approx(weight, abs=1e-4)) for text, weight in expected] == actual
 
 
 def test_the_mean_is_restored_prompt_by_prompt() -> None:
     hidden = np.random.default_rng(0).standard_normal((2, 5, 3), np.float32) + 1
     weights = np.ones((2, 5), np.float32)
     weights[0, 1:3] = 1.5
-    found = weighted(hidden, weights)
+    actual = apply_weights(hidden, weights)
     expected = hidden[0] * weights[0][:, None]
-    assert np.allclose(found[0], expected * hidden[0].mean() / expected.mean(), rtol=1e-5)
-    assert np.array_equal(found[1], hidden[1])
+    assert np.allclose(actual[0], expected * hidden[0].mean() / expected.mean(), rtol=1e-5)
+    assert np.array_equal(actual[1], hidden[1])
 
 
 def test_weighting_is_an_option(pipe: Pipeline) -> None:
@@ -72,5 +72,5 @@ def test_weighting_is_an_option(pipe: Pipeline) -> None:
 
 def test_only_the_words_tokens_are_weighted(pipe: Pipeline) -> None:
     assert pipe.tokenizer is not None
-    tokens = pipe.tokenizer.tokens([parse("a (é:2)b")])  # one token a byte: start a é é b end
+    tokens = pipe.tokenizer.encode([parse_weights("a (é:2)b")])  # one token a byte: start a é é b end
     assert tokens.weights[0][:7].tolist() == [1, 1, 2, 2, 1, 1, 1]

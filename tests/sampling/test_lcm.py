@@ -1,4 +1,4 @@
-"""LCM against its twin: two to eight steps out of the distilled ones, with noise between them."""
+"""LCM compared with diffusers': two to eight steps out of the distilled ones, with noise between them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from qdeploy.errors import RequestError, UsageError
-from tests.sampling.twins import (
+from qdeploy.base.errors import RequestError, UsageError
+from tests.sampling.references import (
     BETAS,
     SD,
     TRAINED,
     Config,
-    check_against_twin,
-    config_of,
+    check_against_reference,
     label,
-    make_twin,
-    new_sampler,
+    make_config,
+    make_reference,
+    new_scheduler,
     torch,
 )
 
@@ -31,34 +31,34 @@ def lcm_grid() -> Iterator[dict[str, Any]]:
         BETAS, ("epsilon", "v_prediction", "sample"), (30, 50), (10.0, 3.5)
     ):
         settings = {"original_inference_steps": original, "timestep_scaling": scaling}
-        yield config_of("lcm", betas, settings, prediction_type=predicts, clip_sample=predicts == "sample")
+        yield make_config("lcm", betas, settings, prediction_type=predicts, clip_sample=predicts == "sample")
 
 
 SINGLE_SETTINGS = [
-    config_of("lcm"),
-    config_of("lcm", trained_betas=TRAINED, num_train_timesteps=100),
-    config_of("lcm", SD, clip_sample=True, clip_sample_range=0.7),
-    config_of("lcm", SD, thresholding=True, clip_sample=True, sample_max_value=1.5),
-    config_of("lcm", ZERO_SNR),
-    config_of("lcm", SD, timestep_spacing="trailing", set_alpha_to_one=False),  # play no part
+    make_config("lcm"),
+    make_config("lcm", trained_betas=TRAINED, num_train_timesteps=100),
+    make_config("lcm", SD, clip_sample=True, clip_sample_range=0.7),
+    make_config("lcm", SD, thresholding=True, clip_sample=True, sample_max_value=1.5),
+    make_config("lcm", ZERO_SNR),
+    make_config("lcm", SD, timestep_spacing="trailing", set_alpha_to_one=False),  # play no part
 ]
 
 
 @pytest.mark.parametrize("config", [*lcm_grid(), *SINGLE_SETTINGS], ids=label)
-def test_equals_the_twin(config: Config) -> None:
+def test_equals_diffusers(config: Config) -> None:
     for steps in STEPS:
-        check_against_twin(config, steps, dtype=torch.float64)
+        check_against_reference(config, steps, dtype=torch.float64)
 
 
-def test_equals_the_twin_as_it_is() -> None:
+def test_equals_diffusers_as_it_is() -> None:
     for steps in STEPS:
-        check_against_twin(config_of("lcm"), steps)
+        check_against_reference(make_config("lcm"), steps)
 
 
 @pytest.mark.parametrize("steps", range(1, 51))
 def test_timesteps_of_every_step_count(steps: int) -> None:
-    twin = make_twin(config_of("lcm"), steps, torch.float32)
-    assert new_sampler(config_of("lcm"), steps).timesteps.tolist() == twin.timesteps.tolist()
+    reference = make_reference(make_config("lcm"), steps, torch.float32)
+    assert new_scheduler(make_config("lcm"), steps).timesteps.tolist() == reference.timesteps.tolist()
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,16 @@ def test_timesteps_of_every_step_count(steps: int) -> None:
 )
 def test_refuses_a_setting_it_cannot_honour(setting: str, value: Any, supported: str) -> None:
     with pytest.raises(UsageError) as caught:
-        new_sampler(config_of("lcm", {setting: value}), 4)
+        new_scheduler(make_config("lcm", {setting: value}), 4)
     for part in (f"`{setting}`", repr(value), supported):
         assert part in str(caught.value)
 
 
 def test_refuses_more_steps_than_were_distilled() -> None:
     with pytest.raises(RequestError, match="original_inference_steps"):
-        new_sampler(config_of("lcm"), 51)
+        new_scheduler(make_config("lcm"), 51)
 
 
 def test_refuses_epsilon_where_nothing_is_left_of_the_signal() -> None:
     with pytest.raises(UsageError, match="v_prediction"):
-        new_sampler(config_of("lcm", rescale_betas_zero_snr=True), 4)
+        new_scheduler(make_config("lcm", rescale_betas_zero_snr=True), 4)

@@ -1,1 +1,1 @@
-"""What the engines for NVIDIA's GPUs share: what lies on the machine, device memory, profiles, built engines."""
+"""Code shared by the engines for NVIDIA's GPUs: the machine, device memory, profiles, built engines."""

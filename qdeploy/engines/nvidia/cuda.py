@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import EngineError, EngineUnavailableError
+from qdeploy.base.errors import EngineError, EngineUnavailableError
 
 
-def cudart() -> ModuleType:
+def import_cudart() -> ModuleType:
     """CUDA's runtime; EngineUnavailableError when ``cuda-python`` is not installed."""
     try:
         from cuda.bindings import runtime
@@ -26,27 +26,27 @@ def cudart() -> ModuleType:
     return runtime
 
 
-def done(answer: tuple[Any, ...]) -> Any:
-    """What a call of the runtime returned behind its status; EngineError with the status' name when it failed."""
+def check_status(answer: tuple[Any, ...]) -> Any:
+    """Results of a call of the runtime, without its status; EngineError with the status' name when it failed."""
     status, *values = answer
     if status.value != 0:
         raise EngineError(f"CUDA: {status.name}")
     return values[0] if values else None
 
 
-class Buffer:
-    """One tensor's place on the device and its twin in pinned host memory, which copies go through asynchronously."""
+class DeviceBuffer:
+    """One tensor's memory on the device, and pinned host memory for asynchronous copies."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Room for ``shape``, the largest that will come."""
-        self.cuda = cudart()
+        """Allocate for ``shape``, the largest in use."""
+        self.cuda = import_cudart()
         self.dtype = dtype
         self.size_bytes = max(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, dtype.itemsize)
         self.address: int | None = None
         self._pinned: int | None = None
         try:
-            self.address = int(done(self.cuda.cudaMalloc(self.size_bytes)))
-            self._pinned = int(done(self.cuda.cudaMallocHost(self.size_bytes)))
+            self.address = int(check_status(self.cuda.cudaMalloc(self.size_bytes)))
+            self._pinned = int(check_status(self.cuda.cudaMallocHost(self.size_bytes)))
         except EngineError:
             self.free()
             raise
@@ -57,13 +57,13 @@ class Buffer:
         """Begin to copy ``array`` to the device; the stream must have passed the last copy from here."""
         self.host(array.shape)[...] = array
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        done(self.cuda.cudaMemcpyAsync(self.address, self._pinned, array.nbytes, kind, stream))
+        check_status(self.cuda.cudaMemcpyAsync(self.address, self._pinned, array.nbytes, kind, stream))
 
     def fetch(self, shape: tuple[int, ...], stream: Any) -> None:
         """Begin to copy a tensor of ``shape`` from the device; ``host`` has it when the stream has passed that."""
         size = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        done(self.cuda.cudaMemcpyAsync(self._pinned, self.address, size, kind, stream))
+        check_status(self.cuda.cudaMemcpyAsync(self._pinned, self.address, size, kind, stream))
 
     def host(self, shape: tuple[int, ...]) -> NDArray:
         """The pinned memory as an array of ``shape``: a view, overwritten by the next call."""
@@ -74,7 +74,7 @@ class Buffer:
         return self._host[:size].view(self.dtype).reshape(shape)
 
     def free(self) -> None:
-        """Give both back; a second call does nothing."""
+        """Free both; a second call does nothing."""
         self._host = None
         if self._pinned is not None:
             self.cuda.cudaFreeHost(self._pinned)
@@ -83,21 +83,21 @@ class Buffer:
         self.address = self._pinned = None
 
 
-class Stream:
+class CudaStream:
     """One stream of work, and graphs recorded from it."""
 
     def __init__(self) -> None:
-        self.cuda = cudart()
-        self.handle: Any = done(self.cuda.cudaStreamCreate())
+        self.cuda = import_cudart()
+        self.handle: Any = check_status(self.cuda.cudaStreamCreate())
 
     def synchronize(self) -> None:
-        done(self.cuda.cudaStreamSynchronize(self.handle))
+        check_status(self.cuda.cudaStreamSynchronize(self.handle))
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """What is put on the stream inside is recorded instead of run; nothing stays recorded where that fails."""
+    def record(self) -> Iterator[None]:
+        """Record the work submitted to the stream inside instead of running it; nothing stays recorded on an error."""
         mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        done(self.cuda.cudaStreamBeginCapture(self.handle, mode))
+        check_status(self.cuda.cudaStreamBeginCapture(self.handle, mode))
         try:
             yield
         except BaseException:
@@ -106,19 +106,19 @@ class Stream:
                 self.cuda.cudaGraphDestroy(graph)
             raise
 
-    def recorded(self) -> Any:
-        """What was recorded, ready to ``replay``."""
-        graph = done(self.cuda.cudaStreamEndCapture(self.handle))
+    def end_recording(self) -> Any:
+        """The recorded graph, ready to ``replay``."""
+        graph = check_status(self.cuda.cudaStreamEndCapture(self.handle))
         try:
-            return done(self.cuda.cudaGraphInstantiate(graph, 0))
+            return check_status(self.cuda.cudaGraphInstantiate(graph, 0))
         finally:
             self.cuda.cudaGraphDestroy(graph)
 
-    def replay(self, recorded: Any) -> None:
-        done(self.cuda.cudaGraphLaunch(recorded, self.handle))
+    def replay(self, graph: Any) -> None:
+        check_status(self.cuda.cudaGraphLaunch(graph, self.handle))
 
-    def forget(self, recorded: Any) -> None:
-        self.cuda.cudaGraphExecDestroy(recorded)
+    def forget(self, graph: Any) -> None:
+        self.cuda.cudaGraphExecDestroy(graph)
 
     def free(self) -> None:
         if self.handle is not None:

@@ -1,6 +1,6 @@
-"""What of NVIDIA's lies on this machine, and what an engine misses of it; asked of the driver itself, by ctypes.
+"""Which of NVIDIA's software and GPUs this machine has, and what an engine lacks; read from the driver through ctypes.
 
-Only looking is impure: ``found_here`` looks, ``missing`` compares.
+``detect_machine`` reads the machine; ``list_missing`` is pure and compares.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qdeploy.errors import EngineUnavailableError
+from qdeploy.base.errors import EngineUnavailableError
 
 DRIVER = "libcuda.so.1"
 NAME_BYTES = 256
@@ -29,7 +29,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Found:
+class Machine:
     """What a machine has; ``cuda`` is the newest version that its driver serves, 13000 for 13.0, None without one."""
 
     cuda: int | None = None
@@ -43,59 +43,61 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What an engine needs beside its Python package.
+class Requirements:
+    """What an engine needs besides its Python package.
 
     cuda: the oldest version that the driver must serve.
     libraries: shared objects; of several in one entry any one will do.
     install: the command that brings the libraries.
-    sms: whether a GPU's compute capability is served, with the words for one that is not; None serves all.
+    sms: whether a GPU's compute capability is served, with the explanation for one that is not; None serves all.
     """
 
     cuda: int
     libraries: tuple[tuple[str, ...], ...] = ()
     install: str = ""
-    sms: tuple[str, frozenset[tuple[int, int]], tuple[int, int]] | None = None  # words, served ones, all from here on
+    sms: tuple[str, frozenset[tuple[int, int]], tuple[int, int]] | None = None  # text, supported ones, all from here on
 
-    def serves(self, gpu: Gpu) -> bool:
+    def supports(self, gpu: Gpu) -> bool:
         return self.sms is None or gpu.sm in self.sms[1] or gpu.sm >= self.sms[2]
 
 
-def missing(needs: Needs, found: Found) -> list[str]:
-    """Everything that ``found`` lacks, a phrase each with its remedy; empty where the engine can run."""
-    lacks = []
-    absent = [names for names in needs.libraries if not any(found.libraries.get(name) for name in names)]
+def list_missing(needs: Requirements, machine: Machine) -> list[str]:
+    """Everything that ``machine`` lacks, a phrase each with its remedy; empty where the engine can run."""
+    problems = []
+    absent = [names for names in needs.libraries if not any(machine.libraries.get(name) for name in names)]
     if absent:
         names = ", ".join(" or ".join(names) for names in absent)
-        lacks.append(f"the loader finds no {names}; run `{needs.install}`, or name their folder in LD_LIBRARY_PATH")
-    if found.cuda is None:
-        why = f" ({found.driver_error})" if found.driver_error else ""
-        return [*lacks, f"there is no NVIDIA driver here{why}; install one, or use a machine with an NVIDIA GPU"]
-    if found.cuda < needs.cuda:
-        wanted = Found(needs.cuda).cuda_version
-        lacks.append(f"the NVIDIA driver serves CUDA {found.cuda_version}, needed is {wanted}; update the driver")
-    if not found.gpus:
-        lacks.append("the NVIDIA driver shows no GPU; look at `nvidia-smi` and CUDA_VISIBLE_DEVICES")
-    elif not needs.serves(found.gpus[0]):
+        problems.append(f"the loader finds no {names}; run `{needs.install}`, or name their folder in LD_LIBRARY_PATH")
+    if machine.cuda is None:
+        reason = f" ({machine.driver_error})" if machine.driver_error else ""
+        return [*problems, f"there is no NVIDIA driver here{reason}; install one, or use a machine with an NVIDIA GPU"]
+    if machine.cuda < needs.cuda:
+        required = Machine(needs.cuda).cuda_version
+        problems.append(
+            f"the NVIDIA driver supports CUDA {machine.cuda_version}, expected {required} or newer; update the driver"
+        )
+    if not machine.gpus:
+        problems.append("the NVIDIA driver shows no GPU; look at `nvidia-smi` and CUDA_VISIBLE_DEVICES")
+    elif not needs.supports(machine.gpus[0]):
         assert needs.sms is not None
-        lacks.append(f"{found.gpus[0]} is not served: {needs.sms[0]}")
-    return lacks
+        problems.append(f"{machine.gpus[0]} is not supported: {needs.sms[0]}")
+    return problems
 
 
-def check_here(engine: str, needs: Needs, *packages: Callable[[], object]) -> Gpu:
+def check_machine(engine: str, needs: Requirements, *packages: Callable[[], object]) -> Gpu:
     """The GPU that engines run on, the first; EngineUnavailableError names all that is missing.
 
     packages: functions that import one each, or raise EngineUnavailableError with the command that installs it.
     """
-    lacks = [text for text in map(lack_of, packages) if text]
-    found = found_here([name for names in needs.libraries for name in names])
-    lacks += missing(needs, found)
-    if lacks:
-        raise EngineUnavailableError(f"{engine} cannot run here: {'; and '.join(lacks)}")
-    return found.gpus[0]
+    problems = [text for text in map(find_missing_package, packages) if text]
+    machine = detect_machine([name for names in needs.libraries for name in names])
+    problems += list_missing(needs, machine)
+    if problems:
+        raise EngineUnavailableError(f"{engine} cannot run here: {'; and '.join(problems)}")
+    return machine.gpus[0]
 
 
-def lack_of(package: Callable[[], object]) -> str:
+def find_missing_package(package: Callable[[], object]) -> str:
     """What ``package`` says is missing; "" when nothing is."""
     try:
         package()
@@ -104,24 +106,24 @@ def lack_of(package: Callable[[], object]) -> str:
     return ""
 
 
-def found_here(libraries: Sequence[str] = ()) -> Found:
+def detect_machine(libraries: Sequence[str] = ()) -> Machine:
     """Look for the driver, its GPUs and ``libraries``."""
-    there = {name: _loads(name) for name in libraries}
+    available = {name: _can_load(name) for name in libraries}
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
-        return Found(libraries=there, driver_error=f"{DRIVER} is not there")
+        return Machine(libraries=available, driver_error=f"{DRIVER} is not there")
     status = driver.cuInit(0)
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     if status != 0:
-        return Found(version.value, libraries=there, driver_error=f"cuInit returned {status}")
+        return Machine(version.value, libraries=available, driver_error=f"cuInit returned {status}")
     count = ctypes.c_int()
     driver.cuDeviceGetCount(ctypes.byref(count))
-    return Found(version.value, tuple(_gpu(driver, index) for index in range(count.value)), there)
+    return Machine(version.value, tuple(_read_gpu(driver, index) for index in range(count.value)), available)
 
 
-def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
+def _read_gpu(driver: ctypes.CDLL, index: int) -> Gpu:
     device, name, size = ctypes.c_int(), ctypes.create_string_buffer(NAME_BYTES), ctypes.c_size_t()
     driver.cuDeviceGet(ctypes.byref(device), index)
     driver.cuDeviceGetName(name, NAME_BYTES, device)
@@ -134,7 +136,7 @@ def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
     return Gpu(name.value.decode(errors="replace"), (sides[0], sides[1]), size.value)
 
 
-def _loads(name: str) -> bool:
+def _can_load(name: str) -> bool:
     try:
         ctypes.CDLL(name)
     except OSError:

@@ -1,7 +1,7 @@
-"""ONNX Runtime on one of NVIDIA's providers: opened there alone, inputs and outputs in fixed places on the device.
+"""ONNX Runtime on exactly one of NVIDIA's providers, with inputs and outputs at fixed addresses on the device.
 
 ONNX Runtime falls back to the CPU in three places without raising: where the provider's library does not load, where
-it does not take a node, and where loading or running fails. ``opened`` closes all three.
+it does not take a node, and where loading or running fails. ``open_on_provider`` rules out all three.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.errors import EngineError, join_names
 from qdeploy.engines.base import Port, check_feeds
-from qdeploy.engines.nvidia.graph_inputs import inputs_of, is_static
-from qdeploy.engines.nvidia.resident import Residents
+from qdeploy.engines.nvidia.graph_inputs import is_static, read_inputs
+from qdeploy.engines.nvidia.resident import ResidentInputs
 from qdeploy.engines.ort_cpu import ERRORS_ONLY, OrtSession
-from qdeploy.errors import EngineError, some_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -44,11 +44,11 @@ SHAPE_ARITHMETIC = {
 
 
 class BoundSession(OrtSession):
-    """One graph of static shapes, read from and written to fixed places on the device; one call at a time.
+    """One graph of static shapes with inputs and outputs at fixed device addresses; one call at a time.
 
-    A CUDA graph replays the addresses that it was recorded with, and ONNX Runtime lets one call in while it has one.
+    A CUDA graph replays the addresses that it was recorded with, and ONNX Runtime allows one call at a time with it.
     So threads take turns here, each for as long as the GPU computes for it. An input that cannot have changed is not
-    copied again (``resident``). The sampler's latents cross the bus at every step, for the samplers are NumPy's: at
+    copied again (``resident``). The latents cross the bus at every step because the schedulers run in NumPy: at
     Stable Diffusion's size 128 KiB each way, some 20 microseconds of a step that takes the GPU milliseconds.
     """
 
@@ -58,14 +58,14 @@ class BoundSession(OrtSession):
         """Allocate on ``device`` ("cuda"); ``fill`` and ``read`` copy to and from it, None is ONNX Runtime's own."""
         super().__init__(session, path)
         self._lock = threading.Lock()
-        self._residents = Residents()
-        self._ports = inputs_of(path)
+        self._residents = ResidentInputs()
+        self._ports = read_inputs(path)
         self._fill = _fill if fill is None else fill
         self._read = _read if read is None else read
-        results = [port_of(node, path) for node in session.get_outputs()]
+        results = [port_from_node(node, path) for node in session.get_outputs()]
         try:
-            self._inputs = {port.name: _value(port, device) for port in self._ports}
-            self._results = {port.name: _value(port, device) for port in results}
+            self._inputs = {port.name: _allocate(port, device) for port in self._ports}
+            self._results = {port.name: _allocate(port, device) for port in results}
             self._binding: onnxruntime.IOBinding | None = session.io_binding()
             for name, value in self._inputs.items():
                 self._binding.bind_ortvalue_input(name, value)
@@ -97,7 +97,7 @@ class BoundSession(OrtSession):
         super().close()
 
 
-def opened(
+def open_on_provider(
     path: Path, settings: onnxruntime.SessionOptions, provider: str, options: Mapping[str, str] | None
 ) -> onnxruntime.InferenceSession:
     """A session whose every node ``provider`` computes; EngineError where it does not take one.
@@ -108,16 +108,16 @@ def opened(
 
     settings.log_severity_level = ERRORS_ONLY
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    chosen = {} if options is None else {"providers": [(provider, dict(options))]}
+    arguments = {} if options is None else {"providers": [(provider, dict(options))]}
     try:
-        with quiet_stdout():
-            session = onnxruntime.InferenceSession(str(path), settings, enable_fallback=0, **chosen)
+        with silence_stdout():
+            session = onnxruntime.InferenceSession(str(path), settings, enable_fallback=0, **arguments)
     except Exception as exc:
         raise EngineError(f"{provider} cannot load {path}: {exc}") from exc
     if provider not in session.get_providers():
         raise EngineError(
-            f"{path}: ONNX Runtime put {', '.join(session.get_providers())} in the place of {provider}, whose library "
-            "or libraries behind it did not load; `qdeploy doctor` says what is missing"
+            f"{path}: ONNX Runtime loaded {', '.join(session.get_providers())} instead of {provider}, whose library "
+            "or its dependencies did not load; `qdeploy doctor` shows what is missing"
         )
     check_assignment(session, path, provider)
     return session
@@ -126,28 +126,28 @@ def opened(
 def check_assignment(session: onnxruntime.InferenceSession, path: Path, provider: str) -> None:
     """EngineError when another provider computes a node; in graphs with open shapes it may compute shapes."""
     allowed = set() if is_static(path) else SHAPE_ARITHMETIC
-    strangers = {
+    foreign_nodes = {
         f"{node.op_type} {node.name!r} on {part.ep_name}"
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
         if part.ep_name != provider and node.op_type not in allowed
     }
-    if strangers:
-        raise EngineError(f"{path}: {provider} does not take the whole graph: {some_of(sorted(strangers))}")
+    if foreign_nodes:
+        raise EngineError(f"{path}: {provider} does not take the whole graph: {join_names(sorted(foreign_nodes))}")
 
 
-def session_for(
+def bind_session(
     session: onnxruntime.InferenceSession,
     path: Path,
     device: str = "cuda",
     fill: Fill | None = None,
     read: Read | None = None,
 ) -> OrtSession:
-    """Bound to fixed places where all shapes are static, else one that ONNX Runtime copies to and from at each call."""
+    """Bound to fixed addresses where all shapes are static, else ONNX Runtime copies to and from it at each call."""
     return BoundSession(session, path, device, fill, read) if is_static(path) else OrtSession(session, path)
 
 
-def port_of(node: onnxruntime.NodeArg, path: Path) -> Port:
+def port_from_node(node: onnxruntime.NodeArg, path: Path) -> Port:
     if node.type not in DTYPES or not all(isinstance(side, int) for side in node.shape):
         raise EngineError(
             f"{path}: output {node.name!r} is {node.type}{node.shape}, expected fixed sides of {[*DTYPES]}"
@@ -155,7 +155,7 @@ def port_of(node: onnxruntime.NodeArg, path: Path) -> Port:
     return Port(node.name, np.dtype(DTYPES[node.type]), tuple(node.shape))
 
 
-def _value(port: Port, device: str) -> onnxruntime.OrtValue:
+def _allocate(port: Port, device: str) -> onnxruntime.OrtValue:
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(port.dims, port.dtype.type, device, 0)
@@ -170,7 +170,7 @@ def _read(value: onnxruntime.OrtValue) -> NDArray:
 
 
 @contextlib.contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """ONNX Runtime's Python part prints what it then raises or does without."""
+def silence_stdout() -> Iterator[None]:
+    """Suppress what ONNX Runtime's Python part prints before it raises or ignores it."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

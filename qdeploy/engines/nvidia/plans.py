@@ -1,8 +1,8 @@
-"""Built TensorRT engines on disk ("plans"): what one was built from, and loading none that was built from another.
+"""Built TensorRT engines on disk ("plans"): the key that one was built from, and loading only a matching one.
 
-A plan holds machine code that TensorRT runs as it comes, so only two kinds are read: those in this user's own cache,
-and those that a bundle's manifest lists with their SHA-256, if this user built them or trusts who did
-(``QDEPLOY_TRUST_PLANS``). Beside each lies its key, and every part of it must agree.
+A plan contains native code that TensorRT runs unchecked, so only two kinds are read: those in this user's own cache,
+and those that a bundle's manifest lists with their SHA-256, if this user built them or trusts their author
+(``QDEPLOY_TRUST_PLANS``). Its key is stored next to each plan, and every part of it must match.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from qdeploy.bundle import MANIFEST
+from qdeploy.artifacts.bundle import MANIFEST
+from qdeploy.base.errors import EngineError
+from qdeploy.base.files import hash_file, read_json, stage_file
 from qdeploy.engines.nvidia.profiles import Profile
-from qdeploy.errors import EngineError
-from qdeploy.files import read_json, sha256_of, staged_file
 
 PLAN_SUFFIX = ".plan"
 KEY_SUFFIX = ".key.json"
 BUILT_SUFFIX = ".built"
-TRUST = "QDEPLOY_TRUST_PLANS"  # "1": run a bundle's plans, whoever built them; "0": build anew instead
-GRAPH_SUFFIXES = ("", ".data")  # the graph and its weights, which the exporter puts beside it
-WORDS = {
+TRUST_VARIABLE = "QDEPLOY_TRUST_PLANS"  # "1": run a bundle's plans, whoever built them; "0": build again instead
+GRAPH_SUFFIXES = ("", ".data")  # the graph and its weights, which the exporter stores next to it
+MISMATCH_TEXTS = {
     "onnx_sha256": "another graph",
     "tensorrt": "TensorRT {}",
     "sm": "a GPU of SM {}",
@@ -51,98 +51,101 @@ class PlanKey:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def check(self, stored: PlanKey, where: Path) -> None:
-        """EngineError that names what the plan at ``where``, whose key is ``stored``, was built for instead."""
+        """EngineError that names what the plan at ``where``, whose key is ``stored``, was built for."""
         built_for = [
-            WORDS[name].format(getattr(stored, name))
+            MISMATCH_TEXTS[name].format(getattr(stored, name))
             for name in (field.name for field in fields(self))
             if getattr(stored, name) != getattr(self, name)
         ]
         if built_for:
             here = f"TensorRT {self.tensorrt}, SM {self.sm}, shapes {self.profile}"
             raise EngineError(
-                f"{where} was built for {' and '.join(built_for)}, and here is {here}; export the bundle again, with "
+                f"{where} was built for {' and '.join(built_for)}, but here is {here}; export the bundle again, with "
                 "--build on this machine or without it"
             )
 
 
-def key_of(graph: Path, profile: Profile, tensorrt: str, sm: tuple[int, int]) -> PlanKey:
+def build_key(graph: Path, profile: Profile, tensorrt: str, sm: tuple[int, int]) -> PlanKey:
     """The key of the plan that would be built of ``graph`` here."""
     digest = hashlib.sha256()
     for suffix in GRAPH_SUFFIXES:
         file = graph.with_name(graph.name + suffix)
         if file.is_file():
-            digest.update(f"{suffix} {sha256_of(file)}\n".encode())
+            digest.update(f"{suffix} {hash_file(file)}\n".encode())
     shapes = {name: [list(shape) for shape in profile[name]] for name in sorted(profile)}
     return PlanKey(digest.hexdigest(), tensorrt, f"{sm[0]}.{sm[1]}", json.dumps(shapes, separators=(",", ":")))
 
 
-def bundled_plan(graph: Path, key: PlanKey, cache: Path) -> bytes | None:
-    """The plan beside ``graph``, or None; EngineError when it is another's or nobody vouches for it.
+def read_bundled_plan(graph: Path, key: PlanKey, cache: Path) -> bytes | None:
+    """The plan next to ``graph``, or None; EngineError when it does not match or is not trusted.
 
-    cache: this user's, in which ``vouch`` wrote down what was built here.
+    cache: this user's, in which ``record_built`` lists the plans built here.
     """
     plan = graph.with_suffix(PLAN_SUFFIX)
-    trust = os.environ.get(TRUST, "")
+    trust = os.environ.get(TRUST_VARIABLE, "")
     if not plan.is_file() or trust == "0":
         return None
-    listed = _listed_sha256(graph.parent.parent, plan)
+    listed = _read_listed_sha256(graph.parent.parent, plan)
     if listed is None:
         raise EngineError(
-            f"{plan} is listed in no bundle's manifest, so nobody vouches for the code in it; remove it, or export "
+            f"{plan} is listed in no bundle's manifest, so its native code is not trusted; remove it, or export "
             "the bundle again with --build"
         )
-    content = _checked(plan, key, listed)
+    content = _read_checked(plan, key, listed)
     if trust != "1" and not (cache / f"{listed}{BUILT_SUFFIX}").is_file():
         raise EngineError(
-            f"{plan} was not built by this user here, and TensorRT runs the machine code in it as it comes; set "
-            f"{TRUST}=1 if you would run a program of whoever made the bundle, or {TRUST}=0 to build the engine here"
+            f"{plan} was not built by this user on this machine, and TensorRT runs its native code unchecked; set "
+            f"{TRUST_VARIABLE}=1 only if you would run a program of the bundle's author, or {TRUST_VARIABLE}=0 to "
+            "build the engine here"
         )
     return content
 
 
-def vouch(cache: Path, content: bytes) -> None:
-    """Write down in this user's ``cache`` that a plan was built here, so that it is taken from a bundle too."""
+def record_built(cache: Path, content: bytes) -> None:
+    """Record in this user's ``cache`` that a plan was built here, so that it is trusted in a bundle too."""
     (cache / f"{hashlib.sha256(content).hexdigest()}{BUILT_SUFFIX}").touch()
 
 
-def cached_plan(folder: Path, key: PlanKey) -> bytes | None:
+def read_cached_plan(folder: Path, key: PlanKey) -> bytes | None:
     """The plan of ``key`` in this user's cache ``folder``, or None where there is none yet."""
     plan = folder / f"{key.digest}{PLAN_SUFFIX}"
-    return _checked(plan, key, None) if plan.is_file() else None
+    return _read_checked(plan, key, None) if plan.is_file() else None
 
 
-def keep_plan(folder: Path, key: PlanKey, content: bytes) -> Path:
+def cache_plan(folder: Path, key: PlanKey, content: bytes) -> Path:
     """Put a plan in the cache ``folder``."""
     return write_plan(folder / f"{key.digest}{PLAN_SUFFIX}", key, content)
 
 
 def write_plan(plan: Path, key: PlanKey, content: bytes) -> Path:
-    """Write a plan with its key; the plan last, so that one without a key is never seen."""
+    """Write a plan with its key; the plan last, so that none exists without a key."""
     document = {**asdict(key), "plan_sha256": hashlib.sha256(content).hexdigest()}
-    with staged_file(plan.with_suffix(KEY_SUFFIX)) as scratch:
+    with stage_file(plan.with_suffix(KEY_SUFFIX)) as scratch:
         scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    with staged_file(plan) as scratch:
+    with stage_file(plan) as scratch:
         scratch.write_bytes(content)
     return plan
 
 
-def _checked(plan: Path, key: PlanKey, listed_sha256: str | None) -> bytes:
+def _read_checked(plan: Path, key: PlanKey, listed_sha256: str | None) -> bytes:
     """The plan's bytes when its key agrees with ``key`` and its hash with its key's, and the manifest's where given."""
     try:
         document = dict(read_json(plan.with_suffix(KEY_SUFFIX)))
         digest = str(document.pop("plan_sha256"))
         stored = PlanKey(**document)
     except (OSError, KeyError, TypeError, ValueError) as exc:
-        raise EngineError(f"{plan} has no readable key beside it ({exc!r}); remove it, it will be built again") from exc
+        raise EngineError(
+            f"{plan} has no readable key next to it ({exc!r}); remove it, it will be built again"
+        ) from exc
     key.check(stored, plan)
     content = plan.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != digest or (listed_sha256 is not None and found != listed_sha256):
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != digest or (listed_sha256 is not None and actual != listed_sha256):
         raise EngineError(f"{plan} was changed: its SHA-256 is not the one it was written with; remove it")
     return content
 
 
-def _listed_sha256(bundle: Path, plan: Path) -> str | None:
+def _read_listed_sha256(bundle: Path, plan: Path) -> str | None:
     """What the bundle's manifest says of the plan."""
     if not (bundle / MANIFEST).is_file():
         return None

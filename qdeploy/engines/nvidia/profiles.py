@@ -1,7 +1,7 @@
 """Optimization profiles: the smallest, likeliest and largest shape of each input of a graph with open shapes.
 
-``--profile batch=1:2:2,height=512:512:768,width=512:512:768`` says them once for all components, in rows of a UNet call
-and pixels of the picture; ``shapes_of`` makes each input's shapes of that. A profile lies beside its graph as
+``--profile batch=1:2:2,height=512:512:768,width=512:512:768`` gives them for all components, in rows of a UNet call
+and pixels of the picture; ``shapes_from_sizes`` computes each input's shapes. A profile is stored next to its graph as
 ``profile.json``. A graph of static shapes needs none: its shapes are all three.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from qdeploy.engines.base import OPEN, Port
-from qdeploy.engines.nvidia.graph_inputs import inputs_of
-from qdeploy.errors import EngineError, UsageError
-from qdeploy.files import read_json
+from qdeploy.base.errors import EngineError, UsageError
+from qdeploy.base.files import read_json
+from qdeploy.engines.base import OPEN_DIM, Port
+from qdeploy.engines.nvidia.graph_inputs import read_inputs
 
 PROFILE_FILE = "profile.json"
 KEYS = ("batch", "height", "width")
@@ -46,8 +46,8 @@ Profile = Mapping[str, Shapes]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What `--profile` asks for; None leaves a side as the graph has it."""
+class ProfileSizes:
+    """The ranges of `--profile`; None keeps the graph's own side."""
 
     batch: Range | None = None
     height: Range | None = None
@@ -55,8 +55,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """How pixels and latents go together.
+class LatentGrid:
+    """The relation of pixels and latents.
 
     factor: pixels a latent has on each side, 8 for Stable Diffusion.
     multiple: of latents, that a UNet with 2**k smaller levels can halve k times.
@@ -65,7 +65,7 @@ class Grid:
     factor: int
     multiple: int
 
-    def latents(self, key: str, pixels: int) -> int:
+    def latents_from_pixels(self, key: str, pixels: int) -> int:
         """A side in latents; UsageError when it does not divide."""
         step = self.factor * self.multiple
         if pixels % step:
@@ -73,35 +73,35 @@ class Grid:
         return pixels // self.factor
 
 
-def parse_sizes(text: str) -> Sizes:
-    """`--profile`'s text; a value alone is all three of its range. UsageError when it is malformed."""
-    found: dict[str, Range] = {}
+def sizes_from_text(text: str) -> ProfileSizes:
+    """`--profile`'s text; a single value is all three of its range. UsageError when it is malformed."""
+    ranges: dict[str, Range] = {}
     for part in text.split(","):
         key, equals, values = (piece.strip() for piece in part.partition("="))
         if key not in KEYS or not equals:
             raise UsageError(f"--profile: got {part!r}, expected {', '.join(KEYS)} with MIN:OPT:MAX, such as {EXAMPLE}")
-        if key in found:
+        if key in ranges:
             raise UsageError(f"--profile: {key} comes twice")
-        found[key] = _range(key, values)
-    return Sizes(**found)
+        ranges[key] = _range_from_text(key, values)
+    return ProfileSizes(**ranges)
 
 
-def shapes_of(sizes: Sizes, ports: Sequence[Port], grid: Grid) -> dict[str, Shapes]:
+def shapes_from_sizes(sizes: ProfileSizes, ports: Sequence[Port], grid: LatentGrid) -> dict[str, Shapes]:
     """Each input's shapes; UsageError when a side is open and not asked for.
 
     The rows asked for are those of a UNet call; the other components are called with one row as well.
     """
     if sizes.batch is not None and UNET_INPUT not in {port.name for port in ports}:
         sizes = replace(sizes, batch=Range(1, 1, sizes.batch.max))
-    return {port.name: _shapes(sizes, port, grid) for port in ports}
+    return {port.name: _build_shapes(sizes, port, grid) for port in ports}
 
 
-def static_profile(ports: Sequence[Port]) -> dict[str, Shapes]:
+def build_static_profile(ports: Sequence[Port]) -> dict[str, Shapes]:
     """The profile of a graph that leaves nothing open."""
     return {port.name: Shapes(port.dims, port.dims, port.dims) for port in ports}
 
 
-def provider_shapes(profile: Profile, ports: Sequence[Port], prefix: str) -> dict[str, str]:
+def format_provider_shapes(profile: Profile, ports: Sequence[Port], prefix: str) -> dict[str, str]:
     """ONNX Runtime's options ``PREFIX_{min,opt,max}_shapes``: ``name:1x4x64x64,name:…`` of the inputs that are open."""
     is_open = [port.name for port in ports if not port.is_static]
     return {
@@ -117,29 +117,29 @@ def write_profile(folder: Path, profile: Profile) -> None:
     (folder / PROFILE_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def profile_for(path: Path) -> dict[str, Shapes]:
-    """The profile of the graph at ``path``: its own shapes, or what lies beside it; EngineError without one."""
-    ports = inputs_of(path)
+def read_profile(path: Path) -> dict[str, Shapes]:
+    """The profile of the graph at ``path``: its own shapes, or the file next to it; EngineError without one."""
+    ports = read_inputs(path)
     if all(port.is_static for port in ports):
-        return static_profile(ports)
+        return build_static_profile(ports)
     file = path.with_name(PROFILE_FILE)
     if not file.is_file():
         raise EngineError(
-            f"{path} leaves shapes open and has no {PROFILE_FILE} beside it, which TensorRT builds for; export it "
+            f"{path} has open shapes and no {PROFILE_FILE} next to it, which TensorRT needs to build; export it "
             f"again with --profile, such as --profile {EXAMPLE}"
         )
     try:
-        found = {name: Shapes(*(tuple(map(int, entry[which])) for which in Shapes._fields))
+        profile = {name: Shapes(*(tuple(map(int, entry[which])) for which in Shapes._fields))
                  for name, entry in read_json(file).items()}  # fmt: skip
-        fits = all(_allows(port, found[port.name]) for port in ports)
+        fits = all(_fits_port(port, profile[port.name]) for port in ports)
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise EngineError(f"{file} is not a readable profile ({exc!r}); export the bundle again") from exc
     if not fits:
         raise EngineError(f"{file} is not the profile of {path}: its shapes do not fit; export the bundle again")
-    return found
+    return profile
 
 
-def _range(key: str, text: str) -> Range:
+def _range_from_text(key: str, text: str) -> Range:
     try:
         values = [int(value) for value in text.split(":")]
     except ValueError:
@@ -151,31 +151,34 @@ def _range(key: str, text: str) -> Range:
     return Range(*values)
 
 
-def _shapes(sizes: Sizes, port: Port, grid: Grid) -> Shapes:
-    wanted: list[Range | None] = [None] * len(port.dims)
+def _build_shapes(sizes: ProfileSizes, port: Port, grid: LatentGrid) -> Shapes:
+    ranges: list[Range | None] = [None] * len(port.dims)
     if port.dims:
-        wanted[0] = sizes.batch
+        ranges[0] = sizes.batch
     if len(port.dims) == 4:
         for axis, key in ((HEIGHT_AXIS, "height"), (WIDTH_AXIS, "width")):
-            asked: Range | None = getattr(sizes, key)
-            if asked is not None:
-                latents = Range(*(grid.latents(key, pixels) for pixels in asked))
-                wanted[axis] = asked if port.name == PIXELS else latents
-    columns = [_side(port, axis, dim, asked) for axis, (dim, asked) in enumerate(zip(port.dims, wanted, strict=True))]
+            requested: Range | None = getattr(sizes, key)
+            if requested is not None:
+                latents = Range(*(grid.latents_from_pixels(key, pixels) for pixels in requested))
+                ranges[axis] = requested if port.name == PIXELS else latents
+    columns = [
+        _choose_range(port, axis, dim, requested)
+        for axis, (dim, requested) in enumerate(zip(port.dims, ranges, strict=True))
+    ]
     return Shapes(*(tuple(column[which] for column in columns) for which in range(3)))
 
 
-def _side(port: Port, axis: int, dim: int, asked: Range | None) -> Range:
-    if dim == OPEN:
-        if asked is None:
+def _choose_range(port: Port, axis: int, dim: int, requested: Range | None) -> Range:
+    if dim == OPEN_DIM:
+        if requested is None:
             raise UsageError(f"--profile: dimension {axis} of {port.name!r} is open; give its range, such as {EXAMPLE}")
-        return asked
+        return requested
     return Range(dim, dim, dim)
 
 
-def _allows(port: Port, shapes: Shapes) -> bool:
+def _fits_port(port: Port, shapes: Shapes) -> bool:
     """Whether the shapes are the port's, in rising order."""
     columns = list(zip(port.dims, *shapes, strict=True))
-    return all(0 < low <= likely <= high and dim in (OPEN, low) for dim, low, likely, high in columns) and all(
-        dim == OPEN or low == high for dim, low, _, high in columns
+    return all(0 < low <= likely <= high and dim in (OPEN_DIM, low) for dim, low, likely, high in columns) and all(
+        dim == OPEN_DIM or low == high for dim, low, _, high in columns
     )

@@ -1,7 +1,7 @@
-"""Which input lies on the device already: the text's embeddings are the same at every step of a picture.
+"""Which inputs are on the device already: the text embeddings are the same at every step of a picture.
 
-An array counts as unchanged when the very same memory comes again and nobody can have written to it, which is when
-neither it nor any array that it is a view of is writeable. Comparing contents instead would cost as much as copying.
+An array counts as unchanged when the same memory comes again and nothing can have written to it, which is when
+neither it nor any array that it is a view of is writeable. Comparing contents would cost as much as copying.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 Identity = tuple[Any, ...]
 
 
-class Residents:
-    """What each of a session's device buffers was last filled with."""
+class ResidentInputs:
+    """The array that each of a session's device buffers was last filled with."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Identity, NDArray]] = {}  # the array too, so that its memory is not used again
 
     def holds(self, name: str, array: NDArray) -> bool:
-        """Whether the buffer ``name`` holds ``array`` already; if not, the caller fills it with it now."""
-        identity = identity_of(array) if is_frozen(array) else None
-        kept = self._kept.pop(name, None)
+        """Whether the buffer ``name`` holds ``array`` already; if not, the caller must copy it there now."""
+        identity = identify(array) if is_frozen(array) else None
+        previous = self._kept.pop(name, None)
         if identity is None:
             return False
         self._kept[name] = identity, array
-        return kept is not None and kept[0] == identity
+        return previous is not None and previous[0] == identity
 
     def forget(self) -> None:
-        """Nothing is known to be on the device, for instance behind a failed run."""
+        """Forget all inputs, for instance after a failed run."""
         self._kept.clear()
 
 
@@ -44,5 +44,5 @@ def is_frozen(array: NDArray) -> bool:
     return True
 
 
-def identity_of(array: NDArray) -> Identity:
+def identify(array: NDArray) -> Identity:
     return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype.str

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.errors import EngineError
 from qdeploy.engines.base import Port, check_feeds
-from qdeploy.engines.nvidia.cuda import Buffer, Stream
-from qdeploy.engines.nvidia.resident import Residents
-from qdeploy.errors import EngineError
+from qdeploy.engines.nvidia.cuda import CudaStream, DeviceBuffer
+from qdeploy.engines.nvidia.resident import ResidentInputs
 
 Shape = tuple[int, ...]
 
@@ -22,9 +22,9 @@ Shape = tuple[int, ...]
 class TensorRtSession:
     """Runs a deserialized engine, one call at a time: an execution context belongs to one stream.
 
-    Inputs go to the device through pinned memory, but for those that cannot have changed; the kernels and the copies
+    Inputs go to the device through pinned memory, except those that cannot have changed; the kernels and the copies
     of the outputs are recorded at the first call and replayed as one CUDA graph from then on. A graph of open shapes
-    is not recorded: TensorRT asks for a context of its own for every recorded shape.
+    is not recorded: TensorRT needs a context of its own for every recorded shape.
     """
 
     def __init__(self, engine: Any, path: Path, cuda_graph: bool) -> None:
@@ -43,16 +43,16 @@ class TensorRtSession:
         shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
         self._ports = [Port(name, dtypes[name], shapes[name]) for name in names if is_input[name]]
         self._outputs = [name for name in names if not is_input[name]]
-        self._records = cuda_graph and all(port.is_static for port in self._ports)
-        self._recorded: Any = None
-        self._residents = Residents()
-        self._stream = Stream()
-        self._buffers: dict[str, Buffer] = {}
+        self._uses_graph = cuda_graph and all(port.is_static for port in self._ports)
+        self._graph: Any = None
+        self._residents = ResidentInputs()
+        self._stream = CudaStream()
+        self._buffers: dict[str, DeviceBuffer] = {}
         try:
-            opened = [port.name for port in self._ports if not port.is_static]
-            self._set_shapes({name: tuple(engine.get_tensor_profile_shape(name, 0)[2]) for name in opened})
+            open_inputs = [port.name for port in self._ports if not port.is_static]
+            self._set_shapes({name: tuple(engine.get_tensor_profile_shape(name, 0)[2]) for name in open_inputs})
             for name in names:
-                self._buffers[name] = Buffer(tuple(self._context.get_tensor_shape(name)), dtypes[name])
+                self._buffers[name] = DeviceBuffer(tuple(self._context.get_tensor_shape(name)), dtypes[name])
                 self._context.set_tensor_address(name, self._buffers[name].address)
         except EngineError:
             self.close()
@@ -78,39 +78,39 @@ class TensorRtSession:
             return {name: self._buffers[name].host(self._shape(name)).copy() for name in self._outputs}
 
     def close(self) -> None:
-        """Free the device's memory, when the run that is under way is done; behind a fork it is the parent's."""
+        """Free the device's memory once the current run is done; after a fork it belongs to the parent."""
         if os.getpid() != self._pid:
             return
         with self._lock:
             if self._context is None:
                 return
-            if self._recorded is not None:
-                self._stream.forget(self._recorded)
+            if self._graph is not None:
+                self._stream.forget(self._graph)
             for buffer in self._buffers.values():
                 buffer.free()
             self._stream.free()
-            self._recorded = self._context = self._engine = None
+            self._graph = self._context = self._engine = None
             self._buffers.clear()
 
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None and hasattr(self, "_buffers"):
             self.close()
 
-    def profile_with(self, profiler: Any) -> None:
-        """Have a ``tensorrt.IProfiler`` told each layer's time at every run."""
+    def set_profiler(self, profiler: Any) -> None:
+        """Report each layer's time at every run to a ``tensorrt.IProfiler``."""
         self._context.profiler = profiler
 
     def _compute(self) -> None:
-        if not self._records:
+        if not self._uses_graph:
             self._enqueue()
             return
-        if self._recorded is None:
+        if self._graph is None:
             self._enqueue()  # loads kernels and allocates, which must not happen while recording
             self._stream.synchronize()
-            with self._stream.recording():
+            with self._stream.record():
                 self._enqueue()
-            self._recorded = self._stream.recorded()
-        self._stream.replay(self._recorded)
+            self._graph = self._stream.end_recording()
+        self._stream.replay(self._graph)
 
     def _enqueue(self) -> None:
         """The engine's kernels and the copies of its outputs."""

@@ -1,6 +1,6 @@
-"""Integer products for torch: one custom operator with its meaning on the CPU and its kernel for NVIDIA's GPUs.
+"""Integer products for torch: one custom operator with its reference on the CPU and its kernel for NVIDIA's GPUs.
 
-An operator of torch's own library, so that ``torch.compile`` leaves it whole and joins everything around it.
+An operator of torch's own library, so that ``torch.compile`` keeps it whole and fuses everything around it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from qdeploy.engines.torch_graph.int8_shapes import conv_shape
-from qdeploy.errors import EngineError
+from qdeploy.base.errors import EngineError
+from qdeploy.engines.torch_graph.int8_shapes import compute_conv_shape
 
 NAME = "qdeploy::int8_conv"
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int[] stride, int[] padding, ScalarType dtype) -> Tensor"
 )
 
-LAUNCHING = threading.Lock()  # Triton's tuner keeps state while it runs
+LAUNCH_LOCK = threading.Lock()  # Triton's tuner keeps state while it runs
 
 
-def launched(
+def launch_int8_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -39,11 +39,11 @@ def launched(
     from qdeploy.engines.torch_graph.int8_kernels import int8_conv as launch
 
     check_operands(x, weight, scale, bias)
-    with LAUNCHING:
+    with LAUNCH_LOCK:
         return launch(x, weight, scale, bias, (stride[0], stride[1]), (padding[0], padding[1]), dtype)
 
 
-int8_conv = torch.library.custom_op(NAME, launched, mutates_args=(), device_types="cuda", schema=SCHEMA)
+int8_conv = torch.library.custom_op(NAME, launch_int8_conv, mutates_args=(), device_types="cuda", schema=SCHEMA)
 
 
 @int8_conv.register_kernel("cpu")
@@ -56,7 +56,7 @@ def _(  # noqa: ANN202 - torch reads the schema
     padding: Sequence[int],
     dtype: torch.dtype,
 ):
-    """The meaning, for checks without a GPU: float64 holds every sum exactly."""
+    """The reference, for checks without a GPU: float64 holds every sum exactly."""
     check_operands(x, weight, scale, bias)
     turned, kernel = x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double()
     sums = F.conv2d(turned, kernel, None, list(stride), list(padding)).permute(0, 2, 3, 1)
@@ -74,7 +74,7 @@ def _(  # noqa: ANN202
     padding: Sequence[int],
     dtype: torch.dtype,
 ):
-    shape = conv_shape(x.shape, weight.shape, (stride[0], stride[1]), (padding[0], padding[1]))
+    shape = compute_conv_shape(x.shape, weight.shape, (stride[0], stride[1]), (padding[0], padding[1]))
     return x.new_empty((shape.n, shape.oh, shape.ow, shape.oc), dtype=dtype)
 
 
@@ -116,10 +116,10 @@ class Int8Conv(torch.nn.Module):
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         rows = codes.permute(0, 2, 3, 1).contiguous()
-        found = torch.ops.qdeploy.int8_conv(
+        product = torch.ops.qdeploy.int8_conv(
             rows, self.weight, self.scale, self.bias, self.stride, self.padding, self.dtype
         )
-        return found.permute(0, 3, 1, 2)
+        return product.permute(0, 3, 1, 2)
 
 
 class Int8Linear(torch.nn.Module):
@@ -148,6 +148,6 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         rows = codes.reshape(1, 1, -1, codes.shape[-1]).contiguous()
-        found = torch.ops.qdeploy.int8_conv(rows, self.weight, self.scale, self.bias, [1, 1], [0, 0], self.dtype)
-        found = found.reshape(*codes.shape[:-1], -1)
-        return found if len(self.sizes) == 1 else found.split(self.sizes, -1)
+        product = torch.ops.qdeploy.int8_conv(rows, self.weight, self.scale, self.bias, [1, 1], [0, 0], self.dtype)
+        product = product.reshape(*codes.shape[:-1], -1)
+        return product if len(self.sizes) == 1 else product.split(self.sizes, -1)

@@ -2,7 +2,7 @@
 
 A convolution of NHWC codes is a matrix product of M = N * OH * OW output pixels by OC channels, whose inner dimension
 runs over the taps and, in each, over blocks of input channels. No patch matrix is made: a program reads its pixels'
-inputs for each tap where they lie. What becomes int8, and with which scales, is decided elsewhere.
+inputs for each tap where they lie. Which tensors are int8, and their scales, is decided elsewhere.
 """
 # ruff: noqa: ANN001, ANN202, N803 (Triton reads a kernel's annotations itself; M, OC, … are the names of the formulas)
 
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from qdeploy.engines.torch_graph.int8_shapes import Pair, check_indices, conv_shape, split_count
+from qdeploy.engines.torch_graph.int8_shapes import Pair, check_indices, choose_splits, compute_conv_shape
 
 SMALLEST_BLOCK = 64  # which every axis can be cut into
-MOST_PADDING = 1.25  # times the size that an axis has in smallest blocks
+MAX_PADDING = 1.25  # times the size that an axis has in smallest blocks
 
 
 class Limits(NamedTuple):
@@ -33,68 +33,68 @@ class Limits(NamedTuple):
 H100 = Limits(132, 232448)
 
 
-def stage_bytes(tile: triton.Config) -> int:
+def count_stage_bytes(tile: triton.Config) -> int:
     """Shared memory of a block of each operand. A Hopper GPU holds as many as there are stages, others one less."""
     return (tile.kwargs["BLOCK_M"] + tile.kwargs["BLOCK_N"]) * tile.kwargs["BLOCK_K"]
 
 
-def useful_tiles(tiles: Sequence[triton.Config], m: int, oc: int, c: int, shared_bytes: int) -> list[triton.Config]:
+def select_tiles(tiles: Sequence[triton.Config], m: int, oc: int, c: int, shared_bytes: int) -> list[triton.Config]:
     """The tiles that the device has shared memory for and that compute little beyond the edges of the problem."""
     sizes = {"BLOCK_M": m, "BLOCK_N": oc, "BLOCK_K": c}
 
-    def in_blocks(size: int, block: int) -> int:
+    def round_up(size: int, block: int) -> int:
         return -(-size // block) * block
 
     def fits(tile: triton.Config) -> bool:
-        return stage_bytes(tile) * tile.num_stages <= shared_bytes and all(
-            in_blocks(size, tile.kwargs[axis]) <= MOST_PADDING * in_blocks(size, SMALLEST_BLOCK)
+        return count_stage_bytes(tile) * tile.num_stages <= shared_bytes and all(
+            round_up(size, tile.kwargs[axis]) <= MAX_PADDING * round_up(size, SMALLEST_BLOCK)
             for axis, size in sizes.items()
         )
 
     return [tile for tile in tiles if fits(tile)]
 
 
-def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> triton.Config:
+def _make_tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> triton.Config:
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
-# Triton 3.6 and 3.9 wait for every int8 `wgmma` before they go on (dots are left running for float32 sums alone), so
+# Triton 3.6 and 3.9 wait for every int8 `wgmma` before they go on (dots run asynchronously only for float32 sums), so
 # what keeps a Hopper GPU's matrix units busy meanwhile is another program on the same multiprocessor. Registers and
 # shared memory of all but the last three have room for two.
 TILES = [
-    _tile(64, 64, 64, 4, 4),
-    _tile(64, 64, 128, 4, 4),
-    _tile(64, 64, 256, 4, 3),
-    _tile(128, 64, 64, 4, 4),
-    _tile(128, 64, 128, 4, 3),
-    _tile(64, 128, 128, 4, 3),
-    _tile(128, 128, 64, 4, 4),
-    _tile(128, 128, 128, 4, 3),
-    _tile(128, 128, 128, 8, 3),
-    _tile(128, 256, 128, 8, 4),
-    _tile(256, 128, 128, 8, 4),
+    _make_tile(64, 64, 64, 4, 4),
+    _make_tile(64, 64, 128, 4, 4),
+    _make_tile(64, 64, 256, 4, 3),
+    _make_tile(128, 64, 64, 4, 4),
+    _make_tile(128, 64, 128, 4, 3),
+    _make_tile(64, 128, 128, 4, 3),
+    _make_tile(128, 128, 64, 4, 4),
+    _make_tile(128, 128, 128, 4, 3),
+    _make_tile(128, 128, 128, 8, 3),
+    _make_tile(128, 256, 128, 8, 4),
+    _make_tile(256, 128, 128, 8, 4),
 ]
 
 
 @cache
-def _limits_of(device: int) -> Limits:
-    found = driver.active.utils.get_device_properties(device)
-    return Limits(found["multiprocessor_count"], found["max_shared_mem"])
+def _read_limits(device: int) -> Limits:
+    properties = driver.active.utils.get_device_properties(device)
+    return Limits(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
-def device_limits() -> Limits:
+def get_device_limits() -> Limits:
     """Of the current device; in Triton's interpreter, which runs on none, of an H100."""
-    return H100 if triton.knobs.runtime.interpret else _limits_of(driver.active.get_current_device())
+    return H100 if triton.knobs.runtime.interpret else _read_limits(driver.active.get_current_device())
 
 
-def _prune(tiles: list[triton.Config], named: dict[str, Any], **others: Any) -> list[triton.Config]:
-    args = named | others
-    return useful_tiles(tiles, args["M"], args["OC"], args["C"], device_limits().shared_bytes)
+def _prune(tiles: list[triton.Config], arguments: dict[str, Any], **others: Any) -> list[triton.Config]:
+    args = arguments | others
+    return select_tiles(tiles, args["M"], args["OC"], args["C"], get_device_limits().shared_bytes)
 
 
 @triton.jit
-def _scaled(sums, scale_ptr, bias_ptr, cols, OC):
+def _scale_sums(sums, scale_ptr, bias_ptr, cols, OC):
     """float32[rows, cols] of int32 sums: times the scale of each channel, plus its bias."""
     is_channel = cols < OC
     scaled = sums.to(tl.float32) * tl.load(scale_ptr + cols, mask=is_channel, other=0.0)[None, :]
@@ -175,7 +175,7 @@ def conv_kernel(
     if PARTIAL:
         tl.store(out_ptr + tl.program_id(1) * M * OC + offsets, sums, mask=is_output)
     else:
-        scaled = _scaled(sums, scale_ptr, bias_ptr, cols, OC)
+        scaled = _scale_sums(sums, scale_ptr, bias_ptr, cols, OC)
         tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=is_output)
 
 
@@ -191,7 +191,7 @@ def sum_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for split in range(splits):
         sums += tl.load(sums_ptr + split * M * OC + offsets, mask=is_output, other=0)
-    scaled = _scaled(sums, scale_ptr, bias_ptr, cols, OC)
+    scaled = _scale_sums(sums, scale_ptr, bias_ptr, cols, OC)
     tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=is_output)
 
 
@@ -206,10 +206,10 @@ def int8_conv(
     measures which tile suits it, so a CUDA graph can record only later ones. EngineError when the kernels cannot
     compute these shapes.
     """
-    assert all(given is None or given.is_contiguous() for given in (x, weight, scale, bias))
-    shape = conv_shape(x.shape, weight.shape, stride, padding)
+    assert all(operand is None or operand.is_contiguous() for operand in (x, weight, scale, bias))
+    shape = compute_conv_shape(x.shape, weight.shape, stride, padding)
     m, oc = shape.m, shape.oc
-    splits = split_count(m, oc, shape.k, device_limits().multiprocessors)
+    splits = choose_splits(m, oc, shape.k, get_device_limits().multiprocessors)
     check_indices(shape, splits)
     out = x.new_empty((shape.n, shape.oh, shape.ow, oc), dtype=out_dtype)
     sums = x.new_empty((splits, m, oc), dtype=torch.int32) if splits > 1 else out

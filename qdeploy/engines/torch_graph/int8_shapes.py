@@ -1,4 +1,4 @@
-"""Sizes of an int8 convolution: what it gives, what the kernels can compute, and into how many ranges to cut it."""
+"""Sizes of an int8 convolution: its output, what the kernels support, and into how many ranges to split it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from qdeploy.errors import EngineError
+from qdeploy.base.errors import EngineError
 
 Pair = tuple[int, int]
 
 INDEX_LIMIT = 2**31  # the kernels count elements in int32
-MOST_TAPS = 30  # KH + KW; each has one bit of an int32
-MOST_PRODUCTS = 2**17 - 1  # of -128 by -128, whose sum int32 still holds
-SPLIT_TILE = (128, 64)  # rows and channels; `split_count` counts programs of this size
+MAX_TAPS = 30  # KH + KW; each has one bit of an int32
+MAX_PRODUCTS = 2**17 - 1  # of -128 by -128, whose sum int32 still holds
+SPLIT_TILE = (128, 64)  # rows and channels; `choose_splits` counts programs of this size
 SPLIT_MIN_K = 1024  # of the inner dimension, for one program; a rough guess at what a second kernel's start costs
 
 
@@ -39,22 +39,22 @@ class ConvShape(NamedTuple):
         return self.kh * self.kw * self.c
 
 
-def conv_shape(x: Sequence[int], weight: Sequence[int], stride: Pair, padding: Pair) -> ConvShape:
+def compute_conv_shape(x: Sequence[int], weight: Sequence[int], stride: Pair, padding: Pair) -> ConvShape:
     """The sizes of a convolution of these two shapes; EngineError when the kernels cannot compute it."""
     (n, h, w, c), (oc, kh, kw, weight_c) = x, weight
     oh = (h + 2 * padding[0] - kh) // stride[0] + 1
     ow = (w + 2 * padding[1] - kw) // stride[1] + 1
     shape = ConvShape(n, h, w, c, oc, kh, kw, oh, ow)
-    if c != weight_c or min(n, c, oc, oh, ow) < 1 or kh + kw > MOST_TAPS or shape.k > MOST_PRODUCTS:
+    if c != weight_c or min(n, c, oc, oh, ow) < 1 or kh + kw > MAX_TAPS or shape.k > MAX_PRODUCTS:
         raise EngineError(
             f"int8 convolution: got x {list(x)} and weight {list(weight)} with stride {stride} and padding {padding}, "
-            f"expected [N, H, W, C] and [OC, KH, KW, C] with KH + KW up to {MOST_TAPS}, KH * KW * C up to "
-            f"{MOST_PRODUCTS} and at least one output"
+            f"expected [N, H, W, C] and [OC, KH, KW, C] with KH + KW up to {MAX_TAPS}, KH * KW * C up to "
+            f"{MAX_PRODUCTS} and at least one output"
         )
     return shape
 
 
-def split_count(m: int, oc: int, k: int, multiprocessors: int, tile: Pair = SPLIT_TILE) -> int:
+def choose_splits(m: int, oc: int, k: int, multiprocessors: int, tile: Pair = SPLIT_TILE) -> int:
     """How many ranges to cut the inner dimension into, for tiles that leave multiprocessors idle; 1 for no cut."""
     tiles = -(-m // tile[0]) * -(-oc // tile[1])
     return max(1, min(multiprocessors // tiles, k // SPLIT_MIN_K))

@@ -1,4 +1,4 @@
-"""An ONNX graph as a torch module: read, its patterns recognised, what nothing reads dropped."""
+"""Read an ONNX graph as a torch module: patterns are recognised, unused steps dropped."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qdeploy.engines.torch_graph.ops import step_of
-from qdeploy.engines.torch_graph.patterns import joined, pattern_at
-from qdeploy.engines.torch_graph.steps import Step, name_of, tensor_of
-from qdeploy.errors import EngineError
+from qdeploy.base.errors import EngineError
+from qdeploy.engines.torch_graph.ops import step_from_node
+from qdeploy.engines.torch_graph.patterns import match_pattern, merge_linear_steps
+from qdeploy.engines.torch_graph.steps import GraphStep, get_name, tensor_from_value
 
 
 class OnnxModule(torch.nn.Module):
-    """Computes the graph's outputs, in their order, of its inputs in theirs; both as tensors of the graph's types."""
+    """Computes the graph's outputs from its inputs, both in the graph's order and types."""
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__()
         graph = model.graph
-        self.inputs = [name_of(value) for value in graph.inputs if value.name not in graph.initializers]
-        self.outputs = [name_of(value) for value in graph.outputs]
-        self.steps = joined(needed([pattern_at(node) or step_of(node) for node in graph], self.outputs))
+        self.inputs = [get_name(value) for value in graph.inputs if value.name not in graph.initializers]
+        self.outputs = [get_name(value) for value in graph.outputs]
+        self.steps = merge_linear_steps(
+            drop_unused([match_pattern(node) or step_from_node(node) for node in graph], self.outputs)
+        )
         self.products = torch.nn.ModuleList(
             step.compute for step in self.steps if isinstance(step.compute, torch.nn.Module)
         )
         read = {name for step in self.steps for name in step.inputs} | set(self.outputs)
         self._constants = {name: f"constant_{index}" for index, name in enumerate(graph.initializers) if name in read}
         for name, attribute in self._constants.items():
-            self.register_buffer(attribute, tensor_of(graph.initializers[name]))
+            self.register_buffer(attribute, tensor_from_value(graph.initializers[name]))
 
     def forward(self, *feeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
         values = self.constants() | dict(zip(self.inputs, feeds, strict=True))
@@ -42,28 +44,28 @@ class OnnxModule(torch.nn.Module):
 
 
 def read_module(path: Path) -> OnnxModule:
-    """The module of the graph at ``path``; EngineError when it is none, or has what torch-cuda does not compute."""
+    """The module of the graph at ``path``; EngineError for one that torch-cuda cannot compute."""
     if not path.is_file():
         raise EngineError(f"{path}: there is no such file")
     try:
         return OnnxModule(ir.load(path.resolve()))  # resolved, or it does not hold external data to the folder
     except EngineError as exc:
         raise EngineError(f"{path}: {exc}") from exc
-    except Exception as exc:  # the parser's own, and what a broken graph makes of the code above
+    except Exception as exc:  # the parser's own, and any error that a broken graph causes above
         raise EngineError(f"{path} is not a readable ONNX graph ({exc}); export the bundle again") from exc
 
 
-def needed(steps: list[Step], outputs: list[str]) -> list[Step]:
+def drop_unused(steps: list[GraphStep], outputs: list[str]) -> list[GraphStep]:
     """``steps`` without those whose outputs nothing reads."""
-    read, kept = set(outputs), []
+    read, used = set(outputs), []
     for step in reversed(steps):
         if read.intersection(step.outputs):
-            kept.append(step)
+            used.append(step)
             read.update(step.inputs)
-    return kept[::-1]
+    return used[::-1]
 
 
-def run_step(step: Step, values: dict[str, Any]) -> None:
+def run_step(step: GraphStep, values: dict[str, Any]) -> None:
     """Compute ``step`` from ``values`` into them."""
-    found = step.compute(*(values[name] for name in step.inputs))
-    values.update(zip(step.outputs, (found,) if len(step.outputs) == 1 else found, strict=True))
+    result = step.compute(*(values[name] for name in step.inputs))
+    values.update(zip(step.outputs, (result,) if len(step.outputs) == 1 else result, strict=True))

@@ -1,4 +1,4 @@
-"""What each ONNX operator computes, in torch: every operator that the exports of the targets for GPUs have.
+"""Each ONNX operator in torch: every operator in the exports of the targets for GPUs.
 
 Source: https://onnx.ai/onnx/operators. An entry of ``OPS`` takes a node and gives the function of its tensors and how
 many of the node's inputs, from the first on, are such tensors; the others decide shapes and are read from the file.
@@ -15,34 +15,36 @@ import torch.nn.functional as F
 
 from qdeploy.engines.torch_graph.steps import (
     TORCH_TYPES,
-    Step,
+    GraphStep,
+    get_name,
+    get_output_names,
     has_input,
-    integers,
-    name_of,
-    outputs_of,
-    refused,
+    make_unsupported_error,
+    read_integers,
 )
 
 Compute = Callable[..., Any]
 Reader = Callable[[ir.Node], tuple[Compute, int]]
 
 
-def step_of(node: ir.Node) -> Step:
+def step_from_node(node: ir.Node) -> GraphStep:
     """The step of a node by itself; EngineError for an operator or a form of it that is not known here."""
     if node.domain or node.op_type not in OPS:
-        raise refused(node, f"the operator {node.domain or 'ai.onnx'}.{node.op_type} is not known; export for tensorrt")
+        raise make_unsupported_error(
+            node, f"the operator {node.domain or 'ai.onnx'}.{node.op_type} is not known; export for tensorrt"
+        )
     compute, count = OPS[node.op_type](node)
-    inputs = tuple(map(name_of, node.inputs[:count]))
-    return Step(node.op_type, (node.name or "",), inputs, outputs_of(node), compute)
+    inputs = tuple(map(get_name, node.inputs[:count]))
+    return GraphStep(node.op_type, (node.name or "",), inputs, get_output_names(node), compute)
 
 
-def plain(compute: Compute) -> Reader:
+def wrap_function(compute: Compute) -> Reader:
     """An operator without attributes that counts."""
     return lambda node: (compute, len(node.inputs))
 
 
 def reshape(node: ir.Node) -> tuple[Compute, int]:
-    sides, zero_is_zero = integers(node, 1), node.attributes.get_int("allowzero", 0)
+    sides, zero_is_zero = read_integers(node, 1), node.attributes.get_int("allowzero", 0)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         return x.reshape([x.shape[at] if side == 0 and not zero_is_zero else side for at, side in enumerate(sides)])
@@ -56,7 +58,7 @@ def transpose(node: ir.Node) -> tuple[Compute, int]:
 
 
 def unsqueeze(node: ir.Node) -> tuple[Compute, int]:
-    axes = integers(node, 1)
+    axes = read_integers(node, 1)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         rank = x.ndim + len(axes)
@@ -68,7 +70,7 @@ def unsqueeze(node: ir.Node) -> tuple[Compute, int]:
 
 
 def squeeze(node: ir.Node) -> tuple[Compute, int]:
-    axes = integers(node, 1)
+    axes = read_integers(node, 1)
     return (lambda x: x.squeeze(axes)), 1
 
 
@@ -79,7 +81,7 @@ def concat(node: ir.Node) -> tuple[Compute, int]:
 
 def split(node: ir.Node) -> tuple[Compute, int]:
     axis, count = node.attributes.get_int("axis", 0), len(node.outputs)
-    sizes = integers(node, 1) if has_input(node, 1) else None
+    sizes = read_integers(node, 1) if has_input(node, 1) else None
 
     def compute(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return x.split(sizes if sizes is not None else -(-x.shape[axis] // count), axis)
@@ -88,17 +90,17 @@ def split(node: ir.Node) -> tuple[Compute, int]:
 
 
 def slice_(node: ir.Node) -> tuple[Compute, int]:
-    starts, ends = integers(node, 1), integers(node, 2)
-    axes = integers(node, 3) if has_input(node, 3) else list(range(len(starts)))
-    strides = integers(node, 4) if has_input(node, 4) else [1] * len(starts)
+    starts, ends = read_integers(node, 1), read_integers(node, 2)
+    axes = read_integers(node, 3) if has_input(node, 3) else list(range(len(starts)))
+    strides = read_integers(node, 4) if has_input(node, 4) else [1] * len(starts)
     if min(strides) < 1:
-        raise refused(node, f"steps {strides}, expected positive ones")
+        raise make_unsupported_error(node, f"steps {strides}, expected positive ones")
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        picked = [slice(None)] * x.ndim
+        selection = [slice(None)] * x.ndim
         for axis, start, end, stride in zip(axes, starts, ends, strides, strict=True):
-            picked[axis] = slice(start, end, stride)
-        return x[tuple(picked)]
+            selection[axis] = slice(start, end, stride)
+        return x[tuple(selection)]
 
     return compute, 1
 
@@ -107,42 +109,42 @@ def gather(node: ir.Node) -> tuple[Compute, int]:
     axis = node.attributes.get_int("axis", 0)
 
     def compute(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        picked = x.index_select(axis, indices.reshape(-1).long() % x.shape[axis])
-        return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis:][1:]])
+        selected = x.index_select(axis, indices.reshape(-1).long() % x.shape[axis])
+        return selected.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis:][1:]])
 
     return compute, 2
 
 
 def expand(node: ir.Node) -> tuple[Compute, int]:
-    sides = integers(node, 1)
+    sides = read_integers(node, 1)
     return (lambda x: x.expand(torch.broadcast_shapes(x.shape, tuple(sides)))), 1
 
 
 def cast(node: ir.Node) -> tuple[Compute, int]:
     dtype = TORCH_TYPES.get(ir.DataType(node.attributes.get_int("to")))
     if dtype is None:
-        raise refused(node, "torch has no such type")
+        raise make_unsupported_error(node, "torch has no such type")
     return (lambda x: x.to(dtype)), 1
 
 
 def gemm(node: ir.Node) -> tuple[Compute, int]:
-    of = node.attributes
-    alpha, beta = of.get_float("alpha", 1.0), of.get_float("beta", 1.0)
-    turn_a, turn_b = of.get_int("transA", 0), of.get_int("transB", 0)
+    attributes = node.attributes
+    alpha, beta = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
+    transpose_a, transpose_b = attributes.get_int("transA", 0), attributes.get_int("transB", 0)
 
     def compute(a: torch.Tensor, b: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
-        product = scaled((a.T if turn_a else a) @ (b.T if turn_b else b), alpha)
-        return product + scaled(bias[0], beta) if bias else product
+        product = multiply((a.T if transpose_a else a) @ (b.T if transpose_b else b), alpha)
+        return product + multiply(bias[0], beta) if bias else product
 
     return compute, len(node.inputs)
 
 
-def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+def multiply(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x if factor == 1.0 else x * factor
 
 
 def conv(node: ir.Node) -> tuple[Compute, int]:
-    stride, padding, dilation, groups = conv_settings(node)
+    stride, padding, dilation, groups = read_conv_settings(node)
 
     def compute(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight, bias[0] if bias else None, stride, padding, dilation, groups)
@@ -150,31 +152,37 @@ def conv(node: ir.Node) -> tuple[Compute, int]:
     return compute, len(node.inputs)
 
 
-def conv_settings(node: ir.Node) -> tuple[list[int], list[int], list[int], int]:
+def read_conv_settings(node: ir.Node) -> tuple[list[int], list[int], list[int], int]:
     """Stride, padding, dilation and groups of a Conv of pictures; EngineError for paddings that differ by side."""
-    of = node.attributes
-    pads = list(of.get_ints("pads", (0, 0, 0, 0)))
-    if of.get_string("auto_pad", "NOTSET") != "NOTSET" or len(pads) != 4 or pads[:2] != pads[2:]:
-        raise refused(node, f"pads {pads}, expected the same on both sides of a picture")
-    stride, dilation = list(of.get_ints("strides", (1, 1))), list(of.get_ints("dilations", (1, 1)))
-    return stride, pads[:2], dilation, of.get_int("group", 1)
+    attributes = node.attributes
+    pads = list(attributes.get_ints("pads", (0, 0, 0, 0)))
+    if attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or len(pads) != 4 or pads[:2] != pads[2:]:
+        raise make_unsupported_error(node, f"pads {pads}, expected the same on both sides of a picture")
+    stride, dilation = list(attributes.get_ints("strides", (1, 1))), list(attributes.get_ints("dilations", (1, 1)))
+    return stride, pads[:2], dilation, attributes.get_int("group", 1)
 
 
 def pad(node: ir.Node) -> tuple[Compute, int]:
     if node.attributes.get_string("mode", "constant") != "constant" or has_input(node, 3):
-        raise refused(node, "expected constants around all axes")
-    ends, rank = integers(node, 1), len(integers(node, 1)) // 2
-    value = float(integers(node, 2)[0]) if has_input(node, 2) else 0.0
+        raise make_unsupported_error(node, "expected constants around all axes")
+    ends, rank = read_integers(node, 1), len(read_integers(node, 1)) // 2
+    value = float(read_integers(node, 2)[0]) if has_input(node, 2) else 0.0
     sides = [ends[axis + side * rank] for axis in reversed(range(rank)) for side in (0, 1)]
     return (lambda x: F.pad(x, sides, value=value)), 1
 
 
 def resize(node: ir.Node) -> tuple[Compute, int]:
     """Nearest neighbours by whole factors, as diffusers' upsamplers do."""
-    of, scales = node.attributes, integers(node, 2) if has_input(node, 2) else []
-    forms = of.get_string("coordinate_transformation_mode"), of.get_string("mode"), of.get_string("nearest_mode")
+    attributes, scales = node.attributes, read_integers(node, 2) if has_input(node, 2) else []
+    forms = (
+        attributes.get_string("coordinate_transformation_mode"),
+        attributes.get_string("mode"),
+        attributes.get_string("nearest_mode"),
+    )
     if forms != ("asymmetric", "nearest", "floor") or len(scales) != 4 or scales[:2] != [1, 1]:
-        raise refused(node, f"the form {forms} by {scales}, expected asymmetric nearest floor by whole factors")
+        raise make_unsupported_error(
+            node, f"the form {forms} by {scales}, expected asymmetric nearest floor by whole factors"
+        )
     return (lambda x: F.interpolate(x, scale_factor=[float(scale) for scale in scales[2:]], mode="nearest")), 1
 
 
@@ -196,7 +204,7 @@ def gelu(node: ir.Node) -> tuple[Compute, int]:
 def layer_norm(node: ir.Node) -> tuple[Compute, int]:
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     if node.attributes.get_int("axis", -1) != -1 or len(node.outputs) > 1:
-        raise refused(node, "expected the last axis alone")
+        raise make_unsupported_error(node, "expected only the last axis")
     return (lambda x, weight, *bias: F.layer_norm(x, x.shape[-1:], weight, bias[0] if bias else None, epsilon)), len(
         node.inputs
     )
@@ -236,39 +244,39 @@ def dequantize(node: ir.Node) -> tuple[Compute, int]:
 
 
 OPS: dict[str, Reader] = {
-    "Add": plain(torch.add),
+    "Add": wrap_function(torch.add),
     "ArgMin": arg_min,
     "Cast": cast,
     "Concat": concat,
     "Conv": conv,
-    "Cos": plain(torch.cos),
+    "Cos": wrap_function(torch.cos),
     "DequantizeLinear": dequantize,
-    "Div": plain(torch.div),
-    "Erf": plain(torch.erf),
-    "Exp": plain(torch.exp),
+    "Div": wrap_function(torch.div),
+    "Erf": wrap_function(torch.erf),
+    "Exp": wrap_function(torch.exp),
     "Expand": expand,
     "Gather": gather,
     "Gelu": gelu,
     "Gemm": gemm,
-    "Identity": plain(torch.clone),
+    "Identity": wrap_function(torch.clone),
     "InstanceNormalization": instance_norm,
     "LayerNormalization": layer_norm,
-    "MatMul": plain(torch.matmul),
-    "Mul": plain(torch.mul),
-    "Neg": plain(torch.neg),
+    "MatMul": wrap_function(torch.matmul),
+    "Mul": wrap_function(torch.mul),
+    "Neg": wrap_function(torch.neg),
     "Pad": pad,
     "QuantizeLinear": quantize,
     "Reshape": reshape,
     "Resize": resize,
-    "Sigmoid": plain(torch.sigmoid),
-    "Sin": plain(torch.sin),
+    "Sigmoid": wrap_function(torch.sigmoid),
+    "Sin": wrap_function(torch.sin),
     "Slice": slice_,
     "Softmax": softmax,
     "Split": split,
-    "Sqrt": plain(torch.sqrt),
+    "Sqrt": wrap_function(torch.sqrt),
     "Squeeze": squeeze,
-    "Sub": plain(torch.sub),
-    "Tanh": plain(torch.tanh),
+    "Sub": wrap_function(torch.sub),
+    "Tanh": wrap_function(torch.tanh),
     "Transpose": transpose,
     "Unsqueeze": unsqueeze,
 }

@@ -1,4 +1,4 @@
-"""One graph on one device by torch: fixed places for its inputs, compiled, and recorded as one CUDA graph."""
+"""One graph on one device by torch: inputs at fixed addresses, compiled, and recorded as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qdeploy.base.errors import EngineError
 from qdeploy.engines.base import Port, check_feeds
-from qdeploy.engines.nvidia.resident import Residents
+from qdeploy.engines.nvidia.resident import ResidentInputs
 from qdeploy.engines.torch_graph.module import OnnxModule
-from qdeploy.errors import EngineError
 
 Outputs = Sequence[torch.Tensor]
 Compute = Callable[..., Outputs]
 
-# Recording allows no other one in the process, nor what compiling does: to wait for the whole GPU.
-PREPARING = threading.Lock()
+# Recording allows no other recording in the process, nor waiting for the whole GPU, as compiling does.
+PREPARE_LOCK = threading.Lock()
 
 
 class TorchSession:
-    """Runs a module on the places that its inputs are copied to, one call at a time.
+    """Runs a module on buffers that its inputs are copied to, one call at a time.
 
     An input that cannot have changed is not copied again (``nvidia.resident``).
     """
@@ -39,7 +39,7 @@ class TorchSession:
         self._path, self._pid, self._lock = path, os.getpid(), threading.Lock()
         self._ports = ports
         self._names, self._outputs = module.inputs, module.outputs
-        self._residents = Residents()
+        self._residents = ResidentInputs()
         self._compute: Compute | None = compute
         self._device = device
         try:
@@ -50,7 +50,7 @@ class TorchSession:
     def prepare(self) -> None:
         """Compile, tune and record on inputs of 0, so that the first call is as fast as all others; EngineError."""
         try:
-            with self._lock, PREPARING, torch.inference_mode():
+            with self._lock, PREPARE_LOCK, torch.inference_mode():
                 assert self._compute is not None
                 self._compute(*(self._places[name] for name in self._names))
         except Exception as exc:  # of torch, its compiler, Triton and CUDA, which share no class of their own
@@ -67,16 +67,19 @@ class TorchSession:
                     array = np.asarray(feeds[name])
                     if not self._residents.holds(name, array):
                         place.copy_(torch.from_numpy(np.array(array)))
-                found = self._compute(*(self._places[name] for name in self._names))
-                return {name: one.to("cpu", copy=True).numpy() for name, one in zip(self._outputs, found, strict=True)}
+                outputs = self._compute(*(self._places[name] for name in self._names))
+                return {
+                    name: output.to("cpu", copy=True).numpy()
+                    for name, output in zip(self._outputs, outputs, strict=True)
+                }
             except Exception as exc:  # as above
                 self._residents.forget()
                 raise EngineError(f"{self._path}: {exc}") from exc
 
     def close(self) -> None:
-        """Free the device's memory, when the run that is under way is done; behind a fork it is the parent's.
+        """Free the device's memory once the current run is done; after a fork it belongs to the parent.
 
-        torch would keep it for other tensors of this process, so it is told to give it back.
+        torch would keep it for other tensors of this process, so its cache is emptied.
         """
         if os.getpid() != self._pid:
             return
@@ -86,11 +89,11 @@ class TorchSession:
             self._compute, self._places = None, {}
             self._residents.forget()
             if self._device != "cpu":
-                with PREPARING:
+                with PREPARE_LOCK:
                     torch.cuda.empty_cache()
 
 
-def compiled(module: OnnxModule, **settings: Any) -> Compute:
+def compile_module(module: OnnxModule, **settings: Any) -> Compute:
     """``module`` by ``torch.compile`` with ``settings``, to be called with tensors of its one set of shapes.
 
     torch keeps what it compiled with a function's code, of eight graphs at most: each module gets a copy of it.
@@ -100,33 +103,33 @@ def compiled(module: OnnxModule, **settings: Any) -> Compute:
     return torch.compile(types.MethodType(own, module), fullgraph=True, dynamic=False, **settings)
 
 
-class Recorded:
-    """A function of tensors in fixed places, recorded at its first call as a CUDA graph and replayed from then on.
+class RecordedGraph:
+    """A function of tensors at fixed addresses, recorded as a CUDA graph at its first call and replayed afterwards.
 
-    torch.compile can record as well, but for the thread that compiled alone; services call from many.
+    torch.compile can record as well, but only for the thread that compiled; services call from many.
     """
 
-    WARM_UPS = 2  # compile, tune and allocate, none of which may happen while recording
+    WARM_UPS = 2  # compile, tune and allocate, which must not happen while recording
 
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
         self._graph: Any = None
-        self._found: Outputs = ()
+        self._outputs: Outputs = ()
 
     def __call__(self, *places: torch.Tensor) -> Outputs:
         if self._graph is None:
             self._record(places)
         self._graph.replay()
-        return self._found
+        return self._outputs
 
     def _record(self, places: Sequence[torch.Tensor]) -> None:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(self.WARM_UPS):
                 self._compute(*places)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):  # other sessions may run
-            self._found = self._compute(*places)
+        with torch.cuda.graph(graph, stream=side_stream, capture_error_mode="thread_local"):  # other sessions may run
+            self._outputs = self._compute(*places)
         self._graph = graph

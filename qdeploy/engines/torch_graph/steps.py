@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qdeploy.errors import EngineError
+from qdeploy.base.errors import EngineError
 
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -24,7 +24,7 @@ TORCH_TYPES = {
 
 
 @dataclass(frozen=True)
-class Step:
+class GraphStep:
     """``outputs = compute(*inputs)``, where inputs and outputs are names of the ONNX graph's values.
 
     compute: gives one tensor, or a sequence of them where there are several outputs.
@@ -42,22 +42,22 @@ class Step:
     integer: bool = False
 
 
-def name_of(value: ir.Value | None) -> str:
+def get_name(value: ir.Value | None) -> str:
     assert value is not None
     assert value.name is not None
     return value.name
 
 
-def outputs_of(node: ir.Node) -> tuple[str, ...]:
-    return tuple(map(name_of, node.outputs))
+def get_output_names(node: ir.Node) -> tuple[str, ...]:
+    return tuple(map(get_name, node.outputs))
 
 
-def constant(value: ir.Value | None) -> np.ndarray | None:
+def read_constant(value: ir.Value | None) -> np.ndarray | None:
     """The values of a constant of the graph; None for what is computed, or not there."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def tensor_of(value: ir.Value | None) -> torch.Tensor:
+def tensor_from_value(value: ir.Value | None) -> torch.Tensor:
     """A constant as a tensor of its own memory; EngineError for a type that torch does not have."""
     assert value is not None
     assert value.const_value is not None
@@ -66,21 +66,23 @@ def tensor_of(value: ir.Value | None) -> torch.Tensor:
     return torch.from_numpy(np.array(value.const_value.numpy()))
 
 
-def argument(node: ir.Node, index: int) -> np.ndarray:
+def read_argument(node: ir.Node, index: int) -> np.ndarray:
     """Input ``index`` of ``node``, which decides shapes and so must be a constant; EngineError where it is not."""
-    found = constant(node.inputs[index])
-    if found is None:
-        raise refused(node, f"its input {index} is computed, expected a constant; export with fixed sizes")
-    return found
+    values = read_constant(node.inputs[index])
+    if values is None:
+        raise make_unsupported_error(
+            node, f"its input {index} is computed, expected a constant; export with fixed sizes"
+        )
+    return values
 
 
-def integers(node: ir.Node, index: int) -> list[int]:
-    return [int(value) for value in argument(node, index).ravel()]
+def read_integers(node: ir.Node, index: int) -> list[int]:
+    return [int(value) for value in read_argument(node, index).ravel()]
 
 
 def has_input(node: ir.Node, index: int) -> bool:
     return len(node.inputs) > index and node.inputs[index] is not None
 
 
-def refused(node: ir.Node, why: str) -> EngineError:
+def make_unsupported_error(node: ir.Node, why: str) -> EngineError:
     return EngineError(f"torch-cuda cannot compute {node.op_type} {node.name!r}: {why}")

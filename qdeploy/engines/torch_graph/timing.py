@@ -1,4 +1,4 @@
-"""What each step of a graph costs by itself."""
+"""Time each step of a graph by itself."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from qdeploy.engines.torch_graph.module import OnnxModule, run_step
 
 
-def timed_steps(
+def time_steps(
     module: OnnxModule, feeds: Mapping[str, NDArray], device: str, runs: int, wait: Callable[[], object]
 ) -> dict[str, float]:
-    """Each step's mean seconds over ``runs`` behind one that does not count, by its first output's name.
+    """Each step's mean seconds over ``runs`` after one that does not count, by its first output's name.
 
-    From the host, until ``wait`` says that the device is done: a short kernel shows what launching it takes.
+    Measured on the host until ``wait`` returns; a short kernel takes the time of its launch.
     """
     last_reader = {name: step for step in module.steps for name in step.inputs}
     values = module.constants()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
 
 Array = NDArray[np.float32]
 
@@ -33,12 +33,12 @@ class ExtractorOptions:
 
 @dataclass(frozen=True)
 class ExtractorInfo:
-    """What must stand beside every figure that an extractor's features give.
+    """What must be stated with every figure that an extractor's features give.
 
-    dim: features a picture; ``classes``: logits behind them, 0 where there is no classifier.
-    resize: how a picture comes to the network's input.
+    dim: features a picture; ``classes``: logits after them, 0 where there is no classifier.
+    resize: how a picture is scaled to the network's input.
     sha256: of the weights, "" where there are none.
-    comparable: whether figures may stand beside published ones.
+    comparable: whether figures may be compared with published ones.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Extractor(Protocol):
         """``float32[B, dim + classes]`` of RGB pictures: features, then logits."""
 
 
-def extractor_names() -> list[str]:
+def list_extractors() -> list[str]:
     """All extractors, found by their files."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if module.name != "resize")
 
 
 def open_extractor(name: str, options: ExtractorOptions) -> Extractor:
     """The extractor ``name``; UsageError for an unknown one, or with what it needs."""
-    if name not in extractor_names():
-        raise UsageError(f"--extractor: got {name!r}, expected one of {', '.join(extractor_names())}")
+    if name not in list_extractors():
+        raise UsageError(f"--extractor: got {name!r}, expected one of {', '.join(list_extractors())}")
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").open_extractor(options)

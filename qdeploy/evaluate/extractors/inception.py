@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from qdeploy.errors import UsageError
+from qdeploy.base.errors import UsageError
+from qdeploy.base.files import hash_file
 from qdeploy.evaluate.extractors import Array, ExtractorInfo, ExtractorOptions
-from qdeploy.evaluate.extractors.resize import BICUBIC, resized
-from qdeploy.evaluate.weights import state_dict_of
-from qdeploy.files import sha256_of
+from qdeploy.evaluate.extractors.resize import BICUBIC, resize_picture
+from qdeploy.evaluate.weights import load_state_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,27 +42,27 @@ class Inception:
     def __call__(self, pictures: Sequence[Image.Image]) -> Array:
         import torch
 
-        rgb = np.stack([resized(picture, SIDE, SIDE, BICUBIC) for picture in pictures]).transpose(0, 3, 1, 2)
+        rgb = np.stack([resize_picture(picture, SIDE, SIDE, BICUBIC) for picture in pictures]).transpose(0, 3, 1, 2)
         with torch.inference_mode():
-            return network((torch.from_numpy(rgb) - 128) / 128, self._weights).numpy()
+            return run_network((torch.from_numpy(rgb) - 128) / 128, self._weights).numpy()
 
 
 def open_extractor(options: ExtractorOptions) -> Inception:
     """Inception with the user's file, or with the standard one where it may be fetched; UsageError otherwise."""
     if options.inception is None and not options.allow_download:
         raise UsageError(f"the extractor inception needs its weights, which are not here; {REMEDY}")
-    weights, path = state_dict_of(options.inception, URL)
+    weights, path = load_state_dict(options.inception, URL)
     try:
-        extractor = Inception(weights, sha256_of(path))
-        found = extractor([Image.new("RGB", (8, 8))]).shape
+        extractor = Inception(weights, hash_file(path))
+        shape = extractor([Image.new("RGB", (8, 8))]).shape
     except (KeyError, RuntimeError, AttributeError, TypeError) as exc:
         raise UsageError(f"{path} does not hold FID's Inception-v3 ({exc}); {REMEDY}") from exc
-    if found != (1, DIM + CLASSES):
+    if shape != (1, DIM + CLASSES):
         raise UsageError(f"{path} holds another network than FID's Inception-v3; {REMEDY}")
     return extractor
 
 
-def network(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def run_network(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """``float32[B, 2048 + 1008]`` of ``float32[B, 3, 299, 299]`` in [-1, 1]."""
     import torch
     from torch.nn import functional as nn
@@ -79,38 +79,44 @@ def network(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
             x = conv(x, name)
         return x
 
-    def average(x: Tensor) -> Tensor:
+    def average_pool(x: Tensor) -> Tensor:
         return nn.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
-    def several(name: str, parts: str) -> list[str]:
+    def list_names(name: str, parts: str) -> list[str]:
         return [f"{name}_{part}" for part in parts]
 
-    def block_a(x: Tensor, at: str) -> Tensor:
-        branches = [conv(x, f"{at}.branch1x1"), chain(x, *several(f"{at}.branch5x5", "12"))]
-        branches += [chain(x, *several(f"{at}.branch3x3dbl", "123")), conv(average(x), f"{at}.branch_pool")]
+    def block_a(x: Tensor, prefix: str) -> Tensor:
+        branches = [conv(x, f"{prefix}.branch1x1"), chain(x, *list_names(f"{prefix}.branch5x5", "12"))]
+        branches += [
+            chain(x, *list_names(f"{prefix}.branch3x3dbl", "123")),
+            conv(average_pool(x), f"{prefix}.branch_pool"),
+        ]
         return torch.cat(branches, 1)
 
-    def block_b(x: Tensor, at: str) -> Tensor:
-        double = conv(chain(x, *several(f"{at}.branch3x3dbl", "12")), f"{at}.branch3x3dbl_3", stride=2)
-        return torch.cat([conv(x, f"{at}.branch3x3", stride=2), double, nn.max_pool2d(x, 3, stride=2)], 1)
+    def block_b(x: Tensor, prefix: str) -> Tensor:
+        double = conv(chain(x, *list_names(f"{prefix}.branch3x3dbl", "12")), f"{prefix}.branch3x3dbl_3", stride=2)
+        return torch.cat([conv(x, f"{prefix}.branch3x3", stride=2), double, nn.max_pool2d(x, 3, stride=2)], 1)
 
-    def block_c(x: Tensor, at: str) -> Tensor:
-        branches = [conv(x, f"{at}.branch1x1"), chain(x, *several(f"{at}.branch7x7", "123"))]
-        branches += [chain(x, *several(f"{at}.branch7x7dbl", "12345")), conv(average(x), f"{at}.branch_pool")]
+    def block_c(x: Tensor, prefix: str) -> Tensor:
+        branches = [conv(x, f"{prefix}.branch1x1"), chain(x, *list_names(f"{prefix}.branch7x7", "123"))]
+        branches += [
+            chain(x, *list_names(f"{prefix}.branch7x7dbl", "12345")),
+            conv(average_pool(x), f"{prefix}.branch_pool"),
+        ]
         return torch.cat(branches, 1)
 
-    def block_d(x: Tensor, at: str) -> Tensor:
-        small = conv(conv(x, f"{at}.branch3x3_1"), f"{at}.branch3x3_2", stride=2)
-        large = conv(chain(x, *several(f"{at}.branch7x7x3", "123")), f"{at}.branch7x7x3_4", stride=2)
+    def block_d(x: Tensor, prefix: str) -> Tensor:
+        small = conv(conv(x, f"{prefix}.branch3x3_1"), f"{prefix}.branch3x3_2", stride=2)
+        large = conv(chain(x, *list_names(f"{prefix}.branch7x7x3", "123")), f"{prefix}.branch7x7x3_4", stride=2)
         return torch.cat([small, large, nn.max_pool2d(x, 3, stride=2)], 1)
 
-    def block_e(x: Tensor, at: str, pooled: Tensor) -> Tensor:
-        small = conv(x, f"{at}.branch3x3_1")
-        double = chain(x, *several(f"{at}.branch3x3dbl", "12"))
-        branches = [conv(x, f"{at}.branch1x1")]
-        branches += [conv(small, f"{at}.branch3x3_{half}") for half in ("2a", "2b")]
-        branches += [conv(double, f"{at}.branch3x3dbl_{half}") for half in ("3a", "3b")]
-        return torch.cat([*branches, conv(pooled, f"{at}.branch_pool")], 1)
+    def block_e(x: Tensor, prefix: str, pooled: Tensor) -> Tensor:
+        small = conv(x, f"{prefix}.branch3x3_1")
+        double = chain(x, *list_names(f"{prefix}.branch3x3dbl", "12"))
+        branches = [conv(x, f"{prefix}.branch1x1")]
+        branches += [conv(small, f"{prefix}.branch3x3_{half}") for half in ("2a", "2b")]
+        branches += [conv(double, f"{prefix}.branch3x3dbl_{half}") for half in ("3a", "3b")]
+        return torch.cat([*branches, conv(pooled, f"{prefix}.branch_pool")], 1)
 
     x = conv(x, "Conv2d_1a_3x3", stride=2)
     x = conv(x, "Conv2d_2a_3x3", pads=False)
@@ -123,7 +129,7 @@ def network(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     for letter in "bcde":
         x = block_c(x, f"Mixed_6{letter}")
     x = block_d(x, "Mixed_7a")  # [B, 1280, 8, 8]
-    x = block_e(x, "Mixed_7b", average(x))
+    x = block_e(x, "Mixed_7b", average_pool(x))
     x = block_e(x, "Mixed_7c", nn.max_pool2d(x, 3, stride=1, padding=1))
     features = x.mean(dim=(2, 3))
     return torch.cat([features, features @ weights["fc.weight"].T], 1)

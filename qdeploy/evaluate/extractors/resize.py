@@ -14,7 +14,7 @@ BICUBIC = Image.Resampling.BICUBIC
 BOX = Image.Resampling.BOX
 
 
-def resized(picture: Image.Image, width: int, height: int, method: Image.Resampling) -> NDArray[np.float32]:
+def resize_picture(picture: Image.Image, width: int, height: int, method: Image.Resampling) -> NDArray[np.float32]:
     """``float32[height, width, 3]``, clipped to 0..255, of an RGB picture; not a copy of its size is changed."""
     channels = [np.asarray(channel.convert("F").resize((width, height), method)) for channel in picture.split()]
     return np.clip(np.stack(channels, axis=-1), 0, 255)

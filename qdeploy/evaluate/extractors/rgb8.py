@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from qdeploy.evaluate.extractors import Array, ExtractorInfo, ExtractorOptions
-from qdeploy.evaluate.extractors.resize import BOX, resized
+from qdeploy.evaluate.extractors.resize import BOX, resize_picture
 
 SIDE = 8
 
@@ -19,7 +19,7 @@ class Rgb8:
     info = ExtractorInfo("rgb8", SIDE * SIDE * 3, 0, "PIL box, antialiased, to 8x8", "", comparable=False)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Array:
-        return np.stack([resized(picture, SIDE, SIDE, BOX).ravel() for picture in pictures]) / np.float32(255)
+        return np.stack([resize_picture(picture, SIDE, SIDE, BOX).ravel() for picture in pictures]) / np.float32(255)
 
 
 def open_extractor(options: ExtractorOptions) -> Rgb8:

@@ -1,1 +1,1 @@
-"""The measures, one a file, arrays in and numbers out; torchmetrics does the mathematics where it has it."""
+"""The metrics, one a file: arrays in, numbers out; computed by torchmetrics where it has them."""

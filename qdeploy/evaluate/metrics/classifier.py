@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from qdeploy.evaluate.extractors import Array
 
-PENALTY = 1e-2  # of the squared weights, beside the mean cross-entropy
+PENALTY = 1e-2  # of the squared weights, added to the mean cross-entropy
 ITERATIONS = 200
 FOLDS = 5
-LEAST = 5  # pictures of a class; smaller ones are left out
+MIN_CLASS_PICTURES = 5  # pictures of a class; smaller ones are left out
 
 
 @dataclass(frozen=True)
@@ -41,35 +41,37 @@ class Classifier:
 
     def logits(self, features: Array) -> Array:
         """``float32[n, classes]`` of ``float32[n, d]``."""
-        return (_with_one((np.asarray(features, np.float64) - self.mean) / self.std) @ self.weight).astype(np.float32)
+        return (_append_ones((np.asarray(features, np.float64) - self.mean) / self.std) @ self.weight).astype(
+            np.float32
+        )
 
 
-def labels_of(names: Sequence[str]) -> list[str] | None:
+def labels_from_names(names: Sequence[str]) -> list[str] | None:
     """Each picture's folder, or None where there are not two of them; names are "folder/file"."""
     labels = [name.rpartition("/")[0] for name in names]
     counts = {label: labels.count(label) for label in set(labels)}
-    return labels if sum(count >= LEAST for count in counts.values()) >= 2 else None
+    return labels if sum(count >= MIN_CLASS_PICTURES for count in counts.values()) >= 2 else None
 
 
-def fitted_classifier(features: Array, labels: Sequence[str]) -> Classifier:
+def fit_classifier(features: Array, labels: Sequence[str]) -> Classifier:
     """Of ``features float32[n, d]`` and their labels."""
     names = np.array(labels)
-    classes = [name for name in sorted(set(labels)) if (names == name).sum() >= LEAST]
+    classes = [name for name in sorted(set(labels)) if (names == name).sum() >= MIN_CLASS_PICTURES]
     kept = np.isin(names, classes)
     rows, targets = np.asarray(features, np.float64)[kept], np.searchsorted(classes, names[kept])
     mean, std = rows.mean(axis=0), rows.std(axis=0) + 1e-6
-    x = _with_one((rows - mean) / std)
+    x = _append_ones((rows - mean) / std)
     fold = np.arange(len(x)) % FOLDS
     right = [
-        (x[fold == left] @ _weight(x[fold != left], targets[fold != left], len(classes))).argmax(1)
-        == targets[fold == left]
-        for left in range(FOLDS)
+        (x[fold == held_out] @ _fit_weight(x[fold != held_out], targets[fold != held_out], len(classes))).argmax(1)
+        == targets[fold == held_out]
+        for held_out in range(FOLDS)
     ]
-    weight = _weight(x, targets, len(classes))
+    weight = _fit_weight(x, targets, len(classes))
     return Classifier(mean, std, weight, tuple(classes), float(np.concatenate(right).mean()))
 
 
-def _weight(x: NDArray[np.float64], targets: NDArray[np.integer], classes: int) -> NDArray[np.float64]:
+def _fit_weight(x: NDArray[np.float64], targets: NDArray[np.integer], classes: int) -> NDArray[np.float64]:
     """The minimum of mean cross-entropy and penalty, by L-BFGS."""
     import torch
 
@@ -87,5 +89,5 @@ def _weight(x: NDArray[np.float64], targets: NDArray[np.integer], classes: int) 
     return weight.detach().numpy()
 
 
-def _with_one(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+def _append_ones(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([rows, np.ones((len(rows), 1))], axis=1)

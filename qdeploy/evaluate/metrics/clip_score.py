@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qdeploy.errors import UsageError
-from qdeploy.evaluate.extractors.resize import BICUBIC, resized
-from qdeploy.files import sha256_of
+from qdeploy.base.errors import UsageError
+from qdeploy.base.files import hash_file
+from qdeploy.evaluate.extractors.resize import BICUBIC, resize_picture
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -40,7 +40,7 @@ class ClipScore:
             raise UsageError(f"--clip: {folder} is not a readable CLIPModel folder ({exc})") from exc
         self._side = self._model.config.vision_config.image_size
         self._tokens = self._model.config.text_config.max_position_embeddings
-        self.sha256 = sha256_of(folder / WEIGHTS)
+        self.sha256 = hash_file(folder / WEIGHTS)
 
     def __call__(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
         """Of each picture and its caption, 0 to 100."""
@@ -63,5 +63,5 @@ class ClipScore:
         scale = self._side / min(picture.size)
         width, height = (max(self._side, round(side * scale)) for side in picture.size)
         top, left = (height - self._side) // 2, (width - self._side) // 2
-        pixels = resized(picture, width, height, BICUBIC)[top : top + self._side, left : left + self._side]
+        pixels = resize_picture(picture, width, height, BICUBIC)[top : top + self._side, left : left + self._side]
         return ((pixels / 255 - MEAN) / STD).transpose(2, 0, 1).astype(np.float32)

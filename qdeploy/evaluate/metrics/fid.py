@@ -4,7 +4,7 @@
 
 The figure itself is torchmetrics'. It is biased: fewer pictures, higher FID. FID_infinity (Chong & Forsyth 2020,
 arXiv 1911.07023) extrapolates to infinitely many. That, and the confidence interval, take hundreds of distances to one
-reference, which are made here from symmetric matrices alone: no root of an unsymmetric product, which is slow and
+reference, which are computed here only from symmetric matrices: no root of an unsymmetric product, which is slow and
 turns complex where a covariance is rank-deficient.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.evaluate.extractors import Array
-from qdeploy.evaluate.metrics.given import given, tensors
+from qdeploy.evaluate.metrics.adapters import iter_tensors, make_identity_network
 
 POINTS = 15  # subset sizes of the extrapolation, as in the paper
 DRAWS = 4  # subsets of each size
@@ -44,32 +44,34 @@ class Fid:
         return self.fid - Z95 * self.std_error, self.fid + Z95 * self.std_error
 
 
-def fid_of(made: Array, reference: Array, seed: int) -> Fid:
-    """FID of ``made float32[n, d]`` to ``reference float32[m, d]``; all draws are of ``seed``."""
-    to_reference = FrechetTo(reference)
-    sample = to_reference.projected(made)
+def compute_fid(generated: Array, reference: Array, seed: int) -> Fid:
+    """FID of ``generated float32[n, d]`` to ``reference float32[m, d]``; all draws are of ``seed``."""
+    to_reference = FrechetReference(reference)
+    sample = to_reference.project(generated)
     rng = np.random.default_rng(seed)
-    resamples = [to_reference.distance(sample, rng.integers(0, len(made), len(made))) for _ in range(RESAMPLES)]
+    resamples = [
+        to_reference.distance(sample, rng.integers(0, len(generated), len(generated))) for _ in range(RESAMPLES)
+    ]
     return Fid(
-        fid=torchmetrics_fid(made, reference),
+        fid=compute_torchmetrics_fid(generated, reference),
         std_error=float(np.std(resamples, ddof=1)),
-        infinity=extrapolated(to_reference, sample, rng) if len(made) // 2 > made.shape[1] else None,
-        rank_deficient=min(len(made), len(reference)) <= made.shape[1],
+        infinity=extrapolate_fid(to_reference, sample, rng) if len(generated) // 2 > generated.shape[1] else None,
+        rank_deficient=min(len(generated), len(reference)) <= generated.shape[1],
     )
 
 
-def torchmetrics_fid(made: Array, reference: Array) -> float:
+def compute_torchmetrics_fid(generated: Array, reference: Array) -> float:
     """The figure."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=given(made.shape[1]))
-    for rows, is_real in ((made, False), (reference, True)):
-        for piece in tensors(rows):
+    metric = FrechetInceptionDistance(feature=make_identity_network(generated.shape[1]))
+    for rows, is_real in ((generated, False), (reference, True)):
+        for piece in iter_tensors(rows):
             metric.update(piece.double(), real=is_real)
     return float(metric.compute())
 
 
-def extrapolated(to_reference: FrechetTo, sample: Sample, rng: np.random.Generator) -> float:
+def extrapolate_fid(to_reference: FrechetReference, sample: ProjectedSample, rng: np.random.Generator) -> float:
     """FID_infinity: FID at growing subset sizes N is a line in 1/N; its value at 0."""
     count = len(sample.rows)
     sizes = np.linspace(count // 2, count, POINTS).astype(int)
@@ -83,14 +85,14 @@ def extrapolated(to_reference: FrechetTo, sample: Sample, rng: np.random.Generat
 
 
 @dataclass(frozen=True)
-class Sample:
+class ProjectedSample:
     """rows ``float64[n, d]``, and the same times the reference's root."""
 
     rows: Doubles
     projected: Doubles
 
 
-class FrechetTo:
+class FrechetReference:
     """Distances to one reference ``float32[m, d]``, of any rows of a sample.
 
     With R = sqrt(C2), the eigenvalues of C1 C2 are those of R C1 R, so of the sample's rows times R; those of the
@@ -105,12 +107,12 @@ class FrechetTo:
         self._root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
         self._trace = float(np.trace(covariance))
 
-    def projected(self, made: Array) -> Sample:
+    def project(self, generated: Array) -> ProjectedSample:
         """A sample to take rows from."""
-        rows = np.asarray(made, np.float64)
-        return Sample(rows, rows @ self._root)
+        rows = np.asarray(generated, np.float64)
+        return ProjectedSample(rows, rows @ self._root)
 
-    def distance(self, sample: Sample, index: NDArray[np.integer] | slice = slice(None)) -> float:
+    def distance(self, sample: ProjectedSample, index: NDArray[np.integer] | slice = slice(None)) -> float:
         """Of the rows at ``index``."""
         rows, projected = sample.rows[index], sample.projected[index]
         centred = (projected - projected.mean(axis=0)) / np.sqrt(len(rows) - 1)

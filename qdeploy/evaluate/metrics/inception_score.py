@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from qdeploy.evaluate.extractors import Array
-from qdeploy.evaluate.metrics.given import given, quiet, seeded, tensors
+from qdeploy.evaluate.metrics.adapters import iter_tensors, make_identity_network, seed_torch, silence_warnings
 
 SPLITS = 10  # the usual ones
-ENOUGH = 5000  # pictures for them; fewer are one split, as ten small ones would score each its own lack of variety
+MIN_PICTURES_FOR_SPLITS = (
+    5000  # pictures for them; fewer are one split, as ten small ones would score each its own lack of variety
+)
 RESAMPLES = 100
 
 
@@ -23,21 +25,23 @@ class InceptionScore:
     splits: int
 
 
-def inception_score_of(logits: Array, seed: int) -> InceptionScore:
+def compute_inception_score(logits: Array, seed: int) -> InceptionScore:
     """The score of ``logits float32[n, classes]``, 1 to ``classes``."""
-    splits = SPLITS if len(logits) >= ENOUGH else 1
+    splits = SPLITS if len(logits) >= MIN_PICTURES_FOR_SPLITS else 1
     rng = np.random.default_rng(seed)
-    with seeded(seed):
-        score = _score(logits, splits)
-        resamples = [_score(logits[rng.integers(0, len(logits), len(logits))], splits) for _ in range(RESAMPLES)]
+    with seed_torch(seed):
+        score = _compute_score(logits, splits)
+        resamples = [
+            _compute_score(logits[rng.integers(0, len(logits), len(logits))], splits) for _ in range(RESAMPLES)
+        ]
     return InceptionScore(score, float(np.std(resamples, ddof=1)), splits)
 
 
-def _score(logits: Array, splits: int) -> float:
+def _compute_score(logits: Array, splits: int) -> float:
     from torchmetrics.image.inception import InceptionScore as Metric
 
-    with quiet():
-        metric = Metric(feature=given(logits.shape[1]), splits=splits)
-        for piece in tensors(logits):
+    with silence_warnings():
+        metric = Metric(feature=make_identity_network(logits.shape[1]), splits=splits)
+        for piece in iter_tensors(logits):
             metric.update(piece.double())
         return float(metric.compute()[0])

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import UsageError
-from qdeploy.evaluate.metrics.pairs import tensor_of
-from qdeploy.evaluate.weights import state_dict_of
+from qdeploy.base.errors import UsageError
+from qdeploy.evaluate.metrics.pairs import tensor_from_pixels
+from qdeploy.evaluate.weights import load_state_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ REMEDY = f"give --lpips FILE, torchvision's AlexNet from {URL}, or --allow-downl
 LAYERS = {0: (4, 2, False), 3: (1, 2, True), 6: (1, 1, True), 8: (1, 1, False), 10: (1, 1, False)}
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation, for [-1, 1]
 EPS = 1e-8
-LEAST = 32  # pixels a side, for which the last layer has anything left
+MIN_SIDE = 32  # pixels a side, for which the last layer has anything left
 
 
 class Lpips:
@@ -36,37 +36,40 @@ class Lpips:
         import torchmetrics
 
         heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
-        self._alexnet, path = state_dict_of(file, URL)
-        self._heads, _ = state_dict_of(heads, URL)
+        self._alexnet, path = load_state_dict(file, URL)
+        self._heads, _ = load_state_dict(heads, URL)
         if any(f"features.{layer}.weight" not in self._alexnet for layer in LAYERS):
             raise UsageError(f"{path} does not hold torchvision's AlexNet; {REMEDY}")
 
-    def __call__(self, twin: NDArray[np.uint8], made: NDArray[np.uint8]) -> list[float]:
+    def __call__(self, reference: NDArray[np.uint8], candidate: NDArray[np.uint8]) -> list[float]:
         """Of each picture ``uint8[B, H, W, 3]``; 0 for equal ones."""
         import torch
 
-        if min(twin.shape[1:3]) < LEAST:
+        if min(reference.shape[1:3]) < MIN_SIDE:
             raise UsageError(
-                f"lpips: pictures of {twin.shape[2]}x{twin.shape[1]} pixels are too small; at least {LEAST}"
+                f"lpips: pictures of {reference.shape[2]}x{reference.shape[1]} pixels are too small; expected "
+                f"at least {MIN_SIDE}"
             )
         with torch.inference_mode():
-            total = torch.zeros(len(twin))
-            for number, (a, b) in enumerate(zip(self._activations(twin), self._activations(made), strict=True)):
+            total = torch.zeros(len(reference))
+            for number, (a, b) in enumerate(
+                zip(self._activations(reference), self._activations(candidate), strict=True)
+            ):
                 head = self._heads[f"lin{number}.model.1.weight"]
                 total += torch.nn.functional.conv2d((a - b) ** 2, head).mean(dim=(1, 2, 3))
         return total.tolist()
 
     def _activations(self, pixels: NDArray[np.uint8]) -> list[Tensor]:
-        """Of unit length along the channels, behind each of the five ReLUs."""
+        """Of unit length along the channels, after each of the five ReLUs."""
         import torch
         from torch.nn import functional as nn
 
         shift, scale = (torch.tensor(values)[:, None, None] for values in (SHIFT, SCALE))
-        x = (tensor_of(pixels) / 127.5 - 1 - shift) / scale
-        found = []
+        x = (tensor_from_pixels(pixels) / 127.5 - 1 - shift) / scale
+        activations = []
         for layer, (stride, padding, pools) in LAYERS.items():
             x = nn.max_pool2d(x, 3, stride=2) if pools else x
             weight, bias = (self._alexnet[f"features.{layer}.{part}"] for part in ("weight", "bias"))
             x = nn.relu(nn.conv2d(x, weight, bias, stride, padding))
-            found.append(x / (EPS + x.square().sum(dim=1, keepdim=True)).sqrt())
-        return found
+            activations.append(x / (EPS + x.square().sum(dim=1, keepdim=True)).sqrt())
+        return activations

@@ -1,31 +1,33 @@
-"""PSNR and SSIM between two pictures of equal number: how far a bundle's picture is from its float twin's."""
+"""PSNR and SSIM between two pictures of equal number, a bundle's and its float reference's."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.numerics import psnr_db
+from qdeploy.base.numerics import psnr_db
 
 Pixels = NDArray[np.uint8]
 
 
-def psnr_of(twin: Pixels, made: Pixels) -> list[float]:
+def compute_psnr(reference: Pixels, candidate: Pixels) -> list[float]:
     """dB of each picture ``uint8[B, H, W, 3]``; infinite for equal ones."""
-    return [psnr_db(a.astype(np.float32), b.astype(np.float32), peak=255) for a, b in zip(twin, made, strict=True)]
+    return [
+        psnr_db(a.astype(np.float32), b.astype(np.float32), peak=255) for a, b in zip(reference, candidate, strict=True)
+    ]
 
 
-def ssim_of(twin: Pixels, made: Pixels) -> list[float]:
+def compute_ssim(reference: Pixels, candidate: Pixels) -> list[float]:
     """Structural similarity of each picture ``uint8[B, H, W, 3]``, at most 1 (Wang et al. 2004), by torchmetrics."""
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    first, second = tensor_of(twin), tensor_of(made)
-    found = structural_similarity_index_measure(second, first, data_range=255.0, reduction="none")
-    return torch.as_tensor(found).tolist()
+    first, second = tensor_from_pixels(reference), tensor_from_pixels(candidate)
+    values = structural_similarity_index_measure(second, first, data_range=255.0, reduction="none")
+    return torch.as_tensor(values).tolist()
 
 
-def tensor_of(pixels: Pixels):  # noqa: ANN201 - a torch tensor; torch is imported where it is needed
+def tensor_from_pixels(pixels: Pixels):  # noqa: ANN201 - a torch tensor; torch is imported where it is needed
     """``float32[B, 3, H, W]`` in 0..255."""
     import torch
 

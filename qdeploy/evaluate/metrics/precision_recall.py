@@ -27,20 +27,24 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall_of(made: Array, reference: Array, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
-    """Of ``made float32[n, d]`` and ``reference float32[m, d]``."""
-    return PrecisionRecall(covered(made, reference, neighbours), covered(reference, made, neighbours))
+def compute_precision_recall(generated: Array, reference: Array, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
+    """Of ``generated float32[n, d]`` and ``reference float32[m, d]``."""
+    return PrecisionRecall(
+        compute_coverage(generated, reference, neighbours), compute_coverage(reference, generated, neighbours)
+    )
 
 
-def covered(points: Array, manifold: Array, neighbours: int) -> float:
+def compute_coverage(points: Array, manifold: Array, neighbours: int) -> float:
     """Share of ``points`` within the manifold of the other rows."""
     nearest = min(neighbours, len(manifold) - 1)
     # a row's smallest distance is to itself
-    radii = np.concatenate([np.partition(block, nearest, axis=1)[:, nearest] for block in blocks(manifold, manifold)])
-    return float(np.concatenate([(block <= radii).any(axis=1) for block in blocks(points, manifold)]).mean())
+    radii = np.concatenate(
+        [np.partition(block, nearest, axis=1)[:, nearest] for block in iter_distances(manifold, manifold)]
+    )
+    return float(np.concatenate([(block <= radii).any(axis=1) for block in iter_distances(points, manifold)]).mean())
 
 
-def blocks(rows: Array, columns: Array) -> Iterator[NDArray[np.float64]]:
+def iter_distances(rows: Array, columns: Array) -> Iterator[NDArray[np.float64]]:
     """Squared distances ``float64[<= ROWS, columns]``, some rows at a time."""
     right = np.asarray(columns, np.float64)
     squares = np.square(right).sum(axis=1)

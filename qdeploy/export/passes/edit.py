@@ -1,4 +1,4 @@
-"""What passes have in common: constants, new nodes, nodes that take another's place."""
+"""Helpers of the passes: constants, new nodes, replacing nodes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 SIGNED_CODES = (ir.DataType.INT8, ir.DataType.INT4)
 CONTRIB = "com.microsoft"  # domain of ONNX Runtime's own operators
 Side = int | str  # a dimension: its size, or an open one's expression
-UNKNOWN = "?"  # what the expression of one that the exporter could not tell begins with
+UNKNOWN = "?"  # prefix of the expression of one that the exporter could not determine
 
 
-def constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
-    """A new initializer; one of that name gives way to it."""
+def add_constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
+    """Add an initializer; it replaces one of that name."""
     tensor = ir.Tensor(array, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.initializers[name] = value
@@ -25,22 +25,22 @@ def constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
 
 
 def store_as(graph: ir.Graph, value: ir.Value, tensor: ir.Tensor) -> None:
-    """Hold the initializer ``value`` as ``tensor``, of another element type; a Cast of its old name brings it back."""
+    """Store the initializer ``value`` as ``tensor`` of another element type, with a Cast of its old name back."""
     name = value.name
     assert name is not None
     assert value.const_value is not None
     small = ir.Value(name=tensor.name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     del graph.initializers[name]
     graph.register_initializer(small)
-    kind = value.const_value.dtype
-    cast = ir.node("Cast", [small], attributes={"to": kind.value}, name=f"{name}_cast")
+    dtype = value.const_value.dtype
+    cast = ir.node("Cast", [small], attributes={"to": dtype.value}, name=f"{name}_cast")
     output = cast.outputs[0]
-    output.name, output.shape, output.type = name, value.shape, ir.TensorType(kind)
+    output.name, output.shape, output.type = name, value.shape, ir.TensorType(dtype)
     ir.convenience.replace_all_uses_with(value, output)
     graph.insert_before(graph[0], cast)
 
 
-def largest_weight_code(model: ir.Model) -> int:
+def find_largest_weight_code(model: ir.Model) -> int:
     """Largest magnitude among the initializers of 8 or 4 signed bits: 127 or 64 in W8, 8 in W4; 0 without any."""
     ends = [0]
     for value in model.graph.initializers.values():
@@ -51,14 +51,14 @@ def largest_weight_code(model: ir.Model) -> int:
     return max(ends)
 
 
-def array_of(value: ir.Value | None) -> NDArray | None:
+def get_array(value: ir.Value | None) -> NDArray | None:
     """The content of an initializer, None for anything else."""
     if value is None or not value.is_initializer() or value.const_value is None:
         return None
     return value.const_value.numpy()
 
 
-def made(
+def add_node(
     op_type: str,
     inputs: list[ir.Value | None],
     name: str,
@@ -67,7 +67,7 @@ def made(
     domain: str = "",
     **attributes: Any,
 ) -> ir.Value:
-    """The float32 output of a new node in front of ``before``, of whose module it is."""
+    """The float32 output of a new node before ``before``, in the same module."""
     node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
     node.metadata_props.update(before.metadata_props)
     output = node.outputs[0]
@@ -79,8 +79,8 @@ def made(
     return output
 
 
-def replace(node: ir.Node, value: ir.Value) -> None:
-    """Let ``value`` take the place of ``node``'s only output; as a graph output it takes over the name."""
+def replace_node(node: ir.Node, value: ir.Value) -> None:
+    """Replace ``node``'s only output with ``value``; as a graph output it takes over the name."""
     graph, output = node.graph, node.outputs[0]
     assert graph is not None
     name = output.name if output.is_graph_output() else value.name
@@ -96,8 +96,8 @@ def remove_unused(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-def shape_of(value: ir.Value | None) -> tuple[Side, ...]:
-    """Shape of a value whose rank the exporter set; a side that it could not tell equals no other value's."""
+def get_shape(value: ir.Value | None) -> tuple[Side, ...]:
+    """Shape of a value whose rank the exporter set; a side that it could not determine equals no other value's."""
     assert value is not None
     assert value.shape is not None
     return tuple(
@@ -106,40 +106,40 @@ def shape_of(value: ir.Value | None) -> tuple[Side, ...]:
     )
 
 
-def width_of(value: ir.Value | None, axis: int = -1) -> int:
+def get_width(value: ir.Value | None, axis: int = -1) -> int:
     """Size of an axis that is never open: a layer's channels, an attention's heads."""
-    side = shape_of(value)[axis]
+    side = get_shape(value)[axis]
     assert isinstance(side, int)
     return side
 
 
-def volume(sides: Sequence[Side]) -> tuple[int, tuple[str, ...]]:
+def count_elements(sides: Sequence[Side]) -> tuple[int, tuple[str, ...]]:
     """Product of the sides: its number, and the open ones' expressions in order."""
     return prod(side for side in sides if isinstance(side, int)), tuple(sorted(s for s in sides if isinstance(s, str)))
 
 
-def only_use(value: ir.Value) -> ir.Node | None:
+def find_only_reader(value: ir.Value) -> ir.Node | None:
     """The one node that reads ``value``, None when there are more or it is a graph output."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def per_channel(node: ir.Node) -> tuple[ir.Value, NDArray, int] | None:
+def match_per_channel(node: ir.Node) -> tuple[ir.Value, NDArray, int] | None:
     """Of an operation with one constant number a channel: the activation, the numbers ``[C]``, and their axis."""
     for value, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
-        array = array_of(other)
+        array = get_array(other)
         if value is None or array is None or value.is_initializer():
             continue
         axes = [axis for axis, side in enumerate(array.shape) if side > 1]
-        rank = len(shape_of(value))
-        if len(axes) == 1 and array.ndim <= rank and shape_of(value) == shape_of(node.outputs[0]):
+        rank = len(get_shape(value))
+        if len(axes) == 1 and array.ndim <= rank and get_shape(value) == get_shape(node.outputs[0]):
             return value, array.reshape(-1), axes[0] + rank - array.ndim
     return None
 
 
-def axis_above(reshape: ir.Node, axis: int) -> int | None:
+def find_input_axis(reshape: ir.Node, axis: int) -> int | None:
     """The axis of a Reshape's (or Unsqueeze's) input that is ``axis`` of its output; None where it is cut or joined."""
-    before, after = shape_of(reshape.inputs[0]), shape_of(reshape.outputs[0])
-    behind = volume(after[axis + 1 :])
-    found = [i for i, side in enumerate(before) if side == after[axis] and volume(before[i + 1 :]) == behind]
-    return found[0] if found else None
+    before, after = get_shape(reshape.inputs[0]), get_shape(reshape.outputs[0])
+    trailing = count_elements(after[axis + 1 :])
+    axes = [i for i, side in enumerate(before) if side == after[axis] and count_elements(before[i + 1 :]) == trailing]
+    return axes[0] if axes else None

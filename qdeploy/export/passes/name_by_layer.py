@@ -4,7 +4,7 @@
 2. A Conv, MatMul or Gemm whose weight is ``LAYER.weight`` (float) or comes by DequantizeLinear
    from ``LAYER.weight_quant.codes`` (integer) is named ``LAYER``; a second one, reading what the first
    pass over the activation rounded off, ``LAYER.rest``. So is a MatMul with a constant whose name was lost.
-3. The two products of an attention, which multiply activations alone, are named ``ATTENTION.scores`` and
+3. The two products of an attention, which multiply only activations, are named ``ATTENTION.scores`` and
    ``ATTENTION.values`` after the module that they were traced in; both in one fused node ``ATTENTION``.
 """
 
@@ -33,8 +33,8 @@ def name_by_layer(model: ir.Model) -> int:
     for node in model.graph:
         if node.op_type not in (*LAYER_OPS, FUSED_ATTENTION):
             continue
-        module = module_of(node)
-        if layer := layer_of(node) or (reads_constant(node) and module):
+        module = find_module(node)
+        if layer := find_layer(node) or (reads_constant(node) and module):
             node.name = f"{layer}.rest" if layer in named else layer
             named.add(layer)
         elif module and node.op_type == FUSED_ATTENTION:
@@ -47,10 +47,10 @@ def name_by_layer(model: ir.Model) -> int:
     return len(named)
 
 
-def layer_of(node: ir.Node) -> str | None:
+def find_layer(node: ir.Node) -> str | None:
     """The torch layer whose weight ``node`` uses, or None for e.g. an attention MatMul."""
     for value in node.inputs[:2]:
-        source = _through_dequantize(value)
+        source = _skip_dequantize(value)
         if source is None or source.name is None or not source.is_initializer():
             continue
         for suffix in (CODES, FLOAT_WEIGHT):
@@ -63,14 +63,14 @@ def reads_constant(node: ir.Node) -> bool:
     return any(value is not None and value.is_initializer() for value in node.inputs[:2])
 
 
-def module_of(node: ir.Node) -> str:
+def find_module(node: ir.Node) -> str:
     """The torch module that computes ``node`` itself; a quantized attention's processor counts as the attention."""
     scopes: list[str] = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
     return "" if len(scopes) < 2 else scopes[-2].removesuffix(PROCESSOR).removeprefix(PREFIX)  # the last is the node's
 
 
-def _through_dequantize(value: ir.Value | None) -> ir.Value | None:
-    """The integer tensor behind a DequantizeLinear or the float one behind a Transpose; else ``value``."""
+def _skip_dequantize(value: ir.Value | None) -> ir.Value | None:
+    """The integer input of a DequantizeLinear or the float input of a Transpose; else ``value``."""
     producer = None if value is None else value.producer()
     if producer is not None and producer.op_type in ("DequantizeLinear", "Transpose"):
         return producer.inputs[0]

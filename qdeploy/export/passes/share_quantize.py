@@ -2,7 +2,7 @@
 
 1. Q/K/V of one attention: three Q-DQ pairs on one tensor with equal constants become one pair, and so do
    the three multiplications by an equalizing ratio before them.
-2. Unequal scale, zero point, ratio or element type: left alone.
+2. Unequal scale, zero point, ratio or element type: left unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def share_quantize(model: ir.Model) -> int:
         for node in list(model.graph):
             if node.op_type != op_type or not _reads_activation(node):
                 continue
-            keeper = first.setdefault(_key(node), node)
+            keeper = first.setdefault(_build_key(node), node)
             if keeper is not node:
                 ir.convenience.replace_all_uses_with(node.outputs[0], keeper.outputs[0])
                 model.graph.remove(node, safe=True)
@@ -33,7 +33,7 @@ def _reads_activation(node: ir.Node) -> bool:
     return computed and all(value is not None and value.const_value is not None for value in others)
 
 
-def _key(node: ir.Node) -> tuple:
+def _build_key(node: ir.Node) -> tuple:
     """What two nodes must share to be the same: their input and the values of scale and zero point."""
     constants = tuple(
         (value.const_value.dtype, value.const_value.numpy().tobytes())

@@ -2,8 +2,8 @@
 
 1. A large float32 constant of which every value is an fp16 number, as those of a checkpoint in fp16 are: FLOAT16
    initializer -> Cast(FLOAT) -> what read it. Engines fold the Cast while loading.
-2. Any other constant: left alone.
-3. A graph without integer weights: left alone, so that a float export stays what other tools read.
+2. Any other constant: left unchanged.
+3. A graph without integer weights: left unchanged, so that a float export stays what other tools read.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qdeploy.export.passes.edit import array_of, store_as
+from qdeploy.export.passes.edit import get_array, store_as
 
 STORED = "_fp16"
-LARGE = 2**16  # values; below, nothing is won
+MIN_SIZE = 2**16  # values; smaller ones save nothing
 
 
 def store_fp16(model: ir.Model) -> int:
@@ -24,7 +24,7 @@ def store_fp16(model: ir.Model) -> int:
         return 0
     stored = 0
     for name, value in list(graph.initializers.items()):
-        array = array_of(value)
+        array = get_array(value)
         if array is None or not fits_fp16(array):
             continue
         store_as(graph, value, ir.Tensor(array.astype(np.float16), name=name + STORED))
@@ -33,7 +33,7 @@ def store_fp16(model: ir.Model) -> int:
 
 
 def fits_fp16(array: np.ndarray) -> bool:
-    if array.dtype != np.float32 or array.size < LARGE:
+    if array.dtype != np.float32 or array.size < MIN_SIZE:
         return False
     with np.errstate(over="ignore"):
         return bool(np.array_equal(array.astype(np.float16).astype(np.float32), array))

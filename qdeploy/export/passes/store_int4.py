@@ -3,7 +3,7 @@
 1. An INT8 weight whose codes all lie in [-8, 7]: INT4 initializer -> Cast(INT8) -> what read it. Engines
    fold the Cast while loading and run the very int8 kernels that they run for int8 storage; INT4
    straight into DequantizeLinear makes them compute in float (ONNX Runtime, OpenVINO).
-2. Any other weight: left alone.
+2. Any other weight: left unchanged.
 """
 
 from __future__ import annotations

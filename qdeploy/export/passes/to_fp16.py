@@ -1,7 +1,7 @@
 """Compute in fp16: every float32 value that fp16 can hold becomes one, inputs and outputs of the graph excepted.
 
-1. A constant that only fp16 nodes read lies in the file as fp16, scales of Q and DQ included; one that both kinds
-   read lies there twice. Between the two kinds stands one Cast, however many read it.
+1. A constant that only fp16 nodes read is stored as fp16, scales of Q and DQ included; one that both kinds
+   read is stored twice. One Cast converts between the two kinds, however many nodes read it.
 2. An input that ONNX fixes to float32 (Resize's scales) and an operator that knows no fp16 stay as they are.
 3. A constant out of fp16's range (above 65504; or so small that fp16 would round it by more than 1/256: the largest
    value of a tensor, every value of a quantizer's scales): the node that reads it stays float32.
@@ -25,8 +25,8 @@ from qdeploy.export.passes.edit import CONTRIB
 FULL, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 EXACT = ("Sin", "Cos", "ArgMin")
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
-LARGEST = float(np.finfo(np.float16).max)
-SMALLEST = 2.0**-17  # 128 steps of fp16's subnormal numbers: half a step is 1/256
+FP16_MAX = float(np.finfo(np.float16).max)
+FP16_MIN = 2.0**-17  # 128 steps of fp16's subnormal numbers: half a step is 1/256
 MASK = float(np.finfo(np.float32).max)
 
 
@@ -35,46 +35,46 @@ def to_fp16(model: ir.Model) -> int:
     if any(value.dtype is None for node in model.graph for value in node.outputs):
         ShapeInferencePass()(model)
     opset = model.graph.opset_imports[""]
-    full = nodes_in_float32(model, opset)
+    full = find_float32_nodes(model, opset)
     converter = _Converter(model)
     for node in list(model.graph):
-        wanted = FULL if node in full else HALF
-        fixed = () if node in full else fixed_inputs(node, opset)
+        dtype = FULL if node in full else HALF
+        fixed = () if node in full else find_fixed_inputs(node, opset)
         for index, value in enumerate(node.inputs):
             if value is not None and value in converter.floats:
-                node.replace_input_with(index, converter.read(value, FULL if index in fixed else wanted))
-        if wanted is HALF:
+                node.replace_input_with(index, converter.read(value, FULL if index in fixed else dtype))
+        if dtype is HALF:
             converter.make_half(node)
     converter.restore_outputs()
     return len(full)
 
 
-def nodes_in_float32(model: ir.Model, opset: int) -> set[ir.Node]:
+def find_float32_nodes(model: ir.Model, opset: int) -> set[ir.Node]:
     """Nodes that compute floats and do not become fp16: cases 2, 3 and 5."""
     full: set[ir.Node] = set()
     for node in model.graph:
         if node.op_type in EXACT:
-            full |= {node, *ancestors_of(node)}
-        elif not knows_fp16(node, opset) or any(not fits_fp16(node, x) for x in constants_of(node, opset)):
+            full |= {node, *iter_ancestors(node)}
+        elif not supports_fp16(node, opset) or any(not fits_fp16(node, x) for x in iter_constants(node, opset)):
             full.add(node)
     return full
 
 
-def ancestors_of(node: ir.Node) -> Iterator[ir.Node]:
+def iter_ancestors(node: ir.Node) -> Iterator[ir.Node]:
     seen: set[ir.Node] = set()
-    waiting = [node]
-    while waiting:
-        for value in waiting.pop().inputs:
+    stack = [node]
+    while stack:
+        for value in stack.pop().inputs:
             producer = None if value is None else value.producer()
             if producer is not None and producer not in seen:
                 seen.add(producer)
-                waiting.append(producer)
+                stack.append(producer)
                 yield producer
 
 
-def constants_of(node: ir.Node, opset: int) -> Iterator[NDArray[np.float32]]:
+def iter_constants(node: ir.Node, opset: int) -> Iterator[NDArray[np.float32]]:
     """Float32 constants that ``node`` reads where it may read fp16."""
-    fixed = fixed_inputs(node, opset)
+    fixed = find_fixed_inputs(node, opset)
     for index, value in enumerate(node.inputs):
         if index not in fixed and value is not None and value.const_value is not None and value.dtype == FULL:
             yield value.const_value.numpy()
@@ -87,43 +87,43 @@ def fits_fp16(node: ir.Node, values: NDArray[np.float32]) -> bool:
     if sizes.size == 0:
         return True
     smallest = sizes.min() if node.op_type in QUANTIZERS else sizes.max()
-    return bool(sizes.max() <= LARGEST and smallest >= SMALLEST)
+    return bool(sizes.max() <= FP16_MAX and smallest >= FP16_MIN)
 
 
 def is_mask(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.abs(values) >= MASK
 
 
-def half_of(values: NDArray[np.float32]) -> NDArray[np.float16]:
+def half_from_float(values: NDArray[np.float32]) -> NDArray[np.float16]:
     """``values`` in fp16, masks at the end of its range."""
-    return np.clip(values, -LARGEST, LARGEST).astype(np.float16)
+    return np.clip(values, -FP16_MAX, FP16_MAX).astype(np.float16)
 
 
-def knows_fp16(node: ir.Node, opset: int) -> bool:
+def supports_fp16(node: ir.Node, opset: int) -> bool:
     """Whether the operator takes and gives fp16 wherever ``node`` has a float32 that is not fixed."""
     if node.domain == CONTRIB:  # ONNX Runtime's attention, which does
         return True
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
-    sides = [(node.inputs, schema.inputs, fixed_inputs(node, opset)), (node.outputs, schema.outputs, ())]
+    sides = [(node.inputs, schema.inputs, find_fixed_inputs(node, opset)), (node.outputs, schema.outputs, ())]
     return all(
-        "tensor(float16)" in allowed.get(formal_at(formals, index).type_str, ())
+        "tensor(float16)" in allowed.get(get_formal(formals, index).type_str, ())
         for values, formals, fixed in sides
         for index, value in enumerate(values)
         if value is not None and value.dtype == FULL and index not in fixed
     )
 
 
-def fixed_inputs(node: ir.Node, opset: int) -> tuple[int, ...]:
+def find_fixed_inputs(node: ir.Node, opset: int) -> tuple[int, ...]:
     """Numbers of the inputs that ONNX fixes to float32."""
     if node.domain == CONTRIB:
         return ()
     formals = onnx.defs.get_schema(node.op_type, opset, node.domain).inputs
-    return tuple(i for i in range(len(node.inputs)) if formal_at(formals, i).type_str == "tensor(float)")
+    return tuple(i for i in range(len(node.inputs)) if get_formal(formals, i).type_str == "tensor(float)")
 
 
-def formal_at(formals: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> onnx.defs.OpSchema.FormalParameter:
-    """What a schema says of number ``index``; its last parameter may stand for any more."""
+def get_formal(formals: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> onnx.defs.OpSchema.FormalParameter:
+    """Parameter ``index`` of a schema; its last parameter may stand for any further ones."""
     return formals[min(index, len(formals) - 1)]
 
 
@@ -137,13 +137,13 @@ class _Converter:
         self.floats = {value for value in values if value.dtype == FULL}
         self.forms: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
-    def read(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        """``value`` as ``wanted``; constants keep their name where one form alone is read."""
-        if value.dtype == wanted:
+    def read(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """``value`` as ``dtype``; constants keep their name where only one form is read."""
+        if value.dtype == dtype:
             return value
-        if (value, wanted) not in self.forms:
-            self.forms[value, wanted] = self._constant(value) if value.is_initializer() else self._cast(value, wanted)
-        return self.forms[value, wanted]
+        if (value, dtype) not in self.forms:
+            self.forms[value, dtype] = self._constant(value) if value.is_initializer() else self._cast(value, dtype)
+        return self.forms[value, dtype]
 
     def make_half(self, node: ir.Node) -> None:
         """Change the types of what ``node`` computes, and the attributes that name them."""
@@ -153,9 +153,9 @@ class _Converter:
         if node.op_type == "Cast" and node.outputs[0].dtype == HALF:
             node.attributes["to"] = ir.AttrInt64("to", HALF.value)
         if node.op_type == "ConstantOfShape" and node.outputs[0].dtype == HALF:
-            given = node.attributes.get("value")
-            filled = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(half_of(filled)))
+            attribute = node.attributes.get("value")
+            filled = np.zeros(1, np.float32) if attribute is None else attribute.as_tensor().numpy()
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(half_from_float(filled)))
 
     def restore_outputs(self) -> None:
         """Outputs of the graph are float32 under their own names; constants that nothing reads any more go."""
@@ -176,15 +176,15 @@ class _Converter:
     def _constant(self, value: ir.Value) -> ir.Value:
         assert value.const_value is not None
         name = f"{value.name}_fp16"
-        tensor = ir.tensor(half_of(value.const_value.numpy()), name=name)
+        tensor = ir.tensor(half_from_float(value.const_value.numpy()), name=name)
         half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(HALF), const_value=tensor)
         self.graph.register_initializer(half)
         return half
 
-    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        cast = ir.node("Cast", [value], attributes={"to": wanted.value}, name=f"{value.name}_to_{wanted.name.lower()}")
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        cast = ir.node("Cast", [value], attributes={"to": dtype.value}, name=f"{value.name}_to_{dtype.name.lower()}")
         (output,) = cast.outputs
-        output.name, output.shape, output.type = cast.name, value.shape, ir.TensorType(wanted)
+        output.name, output.shape, output.type = cast.name, value.shape, ir.TensorType(dtype)
         producer = value.producer()
         if producer is None:
             self.graph.insert_before(self.graph[0], cast)

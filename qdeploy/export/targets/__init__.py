@@ -11,23 +11,23 @@ from types import ModuleType
 
 import onnx_ir as ir
 
-from qdeploy.export.passes.forget_origin import forget_origin
+from qdeploy.export.passes.strip_metadata import strip_metadata
 
 
 def lower(model: ir.Model, target: str) -> None:
     """Run the passes of ``target`` (module ``qdeploy.export.targets.TARGET``) on ``model`` in place."""
-    module_of(target).lower(model)
-    forget_origin(model)
+    load_lowering(target).lower(model)
+    strip_metadata(model)
 
 
 def check_file(path: Path, component: str, target: str) -> str:
-    """Hold the written graph against the target's own rules; what was checked in a phrase, "" when it has none.
+    """Check the written graph against the target's own rules; a phrase on what was checked, "" when it has none.
 
     Raises AuditError.
     """
-    check = getattr(module_of(target), "check", None)
+    check = getattr(load_lowering(target), "check", None)
     return "" if check is None else check(path, component)
 
 
-def module_of(target: str) -> ModuleType:
+def load_lowering(target: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{target.replace('-', '_')}")

@@ -1,7 +1,7 @@
 """Lowering for OpenVINO's CPU plugin.
 
-It runs Conv and MatMul between DequantizeLinear in integers as they come, and needs no Q behind them.
-Weights of 4 bits lie in the file as INT4 and run on int8 kernels.
+It runs Conv and MatMul between DequantizeLinear in integers directly, and needs no Q after them.
+4-bit weights are stored as INT4 and run on int8 kernels.
 """
 
 from __future__ import annotations

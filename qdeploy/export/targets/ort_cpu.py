@@ -2,7 +2,7 @@
 
 It makes QLinearConv of DQ-Conv-Q by itself. Linear layers become its MatMulIntegerToFloat here, with their
 bias, which it would leave as an Add; float attention its MultiHeadAttention, which never holds all scores.
-4-bit weights lie in the file as INT4 and run on the same int8 kernels.
+4-bit weights are stored as INT4 and run on the same int8 kernels.
 """
 
 from __future__ import annotations

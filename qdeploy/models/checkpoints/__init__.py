@@ -12,17 +12,22 @@ say enough, and must agree with them where they can.
 
 from __future__ import annotations
 
-from qdeploy.models.checkpoints.convert import CheckpointFacts, Converted, convert_checkpoint, describe_checkpoint
+from qdeploy.models.checkpoints.convert import (
+    CheckpointFacts,
+    ConvertedCheckpoint,
+    convert_checkpoint,
+    describe_checkpoint,
+)
 from qdeploy.models.checkpoints.file import SUFFIXES, read_checkpoint, torch_load
-from qdeploy.models.checkpoints.kinds import kind_of
+from qdeploy.models.checkpoints.kinds import detect_kind
 
 __all__ = [
     "SUFFIXES",
     "CheckpointFacts",
-    "Converted",
+    "ConvertedCheckpoint",
     "convert_checkpoint",
     "describe_checkpoint",
-    "kind_of",
+    "detect_kind",
     "read_checkpoint",
     "torch_load",
 ]

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
+from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints import first_stage, text, unet
 from qdeploy.models.checkpoints.file import read_checkpoint
-from qdeploy.models.checkpoints.heads import heads_of
+from qdeploy.models.checkpoints.heads import read_heads
 from qdeploy.models.checkpoints.kinds import (
     COND_STAGE,
     FIRST_STAGE,
@@ -21,13 +21,13 @@ from qdeploy.models.checkpoints.kinds import (
     TEXT2IMG,
     UNCONDITIONAL,
     UNET,
+    detect_kind,
     has_ema,
-    kind_of,
-    part_of,
-    with_ema,
+    select_part,
+    swap_in_ema,
 )
 from qdeploy.models.checkpoints.original_config import OriginalConfig, read_config
-from qdeploy.models.checkpoints.schedule import scaling_factor, scheduler_config
+from qdeploy.models.checkpoints.schedule import read_scaling_factor, read_scheduler_config
 
 IMAGE_SIDE = {SD1: 512, UNCONDITIONAL: 256, TEXT2IMG: 256}  # of the published models
 MISSING = {
@@ -38,7 +38,7 @@ MISSING = {
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedCheckpoint:
     """A checkpoint as float32 modules in eval mode, their weights mapped from the file where it holds float32.
 
     The file must stay as it is while they are in use.
@@ -56,18 +56,18 @@ class Converted:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a checkpoint holds, by names and shapes alone."""
+    """What a checkpoint holds, only by names and shapes."""
 
     kind: str
     parameters: Mapping[str, int]  # by component
     latents: tuple[int, int, int]  # channels, height, width
     image_side: int
-    ema: bool  # averaged weights of the UNet beside the last ones
+    ema: bool  # averaged weights of the UNet besides the last ones
     missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _OpenCheckpoint:
     """A file's tensors by part, and the sizes that all steps need."""
 
     kind: str
@@ -77,85 +77,87 @@ class _Opened:
     first_stage: first_stage.FirstStageLayout
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        return part_of(self.tensors, prefix)
+        return select_part(self.tensors, prefix)
 
     @property
     def sample_size(self) -> int:
-        stated = None if self.config is None else self.config.number("image_size")
-        return IMAGE_SIDE[self.kind] // self.first_stage.factor if stated is None else int(stated)
+        size = None if self.config is None else self.config.number("image_size")
+        return IMAGE_SIDE[self.kind] // self.first_stage.factor if size is None else int(size)
 
     @property
     def image_side(self) -> int:
         return self.sample_size * self.first_stage.factor
 
 
-def convert_checkpoint(path: Path, config: Path | None = None, ema: bool = False) -> Converted:
+def convert_checkpoint(path: Path, config: Path | None = None, ema: bool = False) -> ConvertedCheckpoint:
     """The modules of an original CompVis checkpoint, exactly; nothing is fetched, nothing in the file is executed.
 
     ``config``: the original YAML, needed only where heads, betas or scale are not those of a published model.
     ``ema``: take the averaged UNet, which the original LDM sampling scripts use. ModelError says what is wrong.
     """
-    with _naming(path):
-        opened = _open(path, config, ema)
-        vq = opened.first_stage.n_embed is not None
-        scale = scaling_factor(opened.kind, opened.tensors, opened.config, vq)
-        heads = heads_of(opened.kind, opened.unet.channel_mult, opened.config)
-        return Converted(
-            kind=opened.kind,
-            scheduler_config=scheduler_config(opened.kind, opened.tensors, opened.config),
-            unet=unet.convert_unet(opened.part(UNET), opened.unet, heads, opened.sample_size),
-            vae=first_stage.convert_first_stage(opened.part(FIRST_STAGE), opened.first_stage, opened.image_side, scale),
-            text_encoder=_text_encoder(opened),
+    with _name_file_in_errors(path):
+        checkpoint = _open(path, config, ema)
+        vq = checkpoint.first_stage.n_embed is not None
+        scale = read_scaling_factor(checkpoint.kind, checkpoint.tensors, checkpoint.config, vq)
+        heads = read_heads(checkpoint.kind, checkpoint.unet.channel_mult, checkpoint.config)
+        return ConvertedCheckpoint(
+            kind=checkpoint.kind,
+            scheduler_config=read_scheduler_config(checkpoint.kind, checkpoint.tensors, checkpoint.config),
+            unet=unet.convert_unet(checkpoint.part(UNET), checkpoint.unet, heads, checkpoint.sample_size),
+            vae=first_stage.convert_first_stage(
+                checkpoint.part(FIRST_STAGE), checkpoint.first_stage, checkpoint.image_side, scale
+            ),
+            text_encoder=_convert_text_encoder(checkpoint),
             scaling_factor=scale,
-            sample_size=opened.sample_size,
-            missing=MISSING[opened.kind],
+            sample_size=checkpoint.sample_size,
+            missing=MISSING[checkpoint.kind],
         )
 
 
 def describe_checkpoint(path: Path, config: Path | None = None) -> CheckpointFacts:
     """Kind, sizes and gaps of a checkpoint; no module is built and no weight read."""
-    with _naming(path):
-        opened = _open(path, config, ema=False)
+    with _name_file_in_errors(path):
+        checkpoint = _open(path, config, ema=False)
     parts = {"text_encoder": COND_STAGE, "unet": UNET, "vae": FIRST_STAGE}
-    counts = {name: sum(t.numel() for t in opened.part(prefix).values()) for name, prefix in parts.items()}
+    counts = {name: sum(t.numel() for t in checkpoint.part(prefix).values()) for name, prefix in parts.items()}
     return CheckpointFacts(
-        kind=opened.kind,
+        kind=checkpoint.kind,
         parameters={name: count for name, count in counts.items() if count},
-        latents=(opened.first_stage.embed_dim, opened.sample_size, opened.sample_size),
-        image_side=opened.image_side,
-        ema=has_ema(opened.tensors),
-        missing=MISSING[opened.kind],
+        latents=(checkpoint.first_stage.embed_dim, checkpoint.sample_size, checkpoint.sample_size),
+        image_side=checkpoint.image_side,
+        ema=has_ema(checkpoint.tensors),
+        missing=MISSING[checkpoint.kind],
     )
 
 
-def _open(path: Path, config: Path | None, ema: bool) -> _Opened:
+def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
     tensors = read_checkpoint(path)
     original = None if config is None else read_config(config)
-    kind = kind_of(tensors, original)
-    tensors = with_ema(tensors) if ema else tensors
-    opened = _Opened(
+    kind = detect_kind(tensors, original)
+    tensors = swap_in_ema(tensors) if ema else tensors
+    checkpoint = _OpenCheckpoint(
         kind,
         tensors,
         original,
-        unet.read_layout(part_of(tensors, UNET)),
-        first_stage.read_layout(part_of(tensors, FIRST_STAGE)),
+        unet.read_layout(select_part(tensors, UNET)),
+        first_stage.read_layout(select_part(tensors, FIRST_STAGE)),
     )
     if original is not None:
-        unet.check_config(opened.unet, original)
-        first_stage.check_config(opened.first_stage, original)
+        unet.check_config(checkpoint.unet, original)
+        first_stage.check_config(checkpoint.first_stage, original)
         if kind == TEXT2IMG:
-            text.check_bert_config(opened.part(COND_STAGE), original)
-    return opened
+            text.check_bert_config(checkpoint.part(COND_STAGE), original)
+    return checkpoint
 
 
-def _text_encoder(opened: _Opened) -> nn.Module | None:
-    if opened.kind == UNCONDITIONAL:
+def _convert_text_encoder(checkpoint: _OpenCheckpoint) -> nn.Module | None:
+    if checkpoint.kind == UNCONDITIONAL:
         return None
-    return (text.convert_clip if opened.kind == SD1 else text.convert_bert)(opened.part(COND_STAGE))
+    return (text.convert_clip if checkpoint.kind == SD1 else text.convert_bert)(checkpoint.part(COND_STAGE))
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _name_file_in_errors(path: Path) -> Iterator[None]:
     """Errors name the file; a tensor that is not there, or not of the right dimensions, becomes a ModelError."""
     try:
         yield
@@ -164,6 +166,6 @@ def _naming(path: Path) -> Iterator[None]:
             raise
         raise ModelError(f"{path}: {exc}") from exc
     except KeyError as exc:
-        raise ModelError(f"{path}: the tensor {exc} is missing; it is cut short or of another layout") from exc
+        raise ModelError(f"{path}: the tensor {exc} is missing; it is truncated or of another layout") from exc
     except (IndexError, RuntimeError, TypeError, ZeroDivisionError) as exc:
         raise ModelError(f"{path}: its tensors do not have the shapes of an original checkpoint: {exc}") from exc

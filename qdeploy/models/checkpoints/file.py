@@ -1,7 +1,7 @@
 """Reading one checkpoint file as data: ``torch.save`` archives and safetensors, memory-mapped, never executed.
 
-Training frameworks leave objects beside the weights: Lightning's callback states under their classes, NumPy
-scalars, settings. Those that real files carry are named below and become ``Inert`` things that do nothing, so
+Training frameworks store objects next to the weights: Lightning's callback states under their classes, NumPy
+scalars, settings. Those in real files are named below and become ``Inert`` placeholders, so
 that no such library is imported; a file that names anything else is refused before it is unpickled.
 """
 
@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
+from qdeploy.base.errors import ModelError
 
 SUFFIXES = (".ckpt", ".pt", ".safetensors")
 REMEDY = "get the original file again, or save its weights as .safetensors"
@@ -60,7 +60,7 @@ INERT_DICTS = (
 
 
 class Inert:
-    """What stands for an object that is not weights: made from anything, it keeps and does nothing."""
+    """A placeholder for an object that is not weights: it accepts any arguments and does nothing."""
 
     def __new__(cls, *_: Any) -> Any:
         return object.__new__(cls)
@@ -73,7 +73,7 @@ class Inert:
 
 
 class InertDict(Inert):
-    """Stands for a kind of dict; unpickled items need a plain one to go into."""
+    """A placeholder for a kind of dict; unpickled items need a plain one."""
 
     def __new__(cls, *_: Any) -> Any:
         return {}
@@ -83,15 +83,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Every weight of a ``.ckpt``, ``.pt`` or ``.safetensors`` by its name, left in the file until it is used.
 
     Lightning's ``state_dict`` is unwrapped. Files of torch before 1.6 cannot be mapped and are read whole.
-    ModelError for files that are cut, hostile, no checkpoint or hold no plain tensors.
+    ModelError for files that are truncated, hostile, no checkpoint or hold no plain tensors.
     """
     _check_file(path)
     try:
-        loaded = _safetensors(path) if path.suffix == ".safetensors" else torch_load(path)
+        loaded = _load_safetensors(path) if path.suffix == ".safetensors" else torch_load(path)
     except ValueError as exc:
         raise ModelError(f"{path} is not a checkpoint of plain weights ({exc}); {REMEDY}") from exc
     nested = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict)
-    tensors = _plain_tensors(loaded["state_dict"] if nested else loaded)
+    tensors = _filter_tensors(loaded["state_dict"] if nested else loaded)
     if not tensors:
         raise ModelError(f"{path} holds no tensors by name, neither directly nor in a `state_dict`; {REMEDY}")
     _check_sizes(tensors, path)
@@ -106,20 +106,20 @@ def torch_load(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == ZIP_MAGIC
-        names = _zip_globals(path) if zipped else _legacy_globals(path)
-        with torch.serialization.safe_globals(_inert(names)):
+        names = _read_zip_globals(path) if zipped else _read_legacy_globals(path)
+        with torch.serialization.safe_globals(_make_placeholders(names)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as exc:  # a hostile or cut file may fail anywhere in zipfile, pickletools or torch
-        raise ValueError(_reason(exc)) from exc
+        raise ValueError(_explain(exc)) from exc
 
 
-def _inert(names: set[str]) -> list[Any]:
+def _make_placeholders(names: set[str]) -> list[Any]:
     """A placeholder for each known name, as ``safe_globals`` takes them; ValueError for an unknown one."""
-    kinds = {name: _inert_kind(name) for name in sorted(names)}
-    return [(kind, name) for name, kind in kinds.items() if kind is not None]
+    placeholders = {name: _choose_placeholder(name) for name in sorted(names)}
+    return [(placeholder, name) for name, placeholder in placeholders.items() if placeholder is not None]
 
 
-def _inert_kind(name: str) -> type[Inert] | None:
+def _choose_placeholder(name: str) -> type[Inert] | None:
     if name in INERT_DICTS:
         return InertDict
     if name in INERT or name.startswith(INERT_PACKAGES):
@@ -129,7 +129,7 @@ def _inert_kind(name: str) -> type[Inert] | None:
     return None
 
 
-def _zip_globals(path: Path) -> set[str]:
+def _read_zip_globals(path: Path) -> set[str]:
     """Names in the pickle of a ``torch.save`` archive, whose entries must be stored and lie in the file."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -141,25 +141,25 @@ def _zip_globals(path: Path) -> set[str]:
         if len(trees) != 1 or trees[0].file_size > MAX_PICKLE_BYTES:
             raise ValueError(f"expected one data.pkl of at most {MAX_PICKLE_BYTES >> 20} MiB in it")
         with archive.open(trees[0]) as tree:
-            return set(_globals(tree))
+            return set(_iter_globals(tree))
 
 
-def _legacy_globals(path: Path) -> set[str]:
+def _read_legacy_globals(path: Path) -> set[str]:
     with path.open("rb") as file:
         if file.read(64).startswith(b"version https://git-lfs"):
             raise ValueError("it is a Git LFS pointer, not the file itself")
         file.seek(0)
-        return {name for _ in range(LEGACY_PICKLES) for name in _globals(file)}
+        return {name for _ in range(LEGACY_PICKLES) for name in _iter_globals(file)}
 
 
-def _globals(pickle: IO[bytes]) -> Iterator[str]:
+def _iter_globals(pickle: IO[bytes]) -> Iterator[str]:
     """Dotted names that one pickle asks for, read without running it, in Python 3's spelling."""
     recent, memo = ["", ""], dict[Any, str]()
     for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name in ("GLOBAL", "INST"):
-            yield _modern(*str(argument).split(" ", 1))
+            yield _modernize_name(*str(argument).split(" ", 1))
         elif opcode.name == "STACK_GLOBAL":
-            yield _modern(*recent)
+            yield _modernize_name(*recent)
         elif opcode.name == "MEMOIZE":
             memo[len(memo)] = recent[-1]
         elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -170,32 +170,32 @@ def _globals(pickle: IO[bytes]) -> Iterator[str]:
             recent = [recent[-1], argument]
 
 
-def _modern(module: str, name: str) -> str:
+def _modernize_name(module: str, name: str) -> str:
     """Protocol 2 and below spell modules and names as Python 2 did."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     return f"{module}.{name}"
 
 
-def _reason(exc: Exception) -> str:
-    """One line; torch's own advice (to load unsafely) is left out."""
+def _explain(exc: Exception) -> str:
+    """One line, without torch's own advice (to load unsafely)."""
     text = str(exc) or type(exc).__name__
-    asked = re.search(r"GLOBAL (\S+)", text)
-    if asked:
-        return f"it asks for `{asked[1]}`, which is not weights and could run code"
+    match = re.search(r"GLOBAL (\S+)", text)
+    if match:
+        return f"it asks for `{match[1]}`, which is not weights and could run code"
     if "Unsupported operand" in text:
         return "its pickle is of protocol 3 or later or of 1, which torch reads only by executing it"
     detail = re.search(r"WeightsUnpickler error: (.*)", text)
     return detail[1] if detail else text.splitlines()[0]
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError) as exc:
-        raise ValueError(_reason(exc)) from exc
+        raise ValueError(_explain(exc)) from exc
 
 
 def _check_file(path: Path) -> None:
@@ -205,7 +205,7 @@ def _check_file(path: Path) -> None:
         raise ModelError(f"{path} is not a file of 1 byte to {MAX_FILE_BYTES >> 30} GiB; {REMEDY}")
 
 
-def _plain_tensors(loaded: Any) -> dict[str, Tensor]:
+def _filter_tensors(loaded: Any) -> dict[str, Tensor]:
     """Those entries that are dense tensors of real numbers, under a name."""
     if not isinstance(loaded, Mapping):
         return {}
@@ -220,6 +220,6 @@ def _is_plain(value: Any) -> bool:
 
 def _check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:
     """A small file can describe huge tensors (strides of 0, one storage under many names)."""
-    described = sum(tensor.nbytes for tensor in tensors.values())
-    if described > 2 * path.stat().st_size:  # twice: tied weights are real
-        raise ModelError(f"{path} describes {described} bytes of weights, far more than it holds; {REMEDY}")
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if total_bytes > 2 * path.stat().st_size:  # twice: tied weights are real
+        raise ModelError(f"{path} describes {total_bytes} bytes of weights, far more than it holds; {REMEDY}")

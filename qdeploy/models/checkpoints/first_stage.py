@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
-from qdeploy.models.checkpoints.assemble import check_all_used, filled
+from qdeploy.base.errors import ModelError
+from qdeploy.models.checkpoints.assemble import build_module, check_all_used
 from qdeploy.models.checkpoints.kinds import FIRST_STAGE
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
@@ -61,8 +61,8 @@ def check_config(layout: FirstStageLayout, config: OriginalConfig) -> None:
     """ModelError where the YAML's first stage is not the one that the tensors show."""
     fields = ("in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "z_channels")
     config.check(config.ddconfig, {name: getattr(layout, name) for name in fields})
-    found = {"embed_dim": layout.embed_dim} | ({} if layout.n_embed is None else {"n_embed": layout.n_embed})
-    config.check(config.params("first_stage_config"), found)
+    sizes = {"embed_dim": layout.embed_dim} | ({} if layout.n_embed is None else {"n_embed": layout.n_embed})
+    config.check(config.params("first_stage_config"), sizes)
 
 
 def convert_first_stage(
@@ -71,15 +71,17 @@ def convert_first_stage(
     """``sample_size`` is the pictures' side. ModelError for tensors that diffusers' class has no place for."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    make, config = first_stage_class(layout, sample_size, scaling_factor)
+    make, config = choose_first_stage_class(layout, sample_size, scaling_factor)
     converted = convert_ldm_vae_checkpoint({FIRST_STAGE + name: value for name, value in weights.items()}, config)
     if layout.n_embed is not None:
         converted[CODEBOOK] = weights[CODEBOOK]
     check_all_used(weights, converted, "first stage")
-    return filled(make, config, converted, "first stage")
+    return build_module(make, config, converted, "first stage")
 
 
-def first_stage_class(layout: FirstStageLayout, sample_size: int, scaling_factor: float) -> tuple[Any, dict[str, Any]]:
+def choose_first_stage_class(
+    layout: FirstStageLayout, sample_size: int, scaling_factor: float
+) -> tuple[Any, dict[str, Any]]:
     """diffusers' class of this layout and its settings; ModelError for a layout that it cannot express."""
     from diffusers import AutoencoderKL, VQModel
 

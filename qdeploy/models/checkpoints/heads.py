@@ -1,6 +1,6 @@
 """How many attention heads a UNet has: the one size that no tensor shows.
 
-Read from the original YAML; without it, from the published models, told apart by kind and widths. Anything
+Read from the original YAML; without it, from the published models, identified by kind and widths. Anything
 else needs the YAML, for a wrong number of heads fits every tensor and spoils every picture.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdeploy.errors import ModelError
+from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints.kinds import SD1, TEXT2IMG, UNCONDITIONAL
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
@@ -21,7 +21,7 @@ class Heads:
     channels: int | None = None
     new_order: bool = False
 
-    def of(self, width: int) -> int:
+    def count_at(self, width: int) -> int:
         """Heads at ``width`` channels; ModelError when they do not divide it."""
         heads = self.number if self.channels is None else width // self.channels
         if not heads or width % heads or (self.channels and heads * self.channels != width):
@@ -39,10 +39,10 @@ PUBLISHED = {
 }
 
 
-def heads_of(kind: str, channel_mult: tuple[int, ...], config: OriginalConfig | None) -> Heads:
+def read_heads(kind: str, channel_mult: tuple[int, ...], config: OriginalConfig | None) -> Heads:
     """From the YAML, or the published model with these widths; ModelError asks for the YAML."""
     if config is not None:
-        return _from_config(config)
+        return _heads_from_config(config)
     if (kind, channel_mult) not in PUBLISHED:
         raise ModelError(
             f"the number of attention heads of a UNet with channel_mult {list(channel_mult)} cannot be read off its "
@@ -51,7 +51,7 @@ def heads_of(kind: str, channel_mult: tuple[int, ...], config: OriginalConfig | 
     return PUBLISHED[kind, channel_mult]
 
 
-def _from_config(config: OriginalConfig) -> Heads:
+def _heads_from_config(config: OriginalConfig) -> Heads:
     """-1 stands for "not given"; where both are, the original takes the channels."""
     params = config.params("unet_config")
     number, channels, upward = (

@@ -1,4 +1,4 @@
-"""Which original model a checkpoint holds, by the names of its tensors, and which of them belong to which part."""
+"""Detect which original model a checkpoint holds by its tensors' names, and which of them belong to which part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from qdeploy.errors import ModelError, some_of
+from qdeploy.base.errors import ModelError, join_names
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
 SD1, UNCONDITIONAL, TEXT2IMG = "sd1", "ldm-uncond", "ldm-text2img"
@@ -15,13 +15,13 @@ SD1, UNCONDITIONAL, TEXT2IMG = "sd1", "ldm-uncond", "ldm-text2img"
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 COND_STAGE = "cond_stage_model."
-EMA = "model_ema."  # LitEma's copy of the UNet alone, its names without dots
+EMA = "model_ema."  # LitEma's copy of the UNet, its names without dots
 
 CLIP_TOKENS = re.compile(r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.token_embedding\.weight")
 BERT_TOKENS = "cond_stage_model.transformer.token_emb.weight"
 SUPPORTED = "supported: Stable Diffusion 1.x, and CompVis' unconditional (LSUN, FFHQ, CelebA-HQ) and text-to-image LDMs"
 # Layouts that are known and not converted: a tensor's name or its start, and what to say.
-REFUSED = (
+UNSUPPORTED = (
     ("conditioner.embedders.", "is Stable Diffusion XL"),
     ("cond_stage_model.model.", "has an OpenCLIP text encoder, as Stable Diffusion 2.x does"),
     ("cond_stage_model.embedding.", "is a class-conditional LDM"),
@@ -37,26 +37,26 @@ EXTRAS = re.compile(
 )
 
 
-def kind_of(tensors: Mapping[str, Tensor], config: OriginalConfig | None = None) -> str:
+def detect_kind(tensors: Mapping[str, Tensor], config: OriginalConfig | None = None) -> str:
     """``sd1``, ``ldm-uncond`` or ``ldm-text2img``.
 
     ModelError for layouts that are not converted, for tensors that belong to no part, and where the YAML
     says otherwise.
     """
-    for start, what in REFUSED:
+    for start, what in UNSUPPORTED:
         if any(name.startswith(start) for name in tensors):
             raise ModelError(f"the file {what}, which is not converted; {SUPPORTED}")
     for part, what in ((UNET, "UNet"), (FIRST_STAGE, "first stage")):
         if not any(name.startswith(part) for name in tensors):
             raise ModelError(f"the file has no {what} (no tensor `{part}…`); {SUPPORTED}")
     _check_parts(tensors)
-    kind = _kind_by_text(tensors)
+    kind = _detect_text_kind(tensors)
     if config is not None:
         _check_target(kind, config)
     return kind
 
 
-def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def select_part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with ``prefix``, without it and without known extras."""
     return {
         name.removeprefix(prefix): tensor
@@ -66,10 +66,10 @@ def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def has_ema(tensors: Mapping[str, Tensor]) -> bool:
-    return bool(part_of(tensors, EMA))
+    return bool(select_part(tensors, EMA))
 
 
-def with_ema(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def swap_in_ema(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same file with the UNet's averaged weights in place of the last ones; ModelError where it has none."""
     if not has_ema(tensors):
         raise ModelError("the file has no averaged weights (`model_ema.…`); convert it without EMA")
@@ -87,21 +87,21 @@ def _check_parts(tensors: Mapping[str, Tensor]) -> None:
     known = (UNET, FIRST_STAGE, COND_STAGE, EMA)
     unknown = [name for name in tensors if not name.startswith(known) and not EXTRAS.fullmatch(name)]
     if unknown:
-        raise ModelError(f"{len(unknown)} tensors belong to no known part: {some_of(unknown)}; {SUPPORTED}")
+        raise ModelError(f"{len(unknown)} tensors belong to no known part: {join_names(unknown)}; {SUPPORTED}")
 
 
-def _kind_by_text(tensors: Mapping[str, Tensor]) -> str:
-    crossed = any(name.startswith(UNET) and ".attn2." in name for name in tensors)
-    encoder = part_of(tensors, COND_STAGE)
-    if not crossed and not encoder:
+def _detect_text_kind(tensors: Mapping[str, Tensor]) -> str:
+    has_cross_attention = any(name.startswith(UNET) and ".attn2." in name for name in tensors)
+    encoder = select_part(tensors, COND_STAGE)
+    if not has_cross_attention and not encoder:
         return UNCONDITIONAL
-    if crossed and any(CLIP_TOKENS.fullmatch(name) for name in tensors):
+    if has_cross_attention and any(CLIP_TOKENS.fullmatch(name) for name in tensors):
         return SD1
-    if crossed and BERT_TOKENS in tensors:
+    if has_cross_attention and BERT_TOKENS in tensors:
         return TEXT2IMG
-    if crossed and not encoder:
+    if has_cross_attention and not encoder:
         raise ModelError(f"the file has a UNet with cross-attention but no text encoder (`{COND_STAGE}…`); {SUPPORTED}")
-    raise ModelError(f"the file's conditioning is not text: {some_of(list(encoder))}; {SUPPORTED}")
+    raise ModelError(f"the file's conditioning is not text: {join_names(list(encoder))}; {SUPPORTED}")
 
 
 def _check_target(kind: str, config: OriginalConfig) -> None:

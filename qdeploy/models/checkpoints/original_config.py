@@ -1,4 +1,4 @@
-"""The YAML that the CompVis code trains and samples from, read as plain data: what tensors cannot say.
+"""The YAML that the CompVis code trains and samples from, read as plain data: settings that tensors do not show.
 
 Its layout: ``model.params`` holds the schedule, ``scale_factor`` and ``image_size``, and below it ``unet_config``,
 ``first_stage_config`` and ``cond_stage_config``, each with ``target`` and ``params``.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.errors import ModelError
+from qdeploy.base.errors import ModelError
 
 MAX_YAML_BYTES = 2**20
 REMEDY = "give the YAML that the checkpoint was published with"
@@ -27,14 +27,14 @@ class OriginalConfig:
     def params(self, stage: str) -> Mapping[str, Any]:
         """``params`` of ``unet_config``, ``first_stage_config`` or ``cond_stage_config``; empty where it has none."""
         section = self.model.get(stage)
-        found = section.get("params") if isinstance(section, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+        params = section.get("params") if isinstance(section, Mapping) else None
+        return params if isinstance(params, Mapping) else {}
 
     @property
     def ddconfig(self) -> Mapping[str, Any]:
         """Sizes of the first stage's encoder and decoder."""
-        found = self.params("first_stage_config").get("ddconfig")
-        return found if isinstance(found, Mapping) else {}
+        config = self.params("first_stage_config").get("ddconfig")
+        return config if isinstance(config, Mapping) else {}
 
     def number(self, name: str, section: Mapping[str, Any] | None = None) -> float | None:
         """A number of ``model.params`` (or of ``section``); None where it is not given."""
@@ -43,9 +43,9 @@ class OriginalConfig:
             raise ModelError(f"{self.path}: `{name}` is {value!r}, expected a number; {REMEDY}")
         return value
 
-    def check(self, section: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """ModelError where ``section`` states something else than ``found``, which was read off the tensors."""
-        for name, value in found.items():
+    def check(self, section: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
+        """ModelError where ``section`` states something else than ``actual``, which was read off the tensors."""
+        for name, value in actual.items():
             stated = section.get(name, value)
             stated = tuple(stated) if isinstance(stated, list) else stated
             if stated != value:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
-from qdeploy.models.checkpoints.assemble import filled
+from qdeploy.base.errors import ModelError
+from qdeploy.models.checkpoints.assemble import build_module
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
 CLIP_HEAD_CHANNELS = 64  # of every CLIP text encoder
@@ -38,21 +38,21 @@ def convert_clip(weights: Mapping[str, Tensor]) -> nn.Module:
 
     foreign = [name for name in weights if not name.startswith("transformer.")]
     if foreign:
-        raise ModelError(f"the text encoder has weights beside its transformer: `{foreign[0]}`")
+        raise ModelError(f"the text encoder has weights outside its transformer: `{foreign[0]}`")
     named = convert_ldm_clip_checkpoint({f"cond_stage_model.{name}": value for name, value in weights.items()})
     named = {name.removeprefix("text_model."): value for name, value in named.items()}
     vocab_size, width = named["embeddings.token_embedding.weight"].shape
-    config = clip_config(
+    config = build_clip_config(
         vocab_size,
         width,
         inner=named["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        layers=_layers(named, "encoder.layers.{}.mlp.fc1.weight"),
+        layers=_count_layers(named, "encoder.layers.{}.mlp.fc1.weight"),
         positions=named["embeddings.position_embedding.weight"].shape[0],
     )
-    return filled(CLIPTextModel, config, named, "text encoder")
+    return build_module(CLIPTextModel, config, named, "text encoder")
 
 
-def clip_config(vocab_size: int, width: int, inner: int, layers: int, positions: int) -> Any:
+def build_clip_config(vocab_size: int, width: int, inner: int, layers: int, positions: int) -> Any:
     """``CLIPTextConfig`` of a text encoder with ``inner`` channels between the linear layers of a block."""
     from transformers import CLIPTextConfig
 
@@ -74,7 +74,7 @@ def convert_bert(weights: Mapping[str, Tensor]) -> nn.Module:
     """``BERTEmbedder``'s ``TransformerWrapper``, from its names below ``cond_stage_model.``."""
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-    named = {_bert_name(name.removeprefix("transformer.")): value for name, value in weights.items()}
+    named = {_rename_bert(name.removeprefix("transformer.")): value for name, value in weights.items()}
     vocab_size, width = named["model.embed_tokens.weight"].shape
     inner = named["model.layers.0.self_attn.q_proj.weight"].shape[0]
     if inner != BERT_HEADS * BERT_HEAD_CHANNELS:
@@ -84,32 +84,32 @@ def convert_bert(weights: Mapping[str, Tensor]) -> nn.Module:
     config = LDMBertConfig(
         vocab_size=vocab_size,
         max_position_embeddings=named["model.embed_positions.weight"].shape[0],
-        encoder_layers=_layers(named, "model.layers.{}.fc1.weight"),
+        encoder_layers=_count_layers(named, "model.layers.{}.fc1.weight"),
         encoder_ffn_dim=named["model.layers.0.fc1.weight"].shape[0],
         encoder_attention_heads=BERT_HEADS,
         head_dim=BERT_HEAD_CHANNELS,
         d_model=width,
     )
-    return filled(LDMBertModel, config, named, "text encoder")
+    return build_module(LDMBertModel, config, named, "text encoder")
 
 
 def check_bert_config(weights: Mapping[str, Tensor], config: OriginalConfig) -> None:
     """ModelError where the YAML's text encoder is not the one that the tensors show."""
-    found: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "n_embed": weights["transformer.token_emb.weight"].shape[1],
-        "n_layer": _layers(weights, "transformer.attn_layers.layers.{}.0.weight") // 2,
+        "n_layer": _count_layers(weights, "transformer.attn_layers.layers.{}.0.weight") // 2,
     }
-    config.check(config.params("cond_stage_config"), found)
+    config.check(config.params("cond_stage_config"), sizes)
 
 
-def _bert_name(name: str) -> str:
+def _rename_bert(name: str) -> str:
     for pattern, replacement in BERT_NAMES:
-        found = re.match(pattern, name)
-        if found:
-            layer, *rest = [*found.groups(), "0"] if not found.groups() else found.groups()
-            return replacement.format(int(layer) // 2, *rest) + name[found.end() :]
+        match = re.match(pattern, name)
+        if match:
+            layer, *rest = [*match.groups(), "0"] if not match.groups() else match.groups()
+            return replacement.format(int(layer) // 2, *rest) + name[match.end() :]
     return name
 
 
-def _layers(weights: Mapping[str, Tensor], pattern: str) -> int:
+def _count_layers(weights: Mapping[str, Tensor], pattern: str) -> int:
     return next(i for i in count() if pattern.format(i) not in weights)

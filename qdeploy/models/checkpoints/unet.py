@@ -1,7 +1,7 @@
 """The original ``UNetModel`` as diffusers' ``UNet2DConditionModel`` (with text) or ``UNet2DModel`` (without).
 
 diffusers' ``convert_ldm_unet_checkpoint`` renames residual blocks, spatial transformers and plain resamplers. It
-lacks what unconditional models have: ``AttentionBlock`` (one ``qkv`` convolution, each head's rows together),
+does not know unconditional models' blocks: ``AttentionBlock`` (one ``qkv`` convolution, each head's rows together),
 residual blocks that resample, and 8 heads at every width, which ``UNet2DModel``'s settings cannot say either.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
-from qdeploy.models.checkpoints.assemble import check_all_used, filled
+from qdeploy.base.errors import ModelError
+from qdeploy.models.checkpoints.assemble import build_module, check_all_used
 from qdeploy.models.checkpoints.heads import Heads
 from qdeploy.models.checkpoints.kinds import UNET
 from qdeploy.models.checkpoints.original_config import OriginalConfig
@@ -51,12 +51,12 @@ class UNetLayout:
 def read_layout(weights: Mapping[str, Tensor]) -> UNetLayout:
     """From the weights' names below ``model.diffusion_model.``; KeyError for a tensor that every UNet has."""
     blocks = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
-    stride = 1 + next((i for i in range(blocks) if _resampler(weights, f"output_blocks.{i}")), blocks - 1)
+    stride = 1 + next((i for i in range(blocks) if _find_resampler(weights, f"output_blocks.{i}")), blocks - 1)
     first = [f"input_blocks.{1 + i}" for i in range(0, blocks, stride)]
     width = weights["input_blocks.0.0.weight"].shape[0]
     embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     context = weights.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-    resampler = _resampler(weights, f"output_blocks.{stride - 1}")
+    resampler = _find_resampler(weights, f"output_blocks.{stride - 1}")
     return UNetLayout(
         in_channels=weights["input_blocks.0.0.weight"].shape[1],
         out_channels=weights["out.2.weight"].shape[0],
@@ -80,18 +80,20 @@ def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
     switches = ("use_scale_shift_norm", "resblock_updown")
     config.check(params, {name: getattr(layout, name) for name in (*fields, *switches)})
     factors, levels = params.get("attention_resolutions"), len(layout.attention)
-    found = sorted(2**level for level, attends in enumerate(layout.attention) if attends)
-    if isinstance(factors, list) and [factor for factor in sorted(factors) if factor < 2**levels] != found:
-        raise ModelError(f"{config.path}: `attention_resolutions` is {factors}, the checkpoint's weights say {found}")
+    resolutions = sorted(2**level for level, attends in enumerate(layout.attention) if attends)
+    if isinstance(factors, list) and [factor for factor in sorted(factors) if factor < 2**levels] != resolutions:
+        raise ModelError(
+            f"{config.path}: `attention_resolutions` is {factors}, the checkpoint's weights say {resolutions}"
+        )
 
 
 def convert_unet(weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads, sample_size: int) -> nn.Module:
     """The diffusers UNet with exactly these weights; ModelError for tensors that it has no place for."""
 
     def fill(make: Any, config: Mapping[str, Any]) -> nn.Module:
-        named = _renamed(weights, layout)
+        named = _rename_weights(weights, layout)
         named = named if layout.context_dim is not None else _split_attention(named, heads)
-        return filled(make, config, named, "UNet")
+        return build_module(make, config, named, "UNet")
 
     return build_unet(fill, layout, heads, sample_size)
 
@@ -105,13 +107,13 @@ def build_unet(make: Make, layout: UNetLayout, heads: Heads, sample_size: int) -
             raise ModelError(
                 "text-conditional UNets with `resblock_updown` or `use_scale_shift_norm` are not converted"
             )
-        return make(UNet2DConditionModel, _conditional_config(layout, heads, sample_size))
-    unet = make(UNet2DModel, _unconditional_config(layout, heads, sample_size))
+        return make(UNet2DConditionModel, _build_conditional_config(layout, heads, sample_size))
+    unet = make(UNet2DModel, _build_unconditional_config(layout, heads, sample_size))
     _set_heads(unet, heads)
     return unet
 
 
-def _common_config(layout: UNetLayout, sample_size: int) -> dict[str, Any]:
+def _build_common_config(layout: UNetLayout, sample_size: int) -> dict[str, Any]:
     return dict(
         sample_size=sample_size,
         in_channels=layout.in_channels,
@@ -121,12 +123,12 @@ def _common_config(layout: UNetLayout, sample_size: int) -> dict[str, Any]:
     )
 
 
-def _conditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
+def _build_conditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
     down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention)
     up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(layout.attention))
-    counts = tuple(heads.of(width) for width in layout.widths)
+    counts = tuple(heads.count_at(width) for width in layout.widths)
     return dict(
-        **_common_config(layout, sample_size),
+        **_build_common_config(layout, sample_size),
         down_block_types=down,
         up_block_types=up,
         cross_attention_dim=layout.context_dim,
@@ -135,32 +137,32 @@ def _conditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> d
     )
 
 
-def _unconditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
-    kind = "Resnet{}sampleBlock2D" if layout.resblock_updown else "{}Block2D"
-    names = {True: "Attn{}Block2D", False: kind}
+def _build_unconditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
+    plain_block = "Resnet{}sampleBlock2D" if layout.resblock_updown else "{}Block2D"
+    names = {True: "Attn{}Block2D", False: plain_block}
     down = tuple(names[attends] for attends in layout.attention)
     resampling = "resnet" if layout.resblock_updown else "conv"
     return dict(
-        **_common_config(layout, sample_size),
+        **_build_common_config(layout, sample_size),
         down_block_types=tuple(name.format("Down") for name in down),
         up_block_types=tuple(name.format("Up") for name in reversed(down)),
         downsample_type=resampling,
         upsample_type=resampling,
-        attention_head_dim=layout.model_channels // heads.of(layout.model_channels),
+        attention_head_dim=layout.model_channels // heads.count_at(layout.model_channels),
         attn_norm_num_groups=32,  # else the middle block's attention loses its norm under scale_shift
         resnet_time_scale_shift="scale_shift" if layout.use_scale_shift_norm else "default",
     )
 
 
-def _renamed(weights: Mapping[str, Tensor], layout: UNetLayout) -> dict[str, Tensor]:
+def _rename_weights(weights: Mapping[str, Tensor], layout: UNetLayout) -> dict[str, Tensor]:
     """diffusers' names, by its own converter and, for residual blocks that resample, by hand around it."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, update_unet_resnet_ldm_to_diffusers
 
-    upward = _up_blocks(layout) if layout.resblock_updown else {}
-    held_back = {name for name in weights if name.startswith(tuple(upward))} if upward else set()
+    up_blocks = _map_up_blocks(layout) if layout.resblock_updown else {}
+    held_back = {name for name in weights if name.startswith(tuple(up_blocks))} if up_blocks else set()
     source = {UNET + name: tensor for name, tensor in weights.items() if name not in held_back}
     converted = convert_ldm_unet_checkpoint(source, {"layers_per_block": layout.num_res_blocks})
-    for old, new in upward.items():
+    for old, new in up_blocks.items():
         names = [name for name in held_back if name.startswith(old)]
         update_unet_resnet_ldm_to_diffusers(names, converted, weights, {"old": old, "new": new})
     check_all_used(weights, converted, "UNet")
@@ -171,8 +173,8 @@ def _renamed(weights: Mapping[str, Tensor], layout: UNetLayout) -> dict[str, Ten
     }
 
 
-def _up_blocks(layout: UNetLayout) -> dict[str, str]:
-    """Names of the residual blocks that resample up, behind the attention where a level has it."""
+def _map_up_blocks(layout: UNetLayout) -> dict[str, str]:
+    """Names of the residual blocks that resample up, after the attention where a level has it."""
     levels = list(reversed(layout.attention))[:-1]
     return {
         f"output_blocks.{(i + 1) * layout.stride - 1}.{2 if attends else 1}.": f"up_blocks.{i}.upsamplers.0."
@@ -186,20 +188,20 @@ def _split_attention(weights: Mapping[str, Tensor], heads: Heads) -> dict[str, T
     for name, tensor in weights.items():
         block, _, leaf = name.rpartition(".attentions.")
         index, _, leaf = leaf.partition(".")
-        here = f"{block}.attentions.{index}"
+        prefix = f"{block}.attentions.{index}"
         if not block:
             renamed[name] = tensor
         elif leaf.startswith("qkv."):
-            rows = _q_k_v(tensor.flatten(1) if tensor.dim() > 1 else tensor, heads)
-            renamed |= {f"{here}.to_{x}.{leaf[4:]}": part for x, part in zip("qkv", rows, strict=True)}
+            rows = _split_qkv(tensor.flatten(1) if tensor.dim() > 1 else tensor, heads)
+            renamed |= {f"{prefix}.to_{x}.{leaf[4:]}": part for x, part in zip("qkv", rows, strict=True)}
         elif leaf.startswith("proj_out."):
-            renamed[f"{here}.to_out.0.{leaf[9:]}"] = tensor.flatten(1) if tensor.dim() > 1 else tensor
+            renamed[f"{prefix}.to_out.0.{leaf[9:]}"] = tensor.flatten(1) if tensor.dim() > 1 else tensor
         else:
-            renamed[f"{here}.group_norm.{leaf.removeprefix('norm.')}"] = tensor
+            renamed[f"{prefix}.group_norm.{leaf.removeprefix('norm.')}"] = tensor
     return renamed
 
 
-def _q_k_v(rows: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+def _split_qkv(rows: Tensor, heads: Heads) -> tuple[Tensor, ...]:
     """``float[3C, …]`` as three ``float[C, …]``.
 
     ``QKVAttentionLegacy`` splits heads first, so its rows are [head, q|k|v, channel]; ``QKVAttention`` (the
@@ -207,7 +209,7 @@ def _q_k_v(rows: Tensor, heads: Heads) -> tuple[Tensor, ...]:
     """
     if heads.new_order:
         return rows.chunk(3)
-    per_head = rows.unflatten(0, (heads.of(rows.shape[0] // 3), 3, -1))
+    per_head = rows.unflatten(0, (heads.count_at(rows.shape[0] // 3), 3, -1))
     return tuple(part.flatten(0, 1) for part in per_head.unbind(1))
 
 
@@ -220,11 +222,14 @@ def _set_heads(unet: nn.Module, heads: Heads) -> None:
 
     for module in unet.modules():
         if isinstance(module, Attention):
-            module.heads = module.sliceable_head_dim = heads.of(module.inner_dim)
+            module.heads = module.sliceable_head_dim = heads.count_at(module.inner_dim)
             module.scale = (module.inner_dim // module.heads) ** -0.5
 
 
-def _resampler(weights: Mapping[str, Tensor], block: str) -> str | None:
+def _find_resampler(weights: Mapping[str, Tensor], block: str) -> str | None:
     """The name of the module at an output block's end that resamples up."""
-    found = (f"{block}.{i}" for i in (1, 2))
-    return next((at for at in found if f"{at}.conv.weight" in weights or f"{at}.in_layers.0.weight" in weights), None)
+    candidates = (f"{block}.{i}" for i in (1, 2))
+    return next(
+        (name for name in candidates if f"{name}.conv.weight" in weights or f"{name}.in_layers.0.weight" in weights),
+        None,
+    )

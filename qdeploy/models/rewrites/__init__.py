@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from qdeploy.errors import TableError
-from qdeploy.models.components import Component
-from qdeploy.models.rewrites.surgery import copy_of
+from qdeploy.base.errors import TableError
+from qdeploy.models.components import TorchComponent
+from qdeploy.models.rewrites.surgery import copy_module
 
-__all__ = ["REWRITES", "apply_rewrite", "copy_of"]
+__all__ = ["REWRITES", "apply_rewrite", "copy_module"]
 
 REWRITES = ("split_skips", "timestep_table")
 
 
-def apply_rewrite(component: Component, name: str) -> list[str]:
+def apply_rewrite(component: TorchComponent, name: str) -> list[str]:
     """Make the rewrite called ``name`` in place, with its defaults; the modules replaced, by name below ``inner``."""
     if name not in REWRITES:
         raise TableError(

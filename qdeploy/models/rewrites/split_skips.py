@@ -14,8 +14,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
-from qdeploy.models.components import Component
+from qdeploy.base.errors import ModelError
+from qdeploy.models.components import TorchComponent
 from qdeploy.models.rewrites.surgery import replace_module
 
 CONCATENATING = (UpBlock2D, CrossAttnUpBlock2D, AttnUpBlock2D)  # each does cat([hidden, skip], dim=1) before a resnet
@@ -24,13 +24,13 @@ CONCATENATING = (UpBlock2D, CrossAttnUpBlock2D, AttnUpBlock2D)  # each does cat(
 class SplitConv2d(nn.Module):
     """``Conv(x) = Conv_h(x[:, :n]) + Conv_skip(x[:, n:])``, a Conv being linear in its input channels.
 
-    ``h`` and ``skip`` read views of the original weight ``float32[out, in, kh, kw]``; the bias is ``h``'s alone.
+    ``h`` and ``skip`` read views of the original weight ``float32[out, in, kh, kw]``; only ``h`` has the bias.
     """
 
     def __init__(self, conv: nn.Conv2d, hidden_channels: int) -> None:
         super().__init__()
-        self.h = conv_of_channels(conv, slice(None, hidden_channels), conv.bias)
-        self.skip = conv_of_channels(conv, slice(hidden_channels, None), None)
+        self.h = slice_conv(conv, slice(None, hidden_channels), conv.bias)
+        self.skip = slice_conv(conv, slice(hidden_channels, None), None)
         self.channels = [hidden_channels, conv.in_channels - hidden_channels]  # the parts may be replaced
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class SplitConv2d(nn.Module):
         return self.h(hidden) + self.skip(skip)
 
 
-def conv_of_channels(conv: nn.Conv2d, channels: slice, bias: Tensor | None) -> nn.Conv2d:
+def slice_conv(conv: nn.Conv2d, channels: slice, bias: Tensor | None) -> nn.Conv2d:
     """The part of ``conv`` that reads the input ``channels``; its weight is a view of ``conv``'s."""
     weight = nn.Parameter(conv.weight[:, channels], conv.weight.requires_grad)
     same: Any = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
@@ -48,29 +48,31 @@ def conv_of_channels(conv: nn.Conv2d, channels: slice, bias: Tensor | None) -> n
     return part
 
 
-def split_skips(component: Component) -> list[str]:
+def split_skips(component: TorchComponent) -> list[str]:
     """Split every Conv of ``component`` (a UNet) that reads a skip connection, in place; their names below ``inner``.
 
     The parts are called ``NAME.h`` and ``NAME.skip``. Outputs change by float round-off only.
     Raises ModelError when an up-block is of an unknown kind or the channels do not add up.
     """
     names = []
-    for resnet_name, hidden_channels in list(skip_readers(component.inner)):
+    for resnet_name, hidden_channels in list(find_skip_readers(component.inner)):
         resnet = component.inner.get_submodule(resnet_name)
         for leaf in ("conv1", "conv_shortcut"):
             if getattr(resnet, leaf) is not None:
                 name = f"{resnet_name}.{leaf}"
-                replace_module(component.inner, name, SplitConv2d(_plain_conv(component.inner, name), hidden_channels))
+                replace_module(
+                    component.inner, name, SplitConv2d(_get_plain_conv(component.inner, name), hidden_channels)
+                )
                 names.append(name)
     return names
 
 
-def skip_readers(unet: Any) -> Iterator[tuple[str, int]]:
+def find_skip_readers(unet: Any) -> Iterator[tuple[str, int]]:
     """Name of each resnet that reads cat([hidden, skip]), and how many channels of that are ``hidden``'s.
 
     Walks the UNet as its forward pass does: skips are pushed on the way down and popped on the way up.
     """
-    skips = skip_channels(unet)
+    skips = list_skip_channels(unet)
     below = unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
     hidden = below.resnets[-1].out_channels
     for block_number, block in enumerate(unet.up_blocks):
@@ -82,17 +84,17 @@ def skip_readers(unet: Any) -> Iterator[tuple[str, int]]:
             hidden = resnet.out_channels
 
 
-def skip_channels(unet: Any) -> list[int]:
+def list_skip_channels(unet: Any) -> list[int]:
     """Channels of each skip connection in the order in which the down path pushes them."""
-    pushed = [unet.conv_in.out_channels]
+    channels = [unet.conv_in.out_channels]
     for block in unet.down_blocks:
-        pushed += [module.out_channels for module in (*block.resnets, *(block.downsamplers or ()))]
-    return pushed
+        channels += [module.out_channels for module in (*block.resnets, *(block.downsamplers or ()))]
+    return channels
 
 
 def _check_kind(number: int, block: nn.Module) -> None:
     if not isinstance(block, CONCATENATING):
-        known = ", ".join(kind.__name__ for kind in CONCATENATING)
+        known = ", ".join(block_class.__name__ for block_class in CONCATENATING)
         raise ModelError(
             f"up_blocks.{number} is a {type(block).__name__}, whose skips cannot be split (known: {known}); "
             "quantize this model without the split"
@@ -107,7 +109,7 @@ def _check_sum(name: str, resnet: ResnetBlock2D, hidden: int, skip: int) -> None
         )
 
 
-def _plain_conv(unet: nn.Module, name: str) -> nn.Conv2d:
+def _get_plain_conv(unet: nn.Module, name: str) -> nn.Conv2d:
     conv = unet.get_submodule(name)
     if not isinstance(conv, nn.Conv2d) or conv.groups != 1:
         raise ModelError(f"{name} is {conv}, expected a Conv2d with groups=1; split a fresh copy of the model, once")

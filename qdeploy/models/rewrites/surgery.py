@@ -1,4 +1,4 @@
-"""Copying a module without copying its weights, and putting one module in another's place."""
+"""Copy a module without copying its weights, and replace one module with another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def copy_of(module: AnyModule) -> AnyModule:
+def copy_module(module: AnyModule) -> AnyModule:
     """A copy with its own modules and ``module``'s own parameters and buffers, so that a rewrite costs no weights.
 
     Replacing modules in the copy leaves ``module`` as it is; writing into a weight changes both.
@@ -20,7 +20,7 @@ def copy_of(module: AnyModule) -> AnyModule:
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at the dotted ``name`` below ``root``, in the mode (train or eval) of what was there."""
+    """Put ``module`` at the dotted ``name`` below ``root``, in the mode (train or eval) of the module there."""
     parent, _, leaf = name.rpartition(".")
     module.train(root.get_submodule(name).training)
     setattr(root.get_submodule(parent), leaf, module)

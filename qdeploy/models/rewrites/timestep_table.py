@@ -1,9 +1,9 @@
-"""The timestep path as a table: every resnet's embedding projection depends on t alone, so it is looked up by t.
+"""The timestep path as a table: every resnet's embedding projection depends only on t, so it is looked up by t.
 
 ``time_emb_proj(SiLU(time_embedding(time_proj(t))))`` is computed once in float32 and stored in
 float16; no error of it is left to quantization (the temporal-information block of TFMQ-DM, Huang et
 al. 2024, arXiv 2311.16503, kept instead of calibrated). Diffusers hands the embedding from module to
-module, so a row number travels in its place and each resnet gathers its own row.
+module, so a row number is passed instead and each resnet gathers its own row.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from qdeploy.errors import ModelError
-from qdeploy.models.components import Component
+from qdeploy.base.errors import ModelError
+from qdeploy.models.components import TorchComponent
 from qdeploy.models.rewrites.surgery import replace_module
 
 # Attributes of diffusers' UNets that mix something else than t into the embedding
@@ -24,9 +24,9 @@ OTHER_EMBEDDINGS = ("class_embedding", "add_embedding")
 
 
 class TimestepRow(nn.Module):
-    """In ``time_proj``'s place: ``timesteps int64[B]`` -> ``row int64[B]`` of the tables.
+    """Replaces ``time_proj``: ``timesteps int64[B]`` -> ``row int64[B]`` of the tables.
 
-    An unknown t gets a row behind the last one, which eager PyTorch refuses with IndexError and ONNX
+    An unknown t gets a row after the last one, which eager PyTorch refuses with IndexError and ONNX
     Runtime's Gather with an error of its own. ONNX's Gather counts negative indices from the end, so
     a negative t is sent out of range as well.
     """
@@ -45,21 +45,19 @@ class TimestepRow(nn.Module):
 
 
 class RowAsEmbedding(nn.Module):
-    """In ``time_embedding``'s place: passes the row number on as ``int64[B]``.
+    """Replaces ``time_embedding``: passes the row number on as ``int64[B]``.
 
     Diffusers casts it to the sample's float32 in between, which is exact below 2**24.
     """
 
     def forward(self, row: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is not None:
-            raise ModelError(
-                "timestep_cond was given, but a timestep table depends on t alone; keep the time embedding"
-            )
+            raise ModelError("timestep_cond was given, but a timestep table depends only on t; keep the time embedding")
         return row.to(torch.int64)
 
 
 class TimestepTable(nn.Module):
-    """In ``time_emb_proj``'s place: ``row int64[B]`` -> ``float32[B, C]``, from ``float16[rows, C]``."""
+    """Replaces ``time_emb_proj``: ``row int64[B]`` -> ``float32[B, C]``, from ``float16[rows, C]``."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -69,19 +67,19 @@ class TimestepTable(nn.Module):
         return self.table.index_select(0, row).to(torch.float32)  # type: ignore[operator]
 
 
-def timestep_table(component: Component, timesteps: int | Sequence[int] = 1000) -> list[str]:
+def timestep_table(component: TorchComponent, timesteps: int | Sequence[int] = 1000) -> list[str]:
     """Replace the timestep path of ``component`` (a UNet) by tables, in place; the replaced projections' names.
 
     ``timesteps`` are those that have a row: 0..N-1 for an int (the scheduler's num_train_timesteps), or
-    the sampler's own, which makes the tables smaller; the component then runs at no other t. Outputs
+    the scheduler's own, which makes the tables smaller; the component then runs at no other t. Outputs
     change by the tables' float16 rounding. Raises ModelError where the embedding holds more than t.
     """
     unet = component.inner
-    steps = checked_timesteps(timesteps)
-    resnets = time_readers(unet)
+    steps = check_timesteps(timesteps)
+    resnets = find_time_readers(unet)
     with torch.no_grad():
-        emb = time_embeddings(unet, steps)
-        tables = {name: stored(name, projection(resnet, emb)) for name, resnet in resnets.items()}
+        emb = compute_time_embeddings(unet, steps)
+        tables = {name: half_from_table(name, project(resnet, emb)) for name, resnet in resnets.items()}
     for name, resnet in resnets.items():
         replace_module(unet, f"{name}.time_emb_proj", TimestepTable(tables[name]))
         resnet.skip_time_act = True  # its SiLU is in the table
@@ -92,7 +90,7 @@ def timestep_table(component: Component, timesteps: int | Sequence[int] = 1000) 
     return [f"{name}.time_emb_proj" for name in resnets]
 
 
-def checked_timesteps(timesteps: int | Sequence[int]) -> Tensor:
+def check_timesteps(timesteps: int | Sequence[int]) -> Tensor:
     """``int64[rows]``, each t once; ModelError when there is none, or one is negative or not whole."""
     values = np.unique(np.arange(timesteps) if isinstance(timesteps, int) else np.asarray(timesteps))
     if len(values) == 0 or not np.issubdtype(values.dtype, np.integer) or values[0] < 0:
@@ -100,8 +98,8 @@ def checked_timesteps(timesteps: int | Sequence[int]) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def time_readers(unet: nn.Module) -> dict[str, ResnetBlock2D]:
-    """Every resnet that adds the time embedding, by name; ModelError unless it is all that reads t, and t all it is."""
+def find_time_readers(unet: nn.Module) -> dict[str, ResnetBlock2D]:
+    """Every resnet that adds the time embedding, by name; ModelError unless only they read it."""
     for name in OTHER_EMBEDDINGS:
         if getattr(unet, name, None) is not None:
             raise ModelError(f"the UNet's {name} mixes more than t into the time embedding; keep the time embedding")
@@ -119,7 +117,7 @@ def time_readers(unet: nn.Module) -> dict[str, ResnetBlock2D]:
     return readers
 
 
-def time_embeddings(unet: nn.Module, timesteps: Tensor) -> Tensor:
+def compute_time_embeddings(unet: nn.Module, timesteps: Tensor) -> Tensor:
     """``float32[rows, D]``: what diffusers' UNets compute from t before their first block."""
     weight = next(unet.time_embedding.parameters())  # type: ignore[union-attr]
     emb = unet.time_embedding(unet.time_proj(timesteps.to(weight.device)).to(weight.dtype))  # type: ignore[operator]
@@ -127,12 +125,12 @@ def time_embeddings(unet: nn.Module, timesteps: Tensor) -> Tensor:
     return emb if act is None else act(emb)
 
 
-def projection(resnet: ResnetBlock2D, emb: Tensor) -> Tensor:
+def project(resnet: ResnetBlock2D, emb: Tensor) -> Tensor:
     """``float32[rows, C]``: what ``ResnetBlock2D.forward`` makes of the embedding (2C for scale and shift)."""
     return resnet.time_emb_proj(emb if resnet.skip_time_act else resnet.nonlinearity(emb))
 
 
-def stored(name: str, table: Tensor) -> Tensor:
+def half_from_table(name: str, table: Tensor) -> Tensor:
     """The table in float16; ModelError when a value is beyond its range."""
     half = table.to(torch.float16)
     if not torch.isfinite(half).all():

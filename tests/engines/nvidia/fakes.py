@@ -186,8 +186,8 @@ class FakeContext:
             named = dict(self._arrays(shapes))
             feeds = {name: named[name].copy() for name, (mode, _) in self.engine.ports.items() if mode == INPUT}
             outputs = [node.name for node in self.engine.session.get_outputs()]
-            for name, found in zip(outputs, self.engine.session.run(outputs, feeds), strict=True):
-                named[name][...] = found
+            for name, output in zip(outputs, self.engine.session.run(outputs, feeds), strict=True):
+                named[name][...] = output
             if self.profiler is not None:
                 self.profiler.report_layer_time("all", 2.0)
 

@@ -11,28 +11,28 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from qdeploy.base.errors import EngineError, EngineUnavailableError, UsageError
 from qdeploy.engines import ort_cuda, tensorrt_rtx
-from qdeploy.engines.base import EngineOptions, Kernel, engine_named
-from qdeploy.engines.nvidia.machine import Found, Gpu
-from qdeploy.engines.nvidia.onnxruntime import BoundSession, check_assignment, opened, session_for
+from qdeploy.engines.base import EngineOptions, Kernel, load_engine
+from qdeploy.engines.nvidia.machine import Gpu, Machine
+from qdeploy.engines.nvidia.onnxruntime import BoundSession, bind_session, check_assignment, open_on_provider
 from qdeploy.engines.ort_cpu import PROVIDER, OrtSession
-from qdeploy.errors import EngineError, EngineUnavailableError, UsageError
 from tests.engines import test_contract as contract
 from tests.engines.nvidia.test_machine import why_not
-from tests.engines.test_contract import WEIGHT, feeds, graph, saved, tensor
+from tests.engines.test_contract import WEIGHT, feeds, graph, save_model, tensor
 
 __all__ = ["graph"]  # a fixture
 
 
-def opened_on_cpu(path: Path) -> onnxruntime.InferenceSession:
-    return opened(path, onnxruntime.SessionOptions(), PROVIDER, {})
+def open_on_cpu(path: Path) -> onnxruntime.InferenceSession:
+    return open_on_provider(path, onnxruntime.SessionOptions(), PROVIDER, {})
 
 
 @pytest.fixture
 def session(graph: Path) -> BoundSession:
-    found = session_for(opened_on_cpu(graph), graph, device="cpu")
-    assert isinstance(found, BoundSession)
-    return found
+    bound_session = bind_session(open_on_cpu(graph), graph, device="cpu")
+    assert isinstance(bound_session, BoundSession)
+    return bound_session
 
 
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
@@ -53,12 +53,12 @@ def test_what_cannot_have_changed_is_copied_once(graph: Path) -> None:
         copied.append(array.shape)
         value.update_inplace(array)
 
-    session = session_for(opened_on_cpu(graph), graph, device="cpu", fill=fill)
+    session = bind_session(open_on_cpu(graph), graph, device="cpu", fill=fill)
     given = feeds()
     given["sample"].flags.writeable = False
     for t in range(5):
-        found = session.run({"sample": given["sample"][:], "timestep": np.array(t)})["noise_pred"]
-        np.testing.assert_allclose(found, given["sample"] @ WEIGHT + t, rtol=1e-5)
+        actual = session.run({"sample": given["sample"][:], "timestep": np.array(t)})["noise_pred"]
+        np.testing.assert_allclose(actual, given["sample"] @ WEIGHT + t, rtol=1e-5)
     assert copied.count((2, 8)) == 1
     assert copied.count(()) == 5
 
@@ -66,14 +66,14 @@ def test_what_cannot_have_changed_is_copied_once(graph: Path) -> None:
 def test_strided_and_changed_feeds_are_read_right(session: BoundSession) -> None:
     turned = np.random.default_rng(1).standard_normal((8, 2), np.float32).T
     for _ in range(2):
-        found = session.run({"sample": turned, "timestep": np.array(0)})["noise_pred"]
-        np.testing.assert_allclose(found, turned @ WEIGHT, rtol=1e-5)
+        actual = session.run({"sample": turned, "timestep": np.array(0)})["noise_pred"]
+        np.testing.assert_allclose(actual, turned @ WEIGHT, rtol=1e-5)
         turned *= 2
 
 
 def test_a_failed_run_forgets_what_lay_on_the_device(graph: Path) -> None:
-    inner, failing = opened_on_cpu(graph), [False]
-    session = session_for(inner, graph, device="cpu")
+    inner, failing = open_on_cpu(graph), [False]
+    session = bind_session(inner, graph, device="cpu")
     run = inner.run_with_iobinding
 
     def flaky(binding: Any) -> None:
@@ -95,8 +95,8 @@ def test_a_failed_run_forgets_what_lay_on_the_device(graph: Path) -> None:
 def test_open_shapes_are_left_to_onnx_runtime(tmp_path: Path) -> None:
     nodes = [contract.helper.make_node("Add", ["x", "x"], ["y"])]
     ends = [tensor(name, contract.TensorProto.FLOAT, ["n", 2]) for name in "xy"]  # type: ignore[list-item]
-    path = saved(nodes, ends[:1], ends[1:], {}, tmp_path / "open.onnx")
-    session = session_for(opened_on_cpu(path), path, device="cpu")
+    path = save_model(nodes, ends[:1], ends[1:], {}, tmp_path / "open.onnx")
+    session = bind_session(open_on_cpu(path), path, device="cpu")
     assert type(session) is OrtSession
     for rows in (1, 3):
         assert session.run({"x": np.ones((rows, 2), np.float32)})["y"].shape == (rows, 2)
@@ -104,7 +104,7 @@ def test_open_shapes_are_left_to_onnx_runtime(tmp_path: Path) -> None:
 
 def test_a_node_on_another_provider_is_named(graph: Path) -> None:
     with pytest.raises(EngineError, match=r"CUDAExecutionProvider does not take the whole graph: .* on CPUExecution"):
-        check_assignment(opened_on_cpu(graph), graph, "CUDAExecutionProvider")
+        check_assignment(open_on_cpu(graph), graph, "CUDAExecutionProvider")
 
 
 def test_another_provider_in_its_place_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +115,8 @@ def test_another_provider_in_its_place_is_refused(graph: Path, monkeypatch: pyte
         return real(path, settings, providers=[PROVIDER])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", silent_fall_back)
-    with pytest.raises(EngineError, match="put CPUExecutionProvider in the place of CUDAExecutionProvider"):
-        opened(graph, onnxruntime.SessionOptions(), "CUDAExecutionProvider", {})
+    with pytest.raises(EngineError, match="loaded CPUExecutionProvider instead of CUDAExecutionProvider"):
+        open_on_provider(graph, onnxruntime.SessionOptions(), "CUDAExecutionProvider", {})
 
 
 @pytest.mark.parametrize("name", ["ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx"])
@@ -125,17 +125,17 @@ def test_an_engine_that_is_not_there_is_one_clear_error(name: str, graph: Path) 
     if not unavailable:
         pytest.skip(f"{name} is here")
     with pytest.raises(EngineUnavailableError) as raised:
-        engine_named(name).open_session(graph, EngineOptions())
+        load_engine(name).open_session(graph, EngineOptions())
     assert str(raised.value) == unavailable
     with pytest.raises(EngineUnavailableError):
-        engine_named(name).kernels(graph, EngineOptions())
+        load_engine(name).kernels(graph, EngineOptions())
     assert "\n" not in unavailable
 
 
 def test_other_providers_are_refused(graph: Path) -> None:
     for name in ("ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx"):
         with pytest.raises(UsageError, match=f"the engine {name}"):
-            engine_named(name).open_session(graph, EngineOptions(providers=(PROVIDER,)))
+            load_engine(name).open_session(graph, EngineOptions(providers=(PROVIDER,)))
 
 
 @pytest.fixture
@@ -144,13 +144,14 @@ def cuda_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu("NVIDIA Trial", (8, 9), 2**34)
     real, providers = onnxruntime.InferenceSession, onnxruntime.get_available_providers()
     monkeypatch.setattr(
-        "qdeploy.engines.nvidia.machine.found_here", lambda names: Found(13000, (gpu,), dict.fromkeys(names, True))
+        "qdeploy.engines.nvidia.machine.detect_machine",
+        lambda names: Machine(13000, (gpu,), dict.fromkeys(names, True)),
     )
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ort_cuda.PROVIDER, *providers])
     monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("noise"))
     monkeypatch.setattr(ort_cuda, "PROVIDER", PROVIDER)
-    monkeypatch.setattr(ort_cuda, "session_for", lambda session, path: session_for(session, path, device="cpu"))
+    monkeypatch.setattr(ort_cuda, "bind_session", lambda session, path: bind_session(session, path, device="cpu"))
     chosen: list[Any] = []
 
     def on_cpu(path: str, settings: Any, providers: list, enable_fallback: int) -> onnxruntime.InferenceSession:
@@ -195,7 +196,7 @@ def test_the_plug_ins_options_are_ones_that_it_knows(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert plugin.get_ep_name() == tensorrt_rtx.PROVIDER
     header = (Path(plugin.__file__).parent / "tensorrt_rtx_provider_options.h").read_text()
-    chosen = tensorrt_rtx.provider_options(graph, EngineOptions())
+    chosen = tensorrt_rtx.build_provider_options(graph, EngineOptions())
     assert chosen["enable_cuda_graph"] == "1"
     names = [*chosen, "nv_profile_min_shapes", "nv_profile_opt_shapes", "nv_profile_max_shapes"]
     assert all(f'"{name}"' in header for name in names)
@@ -205,4 +206,4 @@ def test_the_plug_ins_options_are_ones_that_it_knows(
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
     with pytest.raises(EngineUnavailableError, match=r"pip install 'qdeploy\[tensorrt-rtx\]'"):
-        engine_named("tensorrt-rtx").versions()
+        load_engine("tensorrt-rtx").versions()

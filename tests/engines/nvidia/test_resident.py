@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qdeploy.engines.nvidia.resident import Residents, is_frozen
+from qdeploy.engines.nvidia.resident import ResidentInputs, is_frozen
 
 
-def frozen(array: np.ndarray) -> np.ndarray:
+def freeze(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
 
 
 def test_the_same_frozen_array_is_held() -> None:
-    residents, text = Residents(), frozen(np.ones((2, 3), np.float32))
+    residents, text = ResidentInputs(), freeze(np.ones((2, 3), np.float32))
     assert not residents.holds("text", text)
     assert residents.holds("text", text)
     assert residents.holds("text", text[0:2])  # the runtime cuts anew at every call
@@ -23,17 +23,17 @@ def test_the_same_frozen_array_is_held() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [lambda a: a[0:1], lambda a: a.T, lambda a: a.view(np.int32), lambda a: frozen(a.copy())],
+    [lambda a: a[0:1], lambda a: a.T, lambda a: a.view(np.int32), lambda a: freeze(a.copy())],
     ids=["rows", "strides", "dtype", "equal copy"],
 )
 def test_another_view_is_not(other) -> None:  # noqa: ANN001
-    residents, text = Residents(), frozen(np.ones((3, 3), np.float32))
+    residents, text = ResidentInputs(), freeze(np.ones((3, 3), np.float32))
     residents.holds("text", text)
     assert not residents.holds("text", other(text))
 
 
 def test_what_can_be_written_is_copied_every_time() -> None:
-    residents, latents = Residents(), np.ones(4, np.float32)
+    residents, latents = ResidentInputs(), np.ones(4, np.float32)
     assert not residents.holds("x", latents)
     assert not residents.holds("x", latents)
     view = latents.view()
@@ -47,14 +47,14 @@ def test_memory_of_another_library_is_not_trusted() -> None:
 
 
 def test_a_writeable_feed_between_makes_it_forgotten() -> None:
-    residents, text = Residents(), frozen(np.ones(4, np.float32))
+    residents, text = ResidentInputs(), freeze(np.ones(4, np.float32))
     residents.holds("text", text)
     residents.holds("text", np.zeros(4, np.float32))
     assert not residents.holds("text", text)
 
 
 def test_forgetting() -> None:
-    residents, text = Residents(), frozen(np.ones(4, np.float32))
+    residents, text = ResidentInputs(), freeze(np.ones(4, np.float32))
     residents.holds("text", text)
     residents.forget()
     assert not residents.holds("text", text)
@@ -62,6 +62,6 @@ def test_forgetting() -> None:
 
 def test_freed_memory_is_not_mistaken() -> None:
     """The address of a freed array may come again with other contents; the array is kept, so it cannot."""
-    residents = Residents()
-    residents.holds("text", frozen(np.full(1000, 1.0, np.float32)))
-    assert not any(residents.holds("text", frozen(np.full(1000, float(n), np.float32))) for n in range(50))
+    residents = ResidentInputs()
+    residents.holds("text", freeze(np.full(1000, 1.0, np.float32)))
+    assert not any(residents.holds("text", freeze(np.full(1000, float(n), np.float32))) for n in range(50))

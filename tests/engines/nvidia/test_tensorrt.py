@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdeploy.base.errors import EngineError, EngineUnavailableError
 from qdeploy.engines import tensorrt
 from qdeploy.engines.base import EngineOptions
 from qdeploy.engines.nvidia import cuda
 from qdeploy.engines.nvidia.machine import Gpu
 from qdeploy.engines.nvidia.plans import write_plan
-from qdeploy.engines.nvidia.profiles import profile_for
-from qdeploy.errors import EngineError, EngineUnavailableError
+from qdeploy.engines.nvidia.profiles import read_profile
 from tests.engines.nvidia.fakes import FakeCudart, FakeEngine, fake_tensorrt
 from tests.engines.test_contract import WEIGHT, feeds, graph
 
@@ -49,14 +49,14 @@ LAYER = {
 
 
 def test_layers_of_the_inspector() -> None:
-    kernel = tensorrt.kernel_of(LAYER, {LAYER["Name"]: 0.5})
+    kernel = tensorrt.kernel_from_layer(LAYER, {LAYER["Name"]: 0.5})
     assert kernel.names == ("/down/conv1 + /down/add", "down.conv1", "node_add_3")
     assert kernel.integer
     assert kernel.seconds == 0.5
     half = LAYER | {"Inputs": [{"Format/Datatype": "Half"}]}
-    assert not tensorrt.kernel_of(half, {}).integer
-    assert not tensorrt.kernel_of(LAYER | {"LayerType": "Reformat", "TacticName": "0x0"}, {}).integer
-    assert tensorrt.kernel_of("only a name", {}).names == ("only a name",)
+    assert not tensorrt.kernel_from_layer(half, {}).integer
+    assert not tensorrt.kernel_from_layer(LAYER | {"LayerType": "Reformat", "TacticName": "0x0"}, {}).integer
+    assert tensorrt.kernel_from_layer("only a name", {}).names == ("only a name",)
 
 
 def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         tensorrt.versions()
 
 
-def test_progress_is_told_and_stops_the_build() -> None:
+def test_progress_is_reported_and_stops_the_build() -> None:
     told: list[tuple[str, int, int]] = []
 
     def on_progress(what: str, done: int, total: int, note: str = "") -> None:
@@ -73,7 +73,7 @@ def test_progress_is_told_and_stops_the_build() -> None:
         if done == 2:
             raise KeyboardInterrupt
 
-    monitor = tensorrt.progress_monitor(fake_tensorrt(), Path("bundle/unet/model.onnx"), on_progress)
+    monitor = tensorrt.make_progress_monitor(fake_tensorrt(), Path("bundle/unet/model.onnx"), on_progress)
     monitor.phase_start("Building", None, 4)
     monitor.phase_start("Timing", "Building", 100)
     assert monitor.step_complete("Timing", 5)
@@ -90,7 +90,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
 
     def build(path: Path, profile: Any, on_progress: Any = None) -> tuple[Any, bytes]:
         built.append(path)
-        return tensorrt.key_of(path, profile, "10.9.0", (9, 0)), str(path).encode()
+        return tensorrt.build_key(path, profile, "10.9.0", (9, 0)), str(path).encode()
 
     def engine_from_bytes(plan: bytes) -> Any:
         engine = FakeEngine(cudart, plan.decode())
@@ -103,9 +103,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     polygraphy = pytest.importorskip("polygraphy.backend.trt", reason="polygraphy is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt())
-    monkeypatch.setattr(cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(tensorrt, "check_here", lambda *_: gpu)
-    monkeypatch.setattr(tensorrt, "build", build)
+    monkeypatch.setattr(cuda, "import_cudart", lambda: cudart)
+    monkeypatch.setattr(tensorrt, "check_machine", lambda *_: gpu)
+    monkeypatch.setattr(tensorrt, "build_plan", build)
     monkeypatch.setattr(polygraphy, "EngineFromBytes", engine_from_bytes)
     return built
 
@@ -119,7 +119,7 @@ def test_an_engine_is_built_once_and_kept(machine: list[Path], graph: Path) -> N
     assert machine == [graph]
 
 
-def test_a_plan_beside_the_graph_comes_first(
+def test_a_plan_next_to_the_graph_comes_first(
     machine: list[Path], graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.engines.nvidia.test_plans import list_in_manifest
@@ -127,14 +127,14 @@ def test_a_plan_beside_the_graph_comes_first(
     moved = tmp_path / "bundle" / "unet" / "model.onnx"
     moved.parent.mkdir(parents=True)
     moved.write_bytes(graph.read_bytes())
-    key = tensorrt.key_of(moved, profile_for(moved), "10.9.0", (9, 0))
+    key = tensorrt.build_key(moved, read_profile(moved), "10.9.0", (9, 0))
     list_in_manifest(write_plan(moved.with_suffix(".plan"), key, str(moved).encode()))
-    with pytest.raises(EngineError, match="not built by this user here"):
+    with pytest.raises(EngineError, match="not built by this user on this machine"):
         tensorrt.open_session(moved, EngineOptions())
     monkeypatch.setenv("QDEPLOY_TRUST_PLANS", "1")
     tensorrt.open_session(moved, EngineOptions()).close()
     assert machine == []
-    other = tensorrt.key_of(moved, profile_for(moved), "11.1.0", (9, 0))
+    other = tensorrt.build_key(moved, read_profile(moved), "11.1.0", (9, 0))
     list_in_manifest(write_plan(moved.with_suffix(".plan"), other, b"machine code"))
     with pytest.raises(EngineError, match=r"was built for TensorRT 11\.1\.0"):
         tensorrt.open_session(moved, EngineOptions())

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdeploy.base.errors import EngineError, EngineUnavailableError
 from qdeploy.engines.nvidia import cuda
-from qdeploy.engines.nvidia.cuda import done
+from qdeploy.engines.nvidia.cuda import check_status
 from qdeploy.engines.nvidia.tensorrt_session import TensorRtSession
-from qdeploy.errors import EngineError, EngineUnavailableError
 from tests.engines import test_contract as contract
 from tests.engines.nvidia.fakes import FakeCudart, FakeEngine, fake_tensorrt
-from tests.engines.test_contract import WEIGHT, feeds, graph, saved, tensor
+from tests.engines.test_contract import WEIGHT, feeds, graph, save_model, tensor
 
 __all__ = ["graph"]  # a fixture
 
@@ -24,7 +24,7 @@ __all__ = ["graph"]  # a fixture
 @pytest.fixture
 def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudart]:
     fake = FakeCudart()
-    monkeypatch.setattr(cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(cuda, "import_cudart", lambda: fake)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt())
     yield fake
     assert not fake.recording
@@ -32,9 +32,9 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudart]:
 
 @pytest.fixture
 def session(cudart: FakeCudart, graph: Path) -> Iterator[TensorRtSession]:
-    found = TensorRtSession(FakeEngine(cudart, str(graph)), graph, cuda_graph=True)
-    yield found
-    found.close()
+    opened_session = TensorRtSession(FakeEngine(cudart, str(graph)), graph, cuda_graph=True)
+    yield opened_session
+    opened_session.close()
     assert not cudart.memory
     assert not cudart.streams
     assert not cudart.graphs
@@ -67,8 +67,8 @@ def test_what_cannot_have_changed_is_copied_once(session: TensorRtSession, cudar
     given = feeds()
     given["sample"].flags.writeable = False
     for t in range(5):
-        found = session.run({"sample": given["sample"][:], "timestep": np.array(t)})["noise_pred"]
-        np.testing.assert_allclose(found, given["sample"] @ WEIGHT + t, rtol=1e-5)
+        actual = session.run({"sample": given["sample"][:], "timestep": np.array(t)})["noise_pred"]
+        np.testing.assert_allclose(actual, given["sample"] @ WEIGHT + t, rtol=1e-5)
     copied = [size for kind, size in cudart.copied if kind == "in"]
     assert copied.count(given["sample"].nbytes) == 1
     assert copied.count(8) == 5
@@ -76,8 +76,8 @@ def test_what_cannot_have_changed_is_copied_once(session: TensorRtSession, cudar
 
 def test_strided_feeds(session: TensorRtSession) -> None:
     turned = np.random.default_rng(1).standard_normal((8, 2), np.float32).T
-    found = session.run({"sample": turned, "timestep": np.array(0)})["noise_pred"]
-    np.testing.assert_allclose(found, turned @ WEIGHT, rtol=1e-5)
+    actual = session.run({"sample": turned, "timestep": np.array(0)})["noise_pred"]
+    np.testing.assert_allclose(actual, turned @ WEIGHT, rtol=1e-5)
 
 
 def test_a_failure_is_our_error_and_does_not_stay(session: TensorRtSession) -> None:
@@ -119,7 +119,7 @@ def test_a_full_gpu_is_one_clear_error_and_keeps_nothing(cudart: FakeCudart, gra
 def open_graph(tmp_path: Path) -> Path:
     nodes = [contract.helper.make_node("Add", ["x", "x"], ["y"])]
     x, y = (tensor(name, contract.TensorProto.FLOAT, ["n", 2]) for name in "xy")  # type: ignore[list-item]
-    return saved(nodes, [x], [y], {}, tmp_path / "open.onnx")
+    return save_model(nodes, [x], [y], {}, tmp_path / "open.onnx")
 
 
 def test_open_shapes_run_in_the_profiles_range(cudart: FakeCudart, open_graph: Path) -> None:
@@ -134,12 +134,12 @@ def test_open_shapes_run_in_the_profiles_range(cudart: FakeCudart, open_graph: P
 
 
 def test_the_runtimes_errors_have_their_names() -> None:
-    """On the real ``cuda-python``, whose statuses are what ``done`` reads."""
+    """On the real ``cuda-python``, whose statuses are what ``check_status`` reads."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    assert done((runtime.cudaError_t.cudaSuccess, 7)) == 7
-    assert done((runtime.cudaError_t.cudaSuccess,)) is None
+    assert check_status((runtime.cudaError_t.cudaSuccess, 7)) == 7
+    assert check_status((runtime.cudaError_t.cudaSuccess,)) is None
     with pytest.raises(EngineError, match="CUDA: cudaErrorMemoryAllocation"):
-        done((runtime.cudaError_t.cudaErrorMemoryAllocation, None))
+        check_status((runtime.cudaError_t.cudaErrorMemoryAllocation, None))
 
 
 @pytest.mark.parametrize("name", [name for name in dir(FakeCudart) if name.startswith("cuda")])
@@ -157,4 +157,4 @@ def test_the_fake_has_only_what_the_runtime_has(name: str) -> None:
 def test_without_cuda_python_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(EngineUnavailableError, match=r"pip install 'qdeploy\[tensorrt\]'"):
-        cuda.cudart()
+        cuda.import_cudart()

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.gpu_rows import feeds_of  # noqa: E402 - what needs triton comes behind it
+from benchmarks.gpu_rows import make_feeds  # noqa: E402 - the imports below need triton
+from qdeploy.base.errors import EngineError  # noqa: E402
 from qdeploy.engines.torch_graph import int8  # noqa: E402
 from qdeploy.engines.torch_graph import int8_kernels as kernels  # noqa: E402
 from qdeploy.engines.torch_graph.module import read_module  # noqa: E402
-from qdeploy.errors import EngineError  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 SHARED_BYTES = {
@@ -93,22 +93,22 @@ def disagreement(case: Case) -> str:
 
     kernels.conv_kernel.configs = [kernels.TILES[case.tile]]
     if case.splits is not None:
-        kernels.split_count = lambda *_: case.splits
+        kernels.choose_splits = lambda *_: case.splits
     out = kernels.int8_conv(x, weight, scale, bias, case.stride, case.padding, case.dtype)
     partial = partial_sums(case, x, weight, splits=case.splits or 2)
-    found = {
+    differences = {
         "shape": out.shape == expected.shape and out.is_contiguous(),
         "dtype": out.dtype == case.dtype,
         "outputs": out.shape == expected.shape and torch.equal(out, expected.to(case.dtype)),
         "int32 sums": torch.equal(partial.sum(0, dtype=torch.int32), sums.flatten(0, 2)),
         "16 bits exceeded": not case.is_extreme or sums.abs().max() > 2**15,
     }
-    return ", ".join(name for name, is_right in found.items() if not is_right)
+    return ", ".join(name for name, is_right in differences.items() if not is_right)
 
 
 def partial_sums(case: Case, x: torch.Tensor, weight: torch.Tensor, splits: int) -> torch.Tensor:
     """int32[splits, M, OC] as the kernel leaves them for the second one."""
-    shape = kernels.conv_shape(x.shape, weight.shape, case.stride, case.padding)
+    shape = kernels.compute_conv_shape(x.shape, weight.shape, case.stride, case.padding)
     sums = torch.full((splits, shape.m, shape.oc), 2**30, dtype=torch.int32)
     blocks = kernels.TILES[case.tile].kwargs
     tiles = -(-shape.m // blocks["BLOCK_M"]) * -(-shape.oc // blocks["BLOCK_N"])
@@ -121,7 +121,7 @@ def partial_sums(case: Case, x: torch.Tensor, weight: torch.Tensor, splits: int)
 
 def same_by_kernels(graph: Path) -> bool:
     """Whether a graph's first output is the same when the kernels take the place of their operator's meaning."""
-    given = [torch.from_numpy(np.array(feed)) for feed in feeds_of(graph).values()]
+    given = [torch.from_numpy(np.array(feed)) for feed in make_feeds(graph).values()]
     module = read_module(graph)
     products = [step for step in module.steps if step.integer]
     launches = 0
@@ -129,16 +129,16 @@ def same_by_kernels(graph: Path) -> bool:
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal launches
         launches += 1
-        return int8.launched(*arguments)
+        return int8.launch_int8_conv(*arguments)
 
     with torch.inference_mode():
         expected = module(*given)[0]
         int8.int8_conv.register_kernel("cpu")(counted)
-        found = module(*given)[0]
-    return torch.equal(expected, found) and launches == len(products) > 0
+        actual = module(*given)[0]
+    return torch.equal(expected, actual) and launches == len(products) > 0
 
 
-def interpreted(*arguments: object) -> Any:
+def run_interpreted(*arguments: object) -> Any:
     """What this file says when it is run with Triton's interpreter, which is chosen as Triton is imported."""
     command = [sys.executable, "-m", "tests.engines.torch_graph.test_int8_kernels", *map(str, arguments)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -148,13 +148,13 @@ def interpreted(*arguments: object) -> Any:
 
 
 def test_interpreted_kernels_equal_the_exact_convolution() -> None:
-    assert interpreted() == dict.fromkeys(CASES, "")
+    assert run_interpreted() == dict.fromkeys(CASES, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
 def test_interpreted_kernels_compute_a_whole_graph(int8_tensorrt: Path, part: str) -> None:
-    assert interpreted(int8_tensorrt / part / "model.onnx") is True
+    assert run_interpreted(int8_tensorrt / part / "model.onnx") is True
 
 
 @pytest.mark.parametrize(
@@ -176,19 +176,19 @@ def test_interpreted_kernels_compute_a_whole_graph(int8_tensorrt: Path, part: st
 def test_only_grids_that_leave_multiprocessors_idle_are_split(
     m: int, oc: int, k: int, multiprocessors: int, expected: int
 ) -> None:
-    assert kernels.split_count(m, oc, k, multiprocessors) == expected
+    assert kernels.choose_splits(m, oc, k, multiprocessors) == expected
 
 
 def test_split_programs_fill_the_device_at_most_once() -> None:
     for m, oc, k in [(1, 1, 10**6), (128, 1280, 10**6), (300, 700, 10**6)]:
         for tile in [(64, 64), (128, 128)]:
             tiles = -(-m // tile[0]) * -(-oc // tile[1])
-            splits = kernels.split_count(m, oc, k, 132, tile)
+            splits = kernels.choose_splits(m, oc, k, 132, tile)
             assert tiles * splits <= 132 < tiles * (splits + 1)
 
 
 def test_an_h100_has_room_for_every_tile() -> None:
-    assert kernels.useful_tiles(kernels.TILES, *LARGE, kernels.H100.shared_bytes) == kernels.TILES
+    assert kernels.select_tiles(kernels.TILES, *LARGE, kernels.H100.shared_bytes) == kernels.TILES
 
 
 @pytest.mark.parametrize(
@@ -201,18 +201,18 @@ def test_an_h100_has_room_for_every_tile() -> None:
     ],
 )
 def test_tiles_that_compute_mostly_padding_are_dropped(m: int, oc: int, c: int, largest: tuple[int, int, int]) -> None:
-    tiles = kernels.useful_tiles(kernels.TILES, m, oc, c, kernels.H100.shared_bytes)
-    found = tuple(max(tile.kwargs[axis] for tile in tiles) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    assert found <= largest
-    assert all(one <= most for one, most in zip(found, largest, strict=True))
+    tiles = kernels.select_tiles(kernels.TILES, m, oc, c, kernels.H100.shared_bytes)
+    actual = tuple(max(tile.kwargs[axis] for tile in tiles) for axis in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    assert actual <= largest
+    assert all(one <= most for one, most in zip(actual, largest, strict=True))
 
 
 @pytest.mark.parametrize("shared_bytes", SHARED_BYTES.values())
 def test_some_tile_is_left_for_every_device_and_shape(shared_bytes: int) -> None:
     for shape in [(1, 1, 1), (154, 320, 768), LARGE]:
-        tiles = kernels.useful_tiles(kernels.TILES, *shape, shared_bytes)
+        tiles = kernels.select_tiles(kernels.TILES, *shape, shared_bytes)
         assert kernels.TILES[0] in tiles
-        assert all(kernels.stage_bytes(tile) * tile.num_stages <= shared_bytes for tile in tiles)
+        assert all(kernels.count_stage_bytes(tile) * tile.num_stages <= shared_bytes for tile in tiles)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_some_tile_is_left_for_every_device_and_shape(shared_bytes: int) -> None
 )
 def test_a_convolution_that_the_kernels_cannot_compute_is_refused(x: tuple[int, ...], weight: tuple[int, ...]) -> None:
     with pytest.raises(EngineError, match=r"expected \[N, H, W, C\]"):
-        kernels.conv_shape(x, weight, (1, 1), (0, 0))
+        kernels.compute_conv_shape(x, weight, (1, 1), (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_convolution_that_the_kernels_cannot_compute_is_refused(x: tuple[int, 
 def test_tensors_that_int32_cannot_count_are_refused(
     x: tuple[int, ...], oc: int, splits: int, culprit: str | None
 ) -> None:
-    shape = kernels.conv_shape(x, (oc, 1, 1, x[3]), (1, 1), (0, 0))
+    shape = kernels.compute_conv_shape(x, (oc, 1, 1, x[3]), (1, 1), (0, 0))
     if culprit is None:
         kernels.check_indices(shape, splits)
         return
@@ -257,7 +257,7 @@ class Compiled(NamedTuple):
     stack_bytes: int  # more than 0 where registers are spilled
 
 
-def compiled(
+def compile_kernel(
     kernel: Any, capability: int, constants: dict[str, Any], out: str, aligned: str, **options: int
 ) -> Compiled:
     """``kernel`` for a GPU; pointers and the arguments named in ``aligned`` are divisible by 16, as launches are.
@@ -286,9 +286,9 @@ def stack_bytes(cubin: bytes) -> int:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = [int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
-    assert len(found) == 2, usage
-    return sum(found)
+    sizes = [int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
+    assert len(sizes) == 2, usage
+    return sum(sizes)
 
 
 CONV = {"KH": 3, "KW": 3, "DENSE": False, "PADDED": True, "PARTIAL": False, "EVEN_C": True, "GROUP_M": 8}
@@ -318,16 +318,16 @@ def check_main_loop(variant: dict[str, Any], tile: triton.Config, capability: in
     kernel = kernels.conv_kernel.fn.fn  # below autotune and heuristics
     out = "*i32" if variant["PARTIAL"] else "*fp16"
     stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    found = compiled(kernel, capability, variant | tile.kwargs, out, "OC C", **stages)
-    assert set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*", found.ptx))
+    compiled = compile_kernel(kernel, capability, variant | tile.kwargs, out, "OC C", **stages)
+    assert set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*", compiled.ptx))
     products = PRODUCTS[90 if capability == 90 else 80]
-    assert all(re.fullmatch(products, name) for name in re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*", found.ptx))
-    copies = re.findall(r"cp\.async\.c[ag]\.\S+ .*?\], .*?\], (\w+)", found.ptx)
+    assert all(re.fullmatch(products, name) for name in re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*", compiled.ptx))
+    copies = re.findall(r"cp\.async\.c[ag]\.\S+ .*?\], .*?\], (\w+)", compiled.ptx)
     assert set(copies) == {"0x10"}
-    assert not re.findall(r"ld\.global\S*\.[bsu]8\b", found.ptx)
+    assert not re.findall(r"ld\.global\S*\.[bsu]8\b", compiled.ptx)
     sums = tile.kwargs["BLOCK_M"] * tile.kwargs["BLOCK_N"] // (32 * tile.num_warps)
-    assert found.stack_bytes <= (0 if capability == 90 else FEW_BYTES) or (capability != 90 and sums >= CROWDED)
-    assert found.shared_bytes <= kernels.stage_bytes(tile) * tile.num_stages
+    assert compiled.stack_bytes <= (0 if capability == 90 else FEW_BYTES) or (capability != 90 and sums >= CROWDED)
+    assert compiled.shared_bytes <= kernels.count_stage_bytes(tile) * tile.num_stages
 
 
 @pytest.mark.parametrize("variant", ["conv", "linear"])
@@ -339,7 +339,7 @@ def test_the_kernel_compiles_to_hopper_products(variant: str) -> None:
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_tile_compiles_for_every_device_that_has_room(variant: str, capability: int) -> None:
-    for tile in kernels.useful_tiles(kernels.TILES, *LARGE, SHARED_BYTES[capability]):
+    for tile in kernels.select_tiles(kernels.TILES, *LARGE, SHARED_BYTES[capability]):
         check_main_loop(VARIANTS[variant], tile, capability)
 
 
@@ -350,16 +350,16 @@ def test_the_kernel_compiles_without_alignment(variant: str, capability: int) ->
     """As for 20 channels: bytes are loaded one by one, and the products stay the same."""
     kernel, tile = kernels.conv_kernel.fn.fn, kernels.TILES[0]
     stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    found = compiled(kernel, capability, VARIANTS[variant] | tile.kwargs, "*fp32", "", **stages)
-    assert re.search(PRODUCTS[capability], found.ptx)
+    compiled = compile_kernel(kernel, capability, VARIANTS[variant] | tile.kwargs, "*fp32", "", **stages)
+    assert re.search(PRODUCTS[capability], compiled.ptx)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_second_kernel_reads_16_bytes_at_a_time(capability: int) -> None:
-    found = compiled(kernels.sum_kernel, capability, {"BLOCK_M": 4, "BLOCK_N": 256}, "*fp16", "OC")
-    assert "ld.global.v4.b32" in found.ptx
-    assert found.stack_bytes == 0
+    compiled = compile_kernel(kernels.sum_kernel, capability, {"BLOCK_M": 4, "BLOCK_N": 256}, "*fp16", "OC")
+    assert "ld.global.v4.b32" in compiled.ptx
+    assert compiled.stack_bytes == 0
 
 
 def let_scalars_be_indices() -> None:
@@ -376,10 +376,10 @@ def let_scalars_be_indices() -> None:
 
 
 def disagreements() -> dict[str, str]:
-    computed = kernels.split_count
+    computed = kernels.choose_splits
     answers = {}
     for name, case in CASES.items():
-        kernels.split_count = computed
+        kernels.choose_splits = computed
         answers[name] = disagreement(case)
     return answers
 

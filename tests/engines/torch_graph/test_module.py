@@ -11,16 +11,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.gpu_rows import feeds_of
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.engines.nvidia.graph_inputs import inputs_of
+from benchmarks.gpu_rows import make_feeds
+from qdeploy.artifacts.table import QuantTable
+from qdeploy.base.errors import EngineError
+from qdeploy.base.numerics import sqnr_db
+from qdeploy.engines.base import EngineOptions, load_engine
+from qdeploy.engines.nvidia.graph_inputs import read_inputs
 from qdeploy.engines.torch_graph.module import OnnxModule, read_module
-from qdeploy.errors import EngineError
 from qdeploy.export.exporter import export_component
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.numerics import sqnr_db
-from qdeploy.spec import target_named
-from qdeploy.table import QuantTable
+from qdeploy.targets.spec import get_target
 from tests.engines import test_contract as contract
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
@@ -30,15 +30,15 @@ QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 
 
 def outputs(module: torch.nn.Module, path: Path) -> list[NDArray]:
-    given = feeds_of(path)
+    given = make_feeds(path)
     with torch.inference_mode():
-        found = module(*(torch.from_numpy(np.array(given[port.name])) for port in inputs_of(path)))
-    return [one.numpy() for one in found]
+        actual = module(*(torch.from_numpy(np.array(given[port.name])) for port in read_inputs(path)))
+    return [one.numpy() for one in actual]
 
 
 def on_ort(path: Path) -> list[NDArray]:
-    session = engine_named("ort-cpu").open_session(path, EngineOptions())
-    return list(session.run(feeds_of(path)).values())
+    session = load_engine("ort-cpu").open_session(path, EngineOptions())
+    return list(session.run(make_feeds(path)).values())
 
 
 def kinds(module: OnnxModule) -> Counter[str]:
@@ -48,9 +48,9 @@ def kinds(module: OnnxModule) -> Counter[str]:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_float_graph_computes_what_onnx_runtime_does(fp16_tensorrt: Path, part: str) -> None:
     path = fp16_tensorrt / part / "model.onnx"
-    for expected, found in zip(on_ort(path), outputs(read_module(path), path), strict=True):
-        assert found.dtype == expected.dtype
-        assert sqnr_db(expected, found) > FP16_DB
+    for expected, actual in zip(on_ort(path), outputs(read_module(path), path), strict=True):
+        assert actual.dtype == expected.dtype
+        assert sqnr_db(expected, actual) > FP16_DB
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -58,12 +58,12 @@ def test_a_quantized_graph_loses_no_more_than_in_onnx_runtime(
     int8_tensorrt: Path, fp16_tensorrt: Path, part: str
 ) -> None:
     path = int8_tensorrt / part / "model.onnx"
-    (exact,), (peer,), (found,) = (
+    (exact,), (peer,), (actual,) = (
         on_ort(fp16_tensorrt / part / "model.onnx"),
         on_ort(path),
         outputs(read_module(path), path),
     )
-    assert sqnr_db(exact, found) > sqnr_db(exact, peer) - ROUNDINGS_DB
+    assert sqnr_db(exact, actual) > sqnr_db(exact, peer) - ROUNDINGS_DB
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -81,11 +81,11 @@ def test_every_quantized_layer_is_an_integer_product(int8_tensorrt: Path, table:
 def test_norms_and_attentions_are_one_step_each(int8_tensorrt: Path, part: str) -> None:
     path = int8_tensorrt / part / "model.onnx"
     before = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
-    found = kinds(read_module(path))
-    assert found["GroupNorm"] == before["InstanceNormalization"]
-    assert found["Attention"] == before["Softmax"] > 0 or part == "vae_decoder"
-    assert not found["InstanceNormalization"]
-    assert not found["Softmax"]
+    counts = kinds(read_module(path))
+    assert counts["GroupNorm"] == before["InstanceNormalization"]
+    assert counts["Attention"] == before["Softmax"] > 0 or part == "vae_decoder"
+    assert not counts["InstanceNormalization"]
+    assert not counts["Softmax"]
 
 
 def test_an_attentions_three_products_are_one(int8_tensorrt: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_codebook_is_computed(codebook_tensorrt: Path) -> None:
 
 @pytest.mark.exports
 def test_an_encoder_is_computed(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
-    export_component(tiny_model, "vae_encoder", None, (), target_named("tensorrt"), tmp_path / "vae_encoder")
+    export_component(tiny_model, "vae_encoder", None, (), get_target("tensorrt"), tmp_path / "vae_encoder")
     path = tmp_path / "vae_encoder" / "model.onnx"
     assert sqnr_db(on_ort(path)[0], outputs(read_module(path), path)[0]) > FP16_DB
 
@@ -135,7 +135,7 @@ def test_only_a_bias_by_channel_goes_into_the_integer_product(bias: NDArray, int
     ]
     ports = [contract.tensor(name, contract.TensorProto.FLOAT, [8, side]) for name, side in (("x", 4), ("y", 8))]
     constants = {"s": one, "z": zero, "codes": codes, "b": bias}
-    path = contract.saved(nodes, ports[:1], ports[1:], constants, tmp_path / "gemm.onnx")
+    path = contract.save_model(nodes, ports[:1], ports[1:], constants, tmp_path / "gemm.onnx")
     module = read_module(path)
     assert any(step.integer for step in module.steps) == integer
     np.testing.assert_allclose(outputs(module, path)[0], on_ort(path)[0], rtol=1e-5)

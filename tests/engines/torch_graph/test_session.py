@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from qdeploy.base.errors import EngineError, EngineUnavailableError, UsageError
+from qdeploy.base.numerics import sqnr_db
 from qdeploy.engines import torch_cuda
-from qdeploy.engines.base import EngineOptions, engine_named
-from qdeploy.engines.nvidia.graph_inputs import inputs_of
-from qdeploy.engines.nvidia.machine import lack_of
+from qdeploy.engines.base import EngineOptions, load_engine
+from qdeploy.engines.nvidia.graph_inputs import read_inputs
+from qdeploy.engines.nvidia.machine import find_missing_package
 from qdeploy.engines.torch_graph.module import read_module
-from qdeploy.engines.torch_graph.session import Recorded, TorchSession
-from qdeploy.engines.torch_graph.timing import timed_steps
-from qdeploy.errors import EngineError, EngineUnavailableError, UsageError
-from qdeploy.numerics import sqnr_db
+from qdeploy.engines.torch_graph.session import RecordedGraph, TorchSession
+from qdeploy.engines.torch_graph.timing import time_steps
 from tests.engines import test_contract as contract
-from tests.engines.test_contract import feeds, graph, integer_graph, saved, tensor
+from tests.engines.test_contract import feeds, graph, integer_graph, save_model, tensor
 
 __all__ = ["graph", "integer_graph"]  # fixtures
 
@@ -30,9 +30,9 @@ __all__ = ["graph", "integer_graph"]  # fixtures
 @pytest.fixture
 def session(graph: Path) -> Iterator[TorchSession]:
     module = read_module(graph)
-    found = TorchSession(module, graph, inputs_of(graph), module, "cpu")
-    yield found
-    found.close()
+    torch_session = TorchSession(module, graph, read_inputs(graph), module, "cpu")
+    yield torch_session
+    torch_session.close()
 
 
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
@@ -42,8 +42,8 @@ def test_it_keeps_the_contract(session: TorchSession, promise: Any) -> None:
 
 def test_unsigned_codes_are_computed_in_float(integer_graph: Path) -> None:
     module = read_module(integer_graph)
-    (found,) = module(torch.ones(1, 4, 64))
-    np.testing.assert_allclose(found.numpy(), np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=contract.RTOL)
+    (actual,) = module(torch.ones(1, 4, 64))
+    np.testing.assert_allclose(actual.numpy(), np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=contract.RTOL)
     assert not any(step.integer for step in module.steps)
 
 
@@ -85,7 +85,7 @@ def test_a_call_is_warmed_up_recorded_once_and_replayed(gpu: list[str]) -> None:
         gpu.append("compute")
         return [x + 1]
 
-    recorded = Recorded(compute)
+    recorded = RecordedGraph(compute)
     assert [recorded(torch.ones(1))[0].item() for _ in range(2)] == [2, 2]
     assert gpu == ["compute", "compute", "record thread_local", "compute", "recorded", "replay", "replay"]
 
@@ -98,7 +98,7 @@ def test_a_failed_recording_is_tried_again(gpu: list[str]) -> None:
             raise RuntimeError("out of memory")
         return [x]
 
-    recorded = Recorded(compute)
+    recorded = RecordedGraph(compute)
     with pytest.raises(RuntimeError, match="out of memory"):
         recorded(torch.ones(1))
     assert recorded(torch.ones(1))[0].item() == 1
@@ -108,7 +108,7 @@ def test_what_the_device_says_becomes_an_error_of_ours(graph: Path) -> None:
     def compute(*places: torch.Tensor) -> list[torch.Tensor]:
         raise RuntimeError("CUDA error: out of memory")
 
-    session = TorchSession(read_module(graph), graph, inputs_of(graph), compute, "cpu")
+    session = TorchSession(read_module(graph), graph, read_inputs(graph), compute, "cpu")
     for call in (session.prepare, lambda: session.run(feeds())):
         with pytest.raises(EngineError, match=r"float\.onnx: CUDA error: out of memory"):
             call()
@@ -117,11 +117,11 @@ def test_what_the_device_says_becomes_an_error_of_ours(graph: Path) -> None:
 def test_its_kernels_are_the_graphs_steps(int8_tensorrt: Path) -> None:
     path = int8_tensorrt / "text_encoder" / "model.onnx"
     module = read_module(path)
-    given = {port.name: np.ones(port.dims, port.dtype) for port in inputs_of(path)}
-    found = torch_cuda.kernels_of(module, timed_steps(module, given, "cpu", 2, lambda: None))
-    assert all(kernel.seconds is not None and kernel.seconds > 0 for kernel in found)
-    assert any(kernel.integer and kernel.constants for kernel in found)
-    assert not any(kernel.seconds for kernel in torch_cuda.kernels_of(module, {}))
+    given = {port.name: np.ones(port.dims, port.dtype) for port in read_inputs(path)}
+    kernels = torch_cuda.kernels_from_module(module, time_steps(module, given, "cpu", 2, lambda: None))
+    assert all(kernel.seconds is not None and kernel.seconds > 0 for kernel in kernels)
+    assert any(kernel.integer and kernel.constants for kernel in kernels)
+    assert not any(kernel.seconds for kernel in torch_cuda.kernels_from_module(module, {}))
 
 
 @pytest.fixture
@@ -149,9 +149,9 @@ def test_any_number_of_graphs_can_be_opened(on_cpu: EngineOptions, tmp_path: Pat
     for count in range(1, 12):
         nodes = [contract.helper.make_node("Neg", [f"y{at}" if at else "x"], [f"y{at + 1}"]) for at in range(count)]
         sides = [tensor(name, contract.TensorProto.FLOAT, [2]) for name in ("x", f"y{count}")]
-        path = saved(nodes, sides[:1], sides[1:], {}, tmp_path / f"{count}.onnx")
-        found = torch_cuda.open_session(path, on_cpu).run({"x": np.ones(2, np.float32)})
-        assert found[f"y{count}"].tolist() == [(-1) ** count] * 2
+        path = save_model(nodes, sides[:1], sides[1:], {}, tmp_path / f"{count}.onnx")
+        actual = torch_cuda.open_session(path, on_cpu).run({"x": np.ones(2, np.float32)})
+        assert actual[f"y{count}"].tolist() == [(-1) ** count] * 2
 
 
 @pytest.mark.slow
@@ -161,18 +161,18 @@ def test_torchs_compiler_computes_what_torch_does(
     """Its C++ code; joined steps are not rounded to fp16 in between, so single codes differ."""
     monkeypatch.setattr(torch_cuda, "COMPILER", {})
     path = int8_tensorrt / "text_encoder" / "model.onnx"
-    given = {port.name: np.ones(port.dims, port.dtype) for port in inputs_of(path)}
-    (found,) = torch_cuda.open_session(path, on_cpu).run(given).values()
+    given = {port.name: np.ones(port.dims, port.dtype) for port in read_inputs(path)}
+    (actual,) = torch_cuda.open_session(path, on_cpu).run(given).values()
     (expected,) = read_module(path)(*map(torch.from_numpy, given.values()))
-    assert sqnr_db(expected.numpy(), found) > 30
+    assert sqnr_db(expected.numpy(), actual) > 30
 
 
 def test_open_dimensions_are_refused(tmp_path: Path) -> None:
     node = contract.helper.make_node("Neg", ["sample"], ["y"])
     sides = [tensor(name, contract.TensorProto.FLOAT, ["n", 2]) for name in ("sample", "y")]  # type: ignore[list-item]
-    path = saved([node], sides[:1], sides[1:], {}, tmp_path / "open.onnx")
+    path = save_model([node], sides[:1], sides[1:], {}, tmp_path / "open.onnx")
     with pytest.raises(EngineError, match=r"open\.onnx leaves dimensions open.* export without --dynamic"):
-        torch_cuda._module(path, "cpu")
+        torch_cuda._load_module(path, "cpu")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "text", "missing"])
@@ -180,7 +180,7 @@ def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes | None) -> N
     if content is not None:
         (tmp_path / "broken.onnx").write_bytes(content)
     with pytest.raises(EngineError, match=r"broken\.onnx"):
-        torch_cuda._module(tmp_path / "broken.onnx", "cpu")
+        torch_cuda._load_module(tmp_path / "broken.onnx", "cpu")
 
 
 def test_it_has_no_providers(graph: Path) -> None:
@@ -193,14 +193,16 @@ def test_without_cuda_it_says_what_is_missing(graph: Path) -> None:
         pytest.skip("torch has a GPU here")
     lack = r"built without CUDA.*\[torch-cuda\]" if torch.version.cuda is None else "no NVIDIA driver"
     with pytest.raises(EngineUnavailableError, match=r"torch-cuda cannot run here: .*" + lack):
-        engine_named("torch-cuda").open_session(graph, EngineOptions())
+        load_engine("torch-cuda").open_session(graph, EngineOptions())
 
 
 def test_triton_without_a_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    assert not lack_of(torch_cuda._triton)
+    assert not find_missing_package(torch_cuda._import_triton)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "nowhere"})
-    with pytest.raises(EngineUnavailableError, match="with a C compiler and Python's headers, not there; install gcc"):
-        torch_cuda._triton()
+    with pytest.raises(
+        EngineUnavailableError, match="with a C compiler and Python's headers, which is missing; install gcc"
+    ):
+        torch_cuda._import_triton()

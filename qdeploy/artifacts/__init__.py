@@ -1,0 +1,1 @@
+"""The files that steps hand on: the QuantTable, the bundle, receipts and the noise correction. No torch."""

@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, files, progress, the processor, arithmetic, lists and pictures. No torch."""

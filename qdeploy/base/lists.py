@@ -1,0 +1,38 @@
+"""Read lists of prompts, one a line in a file, and draw random items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from qdeploy.base.errors import UsageError
+
+Item = TypeVar("Item")
+MAX_BYTES = 16 * 2**20
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """The prompts in the text file at ``path``, one a line, empty lines left out; UsageError where there is none."""
+    if not path.is_file():
+        raise UsageError(f"--prompts: {path} is not a file; give a text file with one prompt a line")
+    if path.stat().st_size > MAX_BYTES:
+        raise UsageError(f"--prompts: {path} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"--prompts: {path} is not UTF-8 text ({exc}); save it as such") from exc
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts: {path} holds no prompt; write one a line")
+    return prompts
+
+
+def draw_items(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """``count`` items in a seeded random order, each used once before any repeats."""
+    rng = np.random.default_rng(seed)
+    rounds = -(-count // len(items))
+    order = np.concatenate([rng.permutation(len(items)) for _ in range(rounds)])
+    return [items[i] for i in order[:count]]

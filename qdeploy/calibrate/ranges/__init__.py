@@ -1,0 +1,1 @@
+"""Ranges of activations and scales of weights: statistics, histograms, observers, equalization."""

@@ -1,0 +1,80 @@
+"""What every calibration mode shares: the text of each sample, the scheduler's config, and the check for NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qdeploy.base.errors import CalibrationError, UsageError
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.sampling import replace_scheduler
+from qdeploy.sampling.loop import Array
+
+TEXT_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The text of N samples.
+
+    rows: ``int64[N]``, row of ``contexts`` for each sample.
+    contexts: ``float32[P, T, D]``, row 0 is the empty prompt.
+    input_ids: ``int64[P, T]``, the tokens of ``contexts``.
+    """
+
+    rows: NDArray[np.int64]
+    contexts: Tensor
+    input_ids: Tensor
+
+    def to_tensors(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The text's part of a calibration set whose samples have the contexts ``rows int64[N]``."""
+        return {
+            "prompt": torch.from_numpy(rows).long(),
+            "contexts": half_from_float(self.contexts, "the text encoder's output"),
+            "input_ids": self.input_ids,
+        }
+
+
+def encode_prompts(model: LatentDiffusion, prompts: Sequence[str], count: int) -> Conditioning | None:
+    """Encode the prompts of ``count`` samples, repeating them when fewer; None for an unconditional model."""
+    if model.text_encoder is None:
+        if prompts:
+            raise UsageError(f"prompts: got {len(prompts)}, expected none: {model.source} is unconditional")
+        return None
+    if not prompts:
+        raise UsageError(f"prompts: got none, expected at least one: {model.source} reads text")
+    chosen = [prompts[i % len(prompts)] for i in range(count)]
+    unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(["", *chosen]))}
+    input_ids = model.tokenize(list(unique))
+    with torch.no_grad():
+        contexts = torch.cat([model.text_encoder(ids) for ids in input_ids.split(TEXT_BATCH)])
+    return Conditioning(np.array([unique[prompt] for prompt in chosen]), contexts, input_ids)
+
+
+def choose_scheduler_config(model: LatentDiffusion, name: str | None) -> Mapping[str, Any]:
+    """Config of the scheduler called ``name``; None is the model's own."""
+    return model.scheduler_config if name is None else replace_scheduler(model.scheduler_config, name)
+
+
+def half_from_float(values: Tensor | Array, description: str) -> Tensor:
+    """``float16`` for storage; CalibrationError with the ``description`` when it holds NaN, infinity or over 65504."""
+    half = (torch.from_numpy(values) if isinstance(values, np.ndarray) else values).half()
+    if not torch.isfinite(half).all():
+        raise CalibrationError(
+            f"{description} holds NaN, infinity or a value beyond float16; the float model itself overflows there: "
+            "check its weights, its scheduler_config.json and the guidance scale"
+        )
+    return half
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """UsageError unless each of the named settings is at least 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name}: got {getattr(settings, name)}, expected at least 1")

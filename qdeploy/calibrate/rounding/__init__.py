@@ -1,0 +1,1 @@
+"""Learned rounding: GPTQ's start, AdaRound, and the reconstruction of one block after the other."""

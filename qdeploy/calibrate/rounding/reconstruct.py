@@ -1,0 +1,135 @@
+"""Block by block: fit the rounding and input scales of each block to its float output (AdaRound, BRECQ).
+
+A block reads the outputs of the already quantized blocks before it, and is fitted to the output of the float
+block on float inputs, so that it also compensates for the errors before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from qdeploy.artifacts.table import ComponentQuant, LayerQuant, QuantTable, load_table, save_table
+from qdeploy.base.errors import UsageError
+from qdeploy.base.progress import OnProgress
+from qdeploy.calibrate.checkpoint import batch_path
+from qdeploy.calibrate.dataset import CalibrationSet, sample_feeds
+from qdeploy.calibrate.rounding.fit import build_soft_unit, fit_unit
+from qdeploy.calibrate.rounding.unit_calls import UnitTargets, record_unit_inputs
+from qdeploy.calibrate.rounding.units import group_into_units
+from qdeploy.calibrate.spec import Reconstruction
+from qdeploy.models.components import TorchComponent
+from qdeploy.simulate.simulator import build_simulator, replace_layers
+
+SCRATCH = "scratch"
+
+
+def reconstruct(
+    component: TorchComponent,
+    quant: ComponentQuant,
+    calibration: CalibrationSet,
+    name: str,
+    settings: Reconstruction,
+    on_progress: OnProgress,
+    work: Path | None = None,
+) -> ComponentQuant:
+    """``quant`` with every unit's layers learned. With ``work``, finished units are kept there and not done again."""
+    check_device(settings.device)
+    units = group_into_units(component.inner, quant.layers)
+    feeds = list(sample_feeds(calibration, name, settings.samples))
+    done_folder = None if work is None else work / hash_run(quant, settings, calibration)
+    simulator = build_simulator(component, quant.in_half_range(), conv_output_quantized=False)
+    layers = dict(quant.layers)
+    with open_scratch_folder(work) as scratch:
+        targets = UnitTargets(component, units, feeds, settings.cache_gb / 2, scratch)
+        for number, unit in enumerate(units):
+            learned = None if done_folder is None else load_finished(done_folder, number)
+            if learned is None:
+                before = {layer: layers[layer] for layer in unit.layers}
+                progress = UnitProgress(on_progress, f"{name}: reconstruction", unit.name, number, len(units))
+                inputs = record_unit_inputs(simulator, unit, feeds, scratch)
+                soft = build_soft_unit(component.inner.get_submodule(unit.name), unit, before, settings)
+                learned = fit_unit(soft, unit, inputs, targets.get(number), settings, number, progress)
+                inputs.remove()
+                targets.drop(number)
+                if done_folder is not None:
+                    save_finished(done_folder, number, name, learned, quant)
+            layers.update(learned)
+            replace_layers(simulator, component, learned)
+    return replace(quant, layers=layers)
+
+
+@dataclass(frozen=True)
+class UnitProgress:
+    """Shows the loss in the description of one bar over all blocks."""
+
+    on_progress: OnProgress
+    label: str
+    unit: str
+    number: int
+    count: int
+
+    def __call__(self, iteration: int, iterations: int, error: float) -> None:
+        done = self.number * iterations + iteration
+        self.on_progress(self.label, done, self.count * iterations, f"{self.unit}, error {error:.2e}")
+
+
+def check_device(device: str) -> None:
+    """UsageError for a device that torch cannot compute on here."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as exc:
+        reason = str(exc).partition("\n")[0]
+        raise UsageError(f"--device {device}: torch {torch.__version__} cannot compute on it here: {reason}") from exc
+
+
+@contextmanager
+def open_scratch_folder(work: Path | None) -> Iterator[Path]:
+    """A scratch folder next to the finished units, on ``--work``'s disk; what a killed run left there is removed."""
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="qdeploy-") as scratch:
+            yield Path(scratch)
+        return
+    folder = work / SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def hash_run(quant: ComponentQuant, settings: Reconstruction, calibration: CalibrationSet) -> str:
+    """Identify the run: only units of the same start, settings and data are reused."""
+    hasher = hashlib.sha256(json.dumps([asdict(settings), dict(calibration.provenance)], sort_keys=True).encode())
+    for name, layer in quant.layers.items():
+        hasher.update(f"{name} {layer.input} {layer.passes} {layer.first_token_float}".encode())
+        hasher.update(layer.weight.tobytes())
+        hasher.update(layer.weight_scale.tobytes())
+    hasher.update(calibration.sample.numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def load_finished(folder: Path, number: int) -> dict[str, LayerQuant] | None:
+    """Layers of a unit that an earlier run finished, or None."""
+    path = batch_path(folder, number)
+    if not path.exists():
+        return None
+    (quant,) = load_table(path).components.values()
+    return dict(quant.layers)
+
+
+def save_finished(
+    folder: Path, number: int, name: str, learned: Mapping[str, LayerQuant], quant: ComponentQuant
+) -> None:
+    """Save a finished unit as a small table of its own."""
+    part = ComponentQuant(dict(learned), macs={layer: quant.macs[layer] for layer in learned})
+    save_table(QuantTable({name: part}, "", ""), batch_path(folder, number))

@@ -1,0 +1,159 @@
+"""What a model, calibration set, table or bundle holds, as label-value rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qdeploy.artifacts.bundle import MANIFEST, ComponentInfo, open_bundle
+from qdeploy.artifacts.table import QuantTable, load_table
+from qdeploy.base.errors import UsageError
+from qdeploy.inspection.table import FactRows, describe_table, format_widths
+
+
+def describe(path: str, show_all: bool = False) -> FactRows:
+    """Facts about the file or folder at ``path``; UsageError when it is nothing that qdeploy knows.
+
+    ``show_all``: list all layers of a table by sensitivity, not only the worst.
+    """
+    if path.startswith("builtin:") or (Path(path) / "model_index.json").is_file():
+        return describe_model(path)
+    if (Path(path) / MANIFEST).is_file():
+        return describe_bundle(Path(path))
+    key = read_safetensors_key(Path(path))
+    if key == "qdeploy_table":
+        return describe_table(Path(path), show_all)
+    if key == "qdeploy_calibration":
+        return describe_calibration(Path(path))
+    if Path(path).is_file() and is_checkpoint(path):
+        return describe_single_file(Path(path))
+    raise UsageError(
+        f"{path} is neither a model folder or checkpoint file, builtin:NAME, a calibration set, a table nor a bundle"
+    )
+
+
+def is_checkpoint(path: str) -> bool:
+    from qdeploy.models.single_file import is_single_file
+
+    return is_single_file(path)
+
+
+def read_safetensors_key(path: Path) -> str:
+    """The key that qdeploy wrote into the file's header, or ``""``."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return ""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return next((key for key in file.metadata() or {} if key.startswith("qdeploy_")), "")
+    except (SafetensorError, OSError):
+        return ""
+
+
+def load_table_to_plot(path: str) -> QuantTable:
+    """The table at ``path``; UsageError when something else lies there."""
+    if read_safetensors_key(Path(path)) != "qdeploy_table":
+        raise UsageError(f"--plot draws a table's sensitivities and {path} is no table; give one of `qdeploy quantize`")
+    return load_table(Path(path))
+
+
+def describe_bundle(path: Path) -> FactRows:
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    facts = [
+        ("bundle", str(path)),
+        ("kind", manifest.kind),
+        ("target", f"{manifest.target} ({manifest.precision})"),
+        ("size", f"{bundle.total_bytes / 1e6:.1f} MB, hashes verified"),
+        ("model", str(manifest.provenance.get("model"))),
+        *(("lora", str(lora)) for lora in manifest.provenance.get("loras", [])),
+    ]
+    for name, info in manifest.components.items():
+        facts.append(
+            (
+                name,
+                ", ".join(
+                    [
+                        f"{bundle.component_bytes(name) / 1e6:.1f} MB",
+                        f"{format_widths(info.weight_bits)}A{info.act_bits}",
+                        *format_gate(info),
+                    ]
+                ),
+            )
+        )
+        facts += [(f"  {key}", f"{t.dtype}{list(t.shape)}") for key, t in {**info.inputs, **info.outputs}.items()]
+    return facts
+
+
+def format_gate(info: ComponentInfo) -> list[str]:
+    """Results of the export gate, and what it did not check."""
+    ran = "engine" if info.parity_engine is None else info.parity_engine
+    figures = {
+        f"{ran}/simulator": info.parity_db,
+        f"{ran}/float": info.engine_sqnr_db,
+        "simulator/float": info.simulator_sqnr_db,
+    }
+    measured = [f"{pair} {db:.1f} dB" for pair, db in figures.items() if db is not None]
+    location = " in the file" if info.parity_engine is not None or info.acceptance else ""
+    texts = [f"{info.integer_mac_share:.1%} of MACs in int8{location}"]
+    texts += [f"SQNR {', '.join(measured)}"] if measured else []
+    texts += [f"computed by {ran} instead of the engine"] if measured and info.parity_engine is not None else []
+    return texts + ([info.acceptance] if info.acceptance else [])
+
+
+def describe_calibration(path: Path) -> FactRows:
+    from qdeploy.calibrate.dataset import load_calibration
+
+    calibration = load_calibration(path)
+    return [
+        ("calibration set", str(path)),
+        ("made with", json.dumps(dict(calibration.provenance))),
+        (
+            "unet samples",
+            f"{len(calibration.sample)} x {list(calibration.sample.shape[1:])}, "
+            + ("unconditional" if calibration.contexts is None else "both CFG halves"),
+        ),
+        (
+            "timesteps",
+            f"{len(calibration.timestep.unique())} from {calibration.timestep.min()} to {calibration.timestep.max()}",
+        ),
+        ("text encoder inputs", str(calibration.count("text_encoder"))),
+        ("decoder latents", str(calibration.count("vae_decoder"))),
+    ]
+
+
+def describe_single_file(path: Path) -> FactRows:
+    """An original checkpoint by its tensors' names and shapes; no weight is read."""
+    from qdeploy.models.checkpoints import describe_checkpoint
+
+    summary = describe_checkpoint(path)
+    return [
+        ("model", str(path)),
+        ("size", f"{path.stat().st_size / 1e6:.1f} MB"),
+        ("kind", summary.kind),
+        ("picture", f"{summary.image_side}x{summary.image_side}"),
+        ("latents", "x".join(map(str, summary.latents))),
+        ("averaged weights", "of the UNet, take them with --ema" if summary.ema else "none"),
+        *((name, f"{count / 1e6:.2f} M parameters") for name, count in summary.parameters.items()),
+        ("missing", "; ".join(summary.missing) or "nothing"),
+    ]
+
+
+def describe_model(source: str) -> FactRows:
+    from qdeploy.models.source import load_model
+
+    model = load_model(source)
+    latents = model.latents
+    facts = [
+        ("model", source),
+        ("picture", f"{latents.image_width}x{latents.image_height}"),
+        ("latents", f"{latents.channels}x{latents.height}x{latents.width}"),
+        ("kind", model.kind),
+        *([("prompt", f"{latents.tokens} tokens")] if model.reads_text else []),
+        ("scheduler", str(model.scheduler_config.get("_class_name"))),
+    ]
+    for name in model.components:
+        count = sum(parameter.numel() for parameter in model.component(name).parameters())
+        facts.append((name, f"{count / 1e6:.2f} M parameters" + (" (with encoder)" if name == "vae_decoder" else "")))
+    return facts

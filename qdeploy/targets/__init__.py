@@ -1,0 +1,1 @@
+"""What a target's engine computes and which limits it has. No torch."""
