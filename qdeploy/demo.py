@@ -108,7 +108,7 @@ def run_demo(
 def draw_picture_grid(float_pixels: Sequence[Pixels], int8_pixels: Sequence[Pixels]) -> Image:
     """Both bundles' pictures of every prompt, ``uint8[H, W, 3]`` each, and under them their amplified difference."""
     differences = [amplify_difference(*pair, GAIN) for pair in zip(int8_pixels, float_pixels, strict=True)]
-    rows = {"FP32": float_pixels, "W8A8": int8_pixels, f"difference\n×{GAIN}": differences}
+    rows = {"FP32": float_pixels, "W8A8": int8_pixels, f"difference\nx{GAIN}": differences}
     return draw_grid([(name, [image_from_pixels(one) for one in row]) for name, row in rows.items()], PROMPTS)
 
 
