@@ -5,6 +5,4 @@ from __future__ import annotations
 OPTIONS: dict[tuple[str, str], str] = {}  # (command, documented option) -> what the code has
 RECIPE_KEYS: dict[str, str] = {}
 VARIABLES: set[str] = set()
-PATHS = {
-    "qdeploy/targets/NAME.py",
-}
+PATHS: set[str] = set()
