@@ -26,7 +26,7 @@ from qdeploy.artifacts.table import ComponentQuant, LayerQuant, load_table
 from qdeploy.bench.memory import read_peak_bytes
 from qdeploy.calibrate.ranges.weights import mse_scale, round_to_nearest, weight_range
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.spec import get_target
 
 Feeds = dict[str, NDArray]
@@ -86,8 +86,7 @@ def make_our_graph(source: ModelFiles, folder: Path, target: str, weight_bits: i
     model, quant = source.load(), source.unet_table()
     if weight_bits != 8:
         quant = change_bits(model, quant, weight_bits)
-    spec = get_target(target)
-    simulator = build_simulator(model.unet, restrict_to_target(quant, spec), spec.conv_output_quantized)
+    simulator = build_simulator(model.unet, quant, get_target(target).numerics)
     export_unet(simulator, model, folder / GRAPH, target)
     return folder / GRAPH
 

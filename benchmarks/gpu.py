@@ -42,14 +42,13 @@ def make_bundles(model: Any, table: Any, folder: Path) -> None:
 def make_shells(model: Any, table: Any, folder: Path) -> None:
     """Only the UNet for each of them, unchecked and without its weights."""
     from benchmarks.inputs import export_unet
-    from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+    from qdeploy.simulate.simulator import build_simulator
     from qdeploy.targets.spec import get_target
 
     for name, (target, quantized) in BUNDLES.items():
-        spec, component = get_target(target), model.unet
+        component = model.unet
         if quantized:
-            quant = restrict_to_target(table.components["unet"], spec)
-            component = build_simulator(model.unet, quant, spec.conv_output_quantized, spec.signed_activations)
+            component = build_simulator(model.unet, table.components["unet"], get_target(target).numerics)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             export_unet(component, model, Path(scratch) / "model.onnx", target)

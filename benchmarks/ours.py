@@ -14,7 +14,7 @@ from qdeploy.calibrate.dataset import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import EFFORTS, QuantSpec, Reconstruction
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.spec import get_target
 
 TABLE = "table.safetensors"
@@ -100,9 +100,7 @@ def quantize_ours(row: QualityRow, work: WorkFolder) -> Path:
 
 def save_graph_for(engine: str, model: LatentDiffusion, table: QuantTable, folder: Path) -> None:
     """``ENGINE.onnx``: with Q after spatial convolutions for ONNX Runtime, without for OpenVINO."""
-    target = get_target(engine)
-    quant = restrict_to_target(table.components["unet"], target)
-    simulator = build_simulator(model.unet, quant, target.conv_output_quantized)
+    simulator = build_simulator(model.unet, table.components["unet"], get_target(engine).numerics)
     export_unet(simulator, model, folder / f"{engine}.onnx", engine)
 
 

@@ -88,7 +88,7 @@ def quantize_unet(unet: TorchComponent, feeds: dict[str, NDArray], row: Processo
             passes=2 if spec.takes_two_passes("unet", call.name) else 1,
         )  # fmt: skip
         macs[call.name] = call.macs
-    return build_simulator(unet, ComponentQuant(layers, macs=macs), get_target(TARGET).conv_output_quantized)
+    return build_simulator(unet, ComponentQuant(layers, macs=macs), get_target(TARGET).numerics)
 
 
 def make_graphs(size: str, folder: Path) -> None:

@@ -36,6 +36,7 @@ from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.reporting.environment import describe_environment
 from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.base import Numerics
 
 HERE = Path(__file__).parent
 FLOAT_ROWS = {"float-ort-cpu": "ort-cpu", "float-openvino": "openvino"}
@@ -121,7 +122,7 @@ class QualityBench:
         """Our table in the torch simulator: what the Q that ONNX Runtime needs after a Conv costs."""
         make_in_subprocess(row.name, self.work)
         table = load_table(self.work.model_folder(row.name) / TABLE)
-        simulator = build_simulator(self.model.unet, table.components["unet"].in_half_range(), conv_output_quantized)
+        simulator = build_simulator(self.model.unet, table.components["unet"], Numerics(conv_output_quantized))
         note = f"the table of {row.name}, {'with' if conv_output_quantized else 'without'} Q after Conv"
         return self.measure(
             name_simulated_row(row.name, conv_output_quantized), "torch", note, predict_from_module(simulator)

@@ -43,6 +43,7 @@ from qdeploy.models.components import LayerCall, TorchComponent, trace_layers
 from qdeploy.models.rewrites import apply_rewrite, copy_module
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.base import CALIBRATION_NUMERICS
 
 PROBES = 6
 TIMESTEP_TABLE = "timestep_table"
@@ -75,7 +76,7 @@ def quantize_model(
     probes = {name: choose_probes(calibration, name) for name in names}
     correction = None
     if spec.noise_correction and "unet" in components:
-        simulator = build_simulator(model.unet, components["unet"].in_half_range(), conv_output_quantized=False)
+        simulator = build_simulator(model.unet, components["unet"], CALIBRATION_NUMERICS)
         correction = measure_noise_correction(model.unet, simulator, calibration, on_progress)
     return QuantTable(components, model.source, model.sha256, provenance, probes, correction)
 

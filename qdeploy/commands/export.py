@@ -80,7 +80,7 @@ def export(
     open_dims = OpenDims.from_text(dynamic)
     spec = get_target(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
-    default_precision = spec.float_type if table is None else "int8"
+    default_precision = spec.numerics.float_type if table is None else "int8"
     spec.check_precision(precision or default_precision)
     if (precision or default_precision) != default_precision:
         raise UsageError(f"--precision {precision} does not fit {source}: it exports as {default_precision}")

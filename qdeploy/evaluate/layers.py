@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qdeploy.models.components import TorchComponent
-    from qdeploy.targets.spec import TargetSpec
+    from qdeploy.targets.base import Numerics
 
 BINS = 64
 ACT_BITS = 8  # of one pass; two make 16
@@ -59,14 +59,14 @@ def measure_layers(
     models = {source: load_model(source) for source in dict.fromkeys(entry.table.model for entry in tables)}
     measured = []
     for entry in tables:
-        target, name = get_target(entry.manifest.target), names[entry.number]
+        numerics, name = get_target(entry.manifest.target).numerics, names[entry.number]
         figures: list[LayerFigures] = []
         for done, (component, quant) in enumerate(entry.table.components.items()):
             on_progress(f"{name}, its layers", done, len(entry.table.components), component)
             probes = entry.table.probes.get(component)
             if probes:
                 figures += measure_bundle_layers(
-                    component, models[entry.table.model].component(component), quant, target, probes[0]
+                    component, models[entry.table.model].component(component), quant, numerics, probes[0]
                 )
         on_progress(f"{name}, its layers", len(entry.table.components), len(entry.table.components))
         measured.append(BundleLayers(name, figures))
@@ -74,13 +74,13 @@ def measure_layers(
 
 
 def measure_bundle_layers(
-    name: str, component: TorchComponent, quant: ComponentQuant, target: TargetSpec, feeds: Mapping[str, NDArray]
+    name: str, component: TorchComponent, quant: ComponentQuant, numerics: Numerics, feeds: Mapping[str, NDArray]
 ) -> list[LayerFigures]:
-    """Every layer that ``target`` computes in integers, on its inputs in the float model run on ``feeds``."""
+    """Every layer that ``numerics`` has in integers, on its inputs in the float model run on ``feeds``."""
     import torch
 
     from qdeploy.models.rewrites import apply_rewrite, copy_module
-    from qdeploy.simulate.simulator import restrict_to_target
+    from qdeploy.simulate.simulator import restrict_to_numerics
 
     component = copy_module(component)
     for rewrite in quant.rewrites:
@@ -91,12 +91,12 @@ def measure_bundle_layers(
     def make_hook(path: str, layer: LayerQuant) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             if path not in figures:
-                figures[path] = measure_layer(name, path, module, layer, target, args[0], output)
+                figures[path] = measure_layer(name, path, module, layer, numerics, args[0], output)
 
         return hook
 
     handles = []
-    for path, layer in restrict_to_target(quant, target).layers.items():
+    for path, layer in restrict_to_numerics(quant, numerics).layers.items():
         module = modules.get(path)
         if module is None:
             raise TableError(f"the table's layer {path} is not in the model; wrong model?")
@@ -115,7 +115,7 @@ def measure_layer(
     path: str,
     module: nn.Conv2d | nn.Linear,
     layer: LayerQuant,
-    target: TargetSpec,
+    numerics: Numerics,
     x: Tensor,
     y: Tensor,
 ) -> LayerFigures:
@@ -123,10 +123,10 @@ def measure_layer(
     from qdeploy.simulate.layers import InputQuant
     from qdeploy.simulate.simulator import build_quant_layer
 
-    quantized = build_quant_layer(module, layer, target.conv_output_quantized, target.signed_activations)
+    quantized = build_quant_layer(module, layer, numerics)
     values, ratio = x[:, 1:] if layer.first_token_float else x, layer.input_ratio
     axis = 1 if len(layer.weight.shape) == 4 else x.dim() - 1
-    reader = InputQuant(layer, target.signed_activations)
+    reader = InputQuant(layer, numerics)
     dequantized = sum(dequantize(codes) for codes, dequantize in reader(values, axis)).numpy()  # type: ignore[union-attr]
     dequantized = dequantized if ratio is None else dequantized * broadcast_along(ratio, dequantized.ndim, axis)
     weight, original = dequantize_weight(layer), module.weight.detach().float().numpy()

@@ -48,7 +48,7 @@ from qdeploy.export.plans import build_plans, check_buildable, check_profile, wr
 from qdeploy.export.release import release_memory
 from qdeploy.export.targets import check_file, lower
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.spec import TargetSpec
 
 GRAPH_FILE = "model.onnx"
@@ -80,7 +80,7 @@ def export_bundle(
     check_profile(target, open_dims, sizes)
     if build:
         check_buildable(target)
-    precision = target.float_type if table is None else "int8"
+    precision = target.numerics.float_type if table is None else "int8"
     target.check_precision(precision)
     if table is not None:
         check_weights(table, model)
@@ -132,12 +132,13 @@ def export_component(
     float_component = model.component(name)
     component = float_component
     if quant is not None:
-        quant = restrict_to_target(quant, target, full_range)
-        component = build_simulator(float_component, quant, target.conv_output_quantized, target.signed_activations)
+        numerics = replace(target.numerics, half_range_weights=target.numerics.half_range_weights and not full_range)
+        quant = restrict_to_numerics(quant, numerics)
+        component = build_simulator(float_component, quant, numerics)
     # an open batch is traced at 2, since the exporter treats 1 as a constant
     example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.reads_text))
     feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes
-    if target.float_type == "fp16":
+    if target.numerics.float_type == "fp16":
         check_fp16_range(float_component, feeds, name)
     multiple = model.size_multiple(name)
     graph = graph_from_component(component, example, target.opset, open_dims, multiple)
@@ -151,15 +152,15 @@ def export_component(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(tensor_info_from_value, graph.graph.inputs)),
         outputs=dict(map(tensor_info_from_value, graph.graph.outputs)),
-        weight_bits=(FLOAT_BITS[target.float_type],) if quant is None else quant.weight_bits,
-        act_bits=FLOAT_BITS[target.float_type] if quant is None else 8,
+        weight_bits=(FLOAT_BITS[target.numerics.float_type],) if quant is None else quant.weight_bits,
+        act_bits=FLOAT_BITS[target.numerics.float_type] if quant is None else 8,
         parity_engine=choose_stand_in(target),
         largest_weight_code=find_largest_weight_code(graph),
     )
     del graph
     release_memory()
     info = replace(info, acceptance=check_file(path, name, target.name))
-    if quant is None and target.float_type == "fp32" and not open_dims:
+    if quant is None and target.numerics.float_type == "fp32" and not open_dims:
         return info
     if quant is not None:
         info = run_audit(info, path, target, quant)
@@ -207,9 +208,9 @@ def check_parity(
     name = path.parent.name
     for parity in parities:
         if is_quantized:
-            parity.check(name, ENGINE_LOSS_MAX_DB if target.float_type == "fp32" else FP16_ENGINE_LOSS_MAX_DB)
+            parity.check(name, ENGINE_LOSS_MAX_DB if target.numerics.float_type == "fp32" else FP16_ENGINE_LOSS_MAX_DB)
         else:
-            parity.check_float(name, target.float_type)
+            parity.check_float(name, target.numerics.float_type)
     if not is_quantized:
         return replace(info, engine_sqnr_db=parities[0].engine_db)
     return replace(

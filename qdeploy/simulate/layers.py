@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qdeploy.artifacts.table import Affine, LayerQuant
 from qdeploy.base.errors import TableError
 from qdeploy.simulate.ops import broadcast_along
+from qdeploy.targets.base import Numerics
 
 CODE_TYPES = {8: torch.uint8, 16: torch.uint16}  # by bits
 
@@ -66,11 +67,12 @@ class InputQuant(nn.Module):
     """The integer codes of an activation, each with its dequantizer.
 
     Two passes make a 16-bit activation for 8-bit kernels: the second holds what the first rounded off.
-    ``signed``: codes are int8 around 0, by the table's symmetric scale.
+    Signed codes are int8 around 0, by the table's symmetric scale.
     """
 
-    def __init__(self, layer: LayerQuant, signed: bool = False) -> None:
+    def __init__(self, layer: LayerQuant, numerics: Numerics) -> None:
         super().__init__()
+        signed = numerics.signed_activations
         affine = build_symmetric_affine(layer) if signed else layer.input
         self.equalize, self.quantize = Equalize(layer.input_ratio), Quantize(affine, signed)
         self.dequantize = Dequantize(affine, signed)
@@ -143,13 +145,14 @@ def compute_output_offset(layer: LayerQuant) -> Tensor:
 class QuantConv2d(nn.Module):
     """A Conv2d on quantized input and weight; quantizes its output too where the target needs that."""
 
-    def __init__(self, conv: nn.Conv2d, layer: LayerQuant, quantize_output: bool, signed: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, layer: LayerQuant, numerics: Numerics) -> None:
         super().__init__()
+        quantize_output = numerics.conv_output_quantized
         if layer.passes != 1 and quantize_output:
             raise TableError("a convolution with Q after it takes its activation in one pass; keep it in float instead")
         if quantize_output and layer.output is None:
             raise TableError("the target needs this convolution's output range, which the table lacks; quantize again")
-        self.input_quant = InputQuant(layer, signed)
+        self.input_quant = InputQuant(layer, numerics)
         weight_scale, bias = torch.from_numpy(layer.weight_scale), choose_bias(conv, layer)
         if quantize_output and layer.output is not None:
             weight_scale, bias = rescale_to_output(weight_scale, bias, layer)
@@ -192,9 +195,9 @@ class QuantMatMul(nn.Module):
     Runtime fall back to a float Gemm.
     """
 
-    def __init__(self, layer: LayerQuant, signed: bool = False) -> None:
+    def __init__(self, layer: LayerQuant, numerics: Numerics) -> None:
         super().__init__()
-        self.input_quant = InputQuant(layer, signed)
+        self.input_quant = InputQuant(layer, numerics)
         codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T.contiguous()
         self.weight_quant = WeightQuant(codes, torch.from_numpy(layer.weight_scale), axis=1)
 
@@ -210,8 +213,8 @@ class QuantMatMul(nn.Module):
 class QuantLinear(QuantMatMul):
     """A Linear; its bias has the output's rank, since ONNX Runtime makes a float Gemm of a rank-1 one."""
 
-    def __init__(self, linear: nn.Linear, layer: LayerQuant, signed: bool = False) -> None:
-        super().__init__(layer, signed)
+    def __init__(self, linear: nn.Linear, layer: LayerQuant, numerics: Numerics) -> None:
+        super().__init__(layer, numerics)
         bias = choose_bias(linear, layer)
         self.bias = freeze(None if bias is None else bias[None, None])
 
@@ -241,8 +244,8 @@ class QuantLinearFirstFloat(QuantLinear):
     model's own, so a bundle holds it besides the codes.
     """
 
-    def __init__(self, linear: nn.Linear, layer: LayerQuant, signed: bool = False) -> None:
-        super().__init__(linear, layer, signed)
+    def __init__(self, linear: nn.Linear, layer: LayerQuant, numerics: Numerics) -> None:
+        super().__init__(linear, layer, numerics)
         self.first_token = FloatMatMul(linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,8 +255,8 @@ class QuantLinearFirstFloat(QuantLinear):
 class QuantPointwise(QuantMatMul):
     """A 1x1 Conv as a product over channels: no engine needs Q after it, so its output stays float."""
 
-    def __init__(self, conv: nn.Conv2d, layer: LayerQuant) -> None:
-        super().__init__(layer)
+    def __init__(self, conv: nn.Conv2d, layer: LayerQuant, numerics: Numerics) -> None:
+        super().__init__(layer, numerics)
         bias = choose_bias(conv, layer)
         self.bias = freeze(None if bias is None else bias[None, None, None])
 

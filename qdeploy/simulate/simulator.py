@@ -15,53 +15,49 @@ from qdeploy.models.rewrites import apply_rewrite, copy_module
 from qdeploy.models.rewrites.surgery import replace_module
 from qdeploy.simulate.attention import QuantAttnProcessor
 from qdeploy.simulate.layers import QuantConv2d, QuantLinear, QuantLinearFirstFloat, QuantPointwise, is_pointwise
-from qdeploy.targets.spec import TargetSpec
+from qdeploy.targets.base import Numerics
 
 
-def build_quant_layer(
-    original: nn.Conv2d | nn.Linear, layer: LayerQuant, conv_output_quantized: bool, signed_activations: bool = False
-) -> nn.Module:
-    """The integer module that replaces ``original`` on a target."""
+def build_quant_layer(original: nn.Conv2d | nn.Linear, layer: LayerQuant, numerics: Numerics) -> nn.Module:
+    """The integer module that replaces ``original`` under ``numerics``."""
     if isinstance(original, nn.Linear):
         linear = QuantLinearFirstFloat if layer.first_token_float else QuantLinear
-        return linear(original, layer, signed_activations)
+        return linear(original, layer, numerics)
     if original.padding_mode != "zeros":
         raise TableError(
             f"convolution with padding_mode {original.padding_mode!r} cannot be quantized; only 'zeros' can"
         )
-    if is_pointwise(original) and conv_output_quantized:
-        return QuantPointwise(original, layer)
-    return QuantConv2d(original, layer, conv_output_quantized, signed_activations)
+    convolution = QuantPointwise if is_pointwise(original) and numerics.conv_output_quantized else QuantConv2d
+    return convolution(original, layer, numerics)
 
 
-def restrict_to_target(quant: ComponentQuant, target: TargetSpec, full_range: bool = False) -> ComponentQuant:
-    """What ``target`` computes of ``quant``: layers and attentions that it has no integer form for stay in float.
+def restrict_to_numerics(quant: ComponentQuant, numerics: Numerics) -> ComponentQuant:
+    """``quant`` as an engine of these ``numerics`` computes it, which applied twice changes nothing more.
 
-    ``full_range``: 8-bit weights keep codes up to +-127 where the target would use those within +-64.
+    Weights take its range; layers and attentions that it has no integer form for stay in float.
     """
-    if target.half_range_weights and not full_range:
+    if numerics.half_range_weights:
         quant = quant.in_half_range()
     float_layers = (
-        {} if target.two_passes else {name: layer for name, layer in quant.layers.items() if layer.passes == 2}
+        {} if numerics.two_passes else {name: layer for name, layer in quant.layers.items() if layer.passes == 2}
     )
-    reason = f"read in two passes, which {target.name} does in {target.float_type}"
+    reason = f"read in two passes, which the target does in {numerics.float_type}"
     return replace(
         quant,
         layers={name: layer for name, layer in quant.layers.items() if name not in float_layers},
         macs={name: macs for name, macs in quant.macs.items() if name not in float_layers},
         float_layers={**quant.float_layers, **{name: FloatLayer(reason, quant.macs[name]) for name in float_layers}},
-        attention=quant.attention if target.quantized_attention else {},
+        attention=quant.attention if numerics.quantized_attention else {},
     )
 
 
-def build_simulator(
-    component: TorchComponent, quant: ComponentQuant, conv_output_quantized: bool, signed_activations: bool = False
-) -> TorchComponent:
-    """A copy of ``component`` whose layers and attentions named in ``quant`` compute in (simulated) integers.
+def build_simulator(component: TorchComponent, quant: ComponentQuant, numerics: Numerics) -> TorchComponent:
+    """A copy of ``component`` that computes what an engine of these ``numerics`` does of ``quant``.
 
     Float weights are shared, not copied; the table's rewrites are made on the copy first. Raises
     TableError when a layer is missing or has another shape.
     """
+    quant = restrict_to_numerics(quant, numerics)
     simulator = copy_module(component)
     for rewrite in quant.rewrites:
         apply_rewrite(simulator, rewrite)
@@ -70,9 +66,7 @@ def build_simulator(
         original = modules.get(name)
         if not isinstance(original, nn.Conv2d | nn.Linear) or tuple(original.weight.shape) != layer.weight.shape:
             raise TableError(f"the table's layer {name} {list(layer.weight.shape)} is not in the model; wrong model?")
-        replace_module(
-            simulator.inner, name, build_quant_layer(original, layer, conv_output_quantized, signed_activations)
-        )
+        replace_module(simulator.inner, name, build_quant_layer(original, layer, numerics))
     for name, attention in quant.attention.items():
         module = modules.get(name)
         if not isinstance(module, Attention):
@@ -81,8 +75,10 @@ def build_simulator(
     return simulator.eval()
 
 
-def replace_layers(simulator: TorchComponent, component: TorchComponent, layers: Mapping[str, LayerQuant]) -> None:
+def replace_layers(
+    simulator: TorchComponent, component: TorchComponent, layers: Mapping[str, LayerQuant], numerics: Numerics
+) -> None:
     """Replace the simulator's layers with newly learned ones."""
     for name, layer in layers.items():
         original = component.inner.get_submodule(name)
-        replace_module(simulator.inner, name, build_quant_layer(original, layer, conv_output_quantized=False))  # type: ignore[arg-type]
+        replace_module(simulator.inner, name, build_quant_layer(original, layer, numerics))  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def test_a_bundle_is_made_for_every_row(
     made_folder: dict[str, tuple[str, bool]] = {}
 
     def export(model: LatentDiffusion, table: QuantTable | None, target: TargetSpec, out: Path) -> None:
-        target.check_precision(target.float_type if table is None else "int8")
+        target.check_precision(target.numerics.float_type if table is None else "int8")
         made_folder[out.name] = target.name, table is not None
 
     monkeypatch.setattr(exporter, "export_bundle", export)

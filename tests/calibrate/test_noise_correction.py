@@ -12,6 +12,7 @@ from qdeploy.calibrate.noise_correction import measure_noise_correction
 from qdeploy.models.components import TorchComponent
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.base import Numerics
 
 ROUND_OFF_DB = 0.01  # float32 slopes and means
 
@@ -24,7 +25,7 @@ def outputs(unet: TorchComponent, calibration: CalibrationSet) -> list[np.ndarra
 def test_the_correction_does_not_lower_the_sqnr(
     tiny_model: LatentDiffusion, table: QuantTable, calibration: CalibrationSet
 ) -> None:
-    simulator = build_simulator(tiny_model.unet, table.components["unet"], True)
+    simulator = build_simulator(tiny_model.unet, table.components["unet"], Numerics(conv_output_quantized=True))
     seen: list[tuple[int, int]] = []
     correction = measure_noise_correction(
         tiny_model.unet, simulator, calibration, lambda _, done, total: seen.append((done, total))

@@ -139,7 +139,7 @@ def export(options: dict[str, object], request: pytest.FixtureRequest) -> None:
     assert source.exists(), f"{source}: the page exports what it has not made"
     if source.is_file():
         load_table(source)
-    precision = "int8" if source.is_file() else target.float_type
+    precision = "int8" if source.is_file() else target.numerics.float_type
     target.check_precision(str(options["precision"] or precision))
     fixture = SHARED.get((target.name, precision, bool(options["with_encoder"]), options["dynamic"] is not None))
     if fixture is not None:

@@ -18,7 +18,7 @@ from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.parity import ExpectedOutputs, Parity, compute_expected, measure_parity
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.simulator import build_simulator, restrict_to_target
+from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.spec import TargetSpec, get_target
 from tests.emulated.machines import Machine
 
@@ -84,9 +84,7 @@ def add_expected(model: LatentDiffusion, table: QuantTable, target: TargetSpec, 
     expected = {}
     for name, quant in table.components.items():
         component = model.component(name)
-        simulator = build_simulator(
-            component, restrict_to_target(quant, target), target.conv_output_quantized, target.signed_activations
-        )
+        simulator = build_simulator(component, quant, target.numerics)
         expected[name] = compute_expected(component, simulator, table.probes[name])
     return EmulatedBundle(bundle, expected)
 

@@ -27,6 +27,7 @@ from qdeploy.export.parity import compute_expected, measure_parity
 from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.base import Numerics
 from qdeploy.targets.spec import get_target
 from tests.engines.test_contract import save_model, tensor
 
@@ -44,7 +45,7 @@ def test_it_computes_what_the_simulator_says(
 ) -> None:  # fmt: skip
     if settings:
         table = quantize_model(tiny_model, calibration, QuantSpec(components=("unet",), **settings))
-    simulator = build_simulator(tiny_model.unet, table.components["unet"], True)
+    simulator = build_simulator(tiny_model.unet, table.components["unet"], Numerics(conv_output_quantized=True))
     graph = graph_from_component(simulator, tiny_model.make_example("unet", 2), 20)
     lower(graph, "openvino")
     save_graph(graph, tmp_path / "model.onnx")

@@ -32,13 +32,15 @@ from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.spec import get_target
 from tests.shared_artifacts import build_once
 
+ORT_CPU = get_target("ort-cpu")
+
 
 @build_once("w4a8", traces=True)
 def w4a8(out: Path, tiny_folder: Path, calibration_file: Path) -> None:
     """A bundle with everything on that the table can say: 4 bits, rewrites, two passes, noise correction."""
     spec = QuantSpec(weight_bits=4, rewrites=("split_skips", "timestep_table"), noise_correction=True)
     model = load_model(str(tiny_folder))
-    export_bundle(model, quantize_model(model, load_calibration(calibration_file), spec), get_target("ort-cpu"), out)
+    export_bundle(model, quantize_model(model, load_calibration(calibration_file), spec), ORT_CPU, out)
 
 
 def test_four_bit_weights_lie_in_the_file_as_int4_and_run_as_int8(w4a8: Path, int8_bundle: Path) -> None:
@@ -162,11 +164,12 @@ def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
             for name, layer in quant.layers.items()
         },
     )
-    graph = graph_from_component(build_simulator(tiny_model.unet, wrong, True), tiny_model.make_example("unet", 2), 20)
+    simulator = build_simulator(tiny_model.unet, wrong, ORT_CPU.numerics)
+    graph = graph_from_component(simulator, tiny_model.make_example("unet", 2), 20)
     lower(graph, "ort-cpu")
     ir.save(graph, tmp_path / "wrong.onnx")
     session = load_engine("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
-    right = build_simulator(tiny_model.unet, quant, True)
+    right = build_simulator(tiny_model.unet, quant, ORT_CPU.numerics)
     with pytest.raises(ParityError, match="does not compute what the table says"):
         measure_parity(compute_expected(tiny_model.unet, right, table.probes["unet"]), session).check("unet")
 
@@ -195,7 +198,7 @@ def test_the_parity_gate(parity: Parity, passes: bool) -> None:
 def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path) -> None:
     stranger = dataclasses.replace(table, model_sha256="0" * 64)
     with pytest.raises(TableError, match="other weights"):
-        export_bundle(tiny_model, stranger, get_target("ort-cpu"), tmp_path / "b")
+        export_bundle(tiny_model, stranger, ORT_CPU, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,7 +208,7 @@ def test_a_failing_gate_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("qdeploy.export.exporter.measure_parity", lambda *_: Parity(3.0, 30.0, 3.0))
     with pytest.raises(ParityError, match=r"3\.0 dB"):
-        export_bundle(tiny_model, table, get_target("ort-cpu"), tmp_path / "b")
+        export_bundle(tiny_model, table, ORT_CPU, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,7 +230,7 @@ def test_saturation_free_on_every_cpu(tmp_path: Path) -> None:
 
     codes = np.full((16, 64), 127, np.int8)
     layer = LayerQuant(codes, np.full(16, 0.01, np.float32), 8, Affine(1 / 255, 0))
-    component = One(QuantLinear(nn.Linear(64, 16).requires_grad_(False), layer))
+    component = One(QuantLinear(nn.Linear(64, 16).requires_grad_(False), layer, ORT_CPU.numerics))
     x = torch.ones(1, 4, 64)
     graph = graph_from_component(component, {"x": x}, 20)
     lower(graph, "ort-cpu")

@@ -32,7 +32,8 @@ from qdeploy.export.parity import Parity
 from qdeploy.inspection.audit import describe_audit
 from qdeploy.inspection.describe import format_gate
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.simulate.simulator import restrict_to_target
+from qdeploy.simulate.simulator import restrict_to_numerics
+from qdeploy.targets.base import Numerics
 from qdeploy.targets.spec import PRECISIONS, TARGETS, UNSUPPORTED_REASONS, get_target
 
 TENSORRT = get_target("tensorrt")
@@ -296,13 +297,14 @@ def test_a_table_without_symmetric_scales_is_refused(
 def test_what_a_target_has_no_integers_for_stays_in_float(table: QuantTable) -> None:
     affine = Affine(0.1, 128)
     quant = dataclasses.replace(table.components["unet"], attention={"attn1": AttentionQuant(affine, affine, affine)})
-    kept = restrict_to_target(quant, TENSORRT)
+    kept = restrict_to_numerics(quant, TENSORRT.numerics)
     twice = {name for name, layer in quant.layers.items() if layer.passes == 2}
     assert set(kept.layers) == set(quant.layers) - twice
     assert all("read in two passes" in kept.float_layers[name].reason for name in twice)
     assert kept.attention == {}
     assert kept.total_macs == quant.total_macs
-    assert restrict_to_target(quant, get_target("ort-cpu"), full_range=True) == quant
+    assert restrict_to_numerics(kept, TENSORRT.numerics) == kept
+    assert restrict_to_numerics(quant, Numerics(half_range_weights=False)) == quant
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -125,7 +125,7 @@ def test_float_attention_is_not_changed(int8_bundle: Path) -> None:
 
 def test_16_bits_are_for_simulation(tiny_model: LatentDiffusion, calibration: CalibrationSet, tmp_path: Path) -> None:
     made = quantize_model(tiny_model, calibration, QuantSpec(components=("vae_decoder",), attention_bits=16))
-    simulator = build_simulator(tiny_model.vae_decoder, made.components["vae_decoder"], True)
+    simulator = build_simulator(tiny_model.vae_decoder, made.components["vae_decoder"], TARGET.numerics)
     with torch.no_grad():
         assert torch.isfinite(simulator(**tiny_model.make_example("vae_decoder", 1))).all()
     with pytest.raises(ExportError, match="--attention-bits 8"):
@@ -136,7 +136,7 @@ def test_16_bits_are_for_simulation(tiny_model: LatentDiffusion, calibration: Ca
 def test_a_table_for_another_model_is_refused(tiny_model: LatentDiffusion, table: QuantTable) -> None:
     wrong = dataclasses.replace(table.components["unet"], attention={"conv_in": attention_for(8)})
     with pytest.raises(TableError, match="attention conv_in is not in the model"):
-        build_simulator(tiny_model.unet, wrong, True)
+        build_simulator(tiny_model.unet, wrong, TARGET.numerics)
 
 
 def test_impossible_bits_are_refused() -> None:

@@ -22,7 +22,10 @@ from qdeploy.export.exporter import export_component
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.layers import QuantLinear, QuantLinearFirstFloat
 from qdeploy.simulate.simulator import build_quant_layer
+from qdeploy.targets.base import Numerics
 from qdeploy.targets.spec import get_target
+
+PLAIN = Numerics()
 
 
 def linear_and_text() -> tuple[nn.Linear, torch.Tensor]:
@@ -43,8 +46,8 @@ def layer_for(linear: nn.Linear, seen: torch.Tensor, first_token_float: bool) ->
 def test_a_huge_first_token_no_longer_hurts_the_others() -> None:
     linear, x = linear_and_text()
     expected = linear(x)
-    plain = build_quant_layer(linear, layer_for(linear, x, False), True)
-    apart = build_quant_layer(linear, layer_for(linear, x[:, 1:], True), True)
+    plain = build_quant_layer(linear, layer_for(linear, x, False), PLAIN)
+    apart = build_quant_layer(linear, layer_for(linear, x[:, 1:], True), PLAIN)
     assert isinstance(apart, QuantLinearFirstFloat)
     assert sqnr_db(expected[:, 0].numpy(), apart(x)[:, 0].numpy()) > 120  # float round-off
     without, others = apart(x)[:, 1:].numpy(), expected[:, 1:].numpy()
@@ -55,7 +58,8 @@ def test_a_huge_first_token_no_longer_hurts_the_others() -> None:
 def test_the_other_tokens_take_the_integer_product() -> None:
     linear, x = linear_and_text()
     layer = layer_for(linear, x[:, 1:], True)
-    assert torch.equal(QuantLinearFirstFloat(linear, layer)(x)[:, 1:], QuantLinear(linear, layer)(x[:, 1:]))
+    first_float = QuantLinearFirstFloat(linear, layer, PLAIN)
+    assert torch.equal(first_float(x)[:, 1:], QuantLinear(linear, layer, PLAIN)(x[:, 1:]))
 
 
 def test_adaround_learns_only_on_the_other_tokens() -> None:

@@ -16,9 +16,11 @@ from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.layers import OutputQuant, QuantConv2d, QuantLinear, QuantPointwise
 from qdeploy.simulate.ops import dequantize_linear, dequantize_weight, quantize_linear
 from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.base import Numerics
 
 # float32 sums in another order
 ROUND_OFF = 1e-5
+PLAIN, ROUNDED, SIGNED = Numerics(), Numerics(conv_output_quantized=True), Numerics(signed_activations=True)
 
 
 def make_layer(weight: np.ndarray, output: Affine | None = None) -> LayerQuant:
@@ -54,15 +56,15 @@ def test_linear_equals_integer_matmul() -> None:
     q = numerics.quantize_linear(x.numpy(), layer.input.scale, np.uint8(layer.input.zero_point)).astype(np.int64)
     sums = (q - layer.input.zero_point) @ layer.weight.T.astype(np.int64)
     expected = sums * (layer.input.scale * layer.weight_scale) + linear.bias.numpy()
-    assert np.allclose(QuantLinear(linear, layer)(x).numpy(), expected, rtol=ROUND_OFF, atol=ROUND_OFF)
+    assert np.allclose(QuantLinear(linear, layer, PLAIN)(x).numpy(), expected, rtol=ROUND_OFF, atol=ROUND_OFF)
 
 
 def test_conv_quantizes_its_output_only_when_the_target_needs_it() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
     layer = make_layer(conv.weight.numpy(), output=Affine(0.1, 128))
     x = torch.randn(1, 4, 8, 8)
-    raw = QuantConv2d(conv, layer, quantize_output=False)(x)
-    coarse = QuantConv2d(conv, layer, quantize_output=True)(x)
+    raw = QuantConv2d(conv, layer, PLAIN)(x)
+    coarse = QuantConv2d(conv, layer, ROUNDED)(x)
     assert torch.equal(coarse, OutputQuant(layer)(raw))
     assert not torch.equal(coarse, raw)
 
@@ -78,8 +80,8 @@ def test_a_second_pass_makes_a_16_bit_activation() -> None:
     scale = float(x.abs().max()) / 127
     layer = dataclasses.replace(make_layer(linear.weight.numpy()), input=Affine(scale, 128))
     exact_weight = nn.functional.linear(x, torch.from_numpy(layer.weight * layer.weight_scale[:, None]), linear.bias)
-    one = relative_error(QuantLinear(linear, layer)(x), exact_weight)
-    two = relative_error(QuantLinear(linear, dataclasses.replace(layer, passes=2))(x), exact_weight)
+    one = relative_error(QuantLinear(linear, layer, PLAIN)(x), exact_weight)
+    two = relative_error(QuantLinear(linear, dataclasses.replace(layer, passes=2), PLAIN)(x), exact_weight)
     assert two < one / 100
 
 
@@ -97,8 +99,8 @@ def test_an_equalized_input_uses_every_channels_own_step() -> None:
         input=Affine(float((x / size).abs().max()) / 127, 128),
         input_ratio=ratio,
     )
-    assert relative_error(QuantLinear(linear, even)(x), expected) < 0.02
-    assert relative_error(QuantLinear(linear, plain)(x), expected) > 0.3
+    assert relative_error(QuantLinear(linear, even, PLAIN)(x), expected) < 0.02
+    assert relative_error(QuantLinear(linear, plain, PLAIN)(x), expected) > 0.3
 
 
 def test_a_per_channel_output_keeps_small_channels() -> None:
@@ -109,7 +111,7 @@ def test_a_per_channel_output_keeps_small_channels() -> None:
     conv.bias.copy_(torch.logspace(-2, 2, 6) * torch.tensor([1.0, -1, 0.5, 0, -0.5, 1]))
     x = torch.randn(2, 8, 12, 12)
     raw = dataclasses.replace(make_layer(conv.weight.numpy()), input=Affine(float(x.abs().max()) / 127, 128))
-    y = QuantConv2d(conv, raw, quantize_output=False)(x)
+    y = QuantConv2d(conv, raw, PLAIN)(x)
     span = y.amax(dim=(0, 2, 3)) - y.amin(dim=(0, 2, 3))
     center = (y.amax(dim=(0, 2, 3)) + y.amin(dim=(0, 2, 3))) / 2
     ratio, scale = span / span.median(), float(span.median()) / 250
@@ -119,7 +121,7 @@ def test_a_per_channel_output_keeps_small_channels() -> None:
         output_ratio=ratio.numpy(),
         output_zero_point=(127.5 - center / (scale * ratio)).round().clamp(0, 255).to(torch.uint8).numpy(),
     )
-    error = (QuantConv2d(conv, layer, quantize_output=True)(x) - y).abs().amax(dim=(0, 2, 3))
+    error = (QuantConv2d(conv, layer, ROUNDED)(x) - y).abs().amax(dim=(0, 2, 3))
     # half a step of each channel, and the bias on the integer grid
     steps = torch.from_numpy(raw.weight_scale) * raw.input.scale
     assert (error <= 0.51 * scale * ratio + 0.51 * steps + 1e-4).all()
@@ -130,7 +132,7 @@ def test_a_pointwise_convolution_is_a_product_over_channels() -> None:
     conv = nn.Conv2d(8, 6, 1).requires_grad_(False)
     layer = make_layer(conv.weight.numpy())
     x = torch.randn(2, 8, 5, 7)
-    assert torch.allclose(QuantPointwise(conv, layer)(x), QuantConv2d(conv, layer, False)(x), atol=ROUND_OFF)
+    assert torch.allclose(QuantPointwise(conv, layer, ROUNDED)(x), QuantConv2d(conv, layer, PLAIN)(x), atol=ROUND_OFF)
 
 
 def test_a_convolution_takes_two_passes_only_where_nothing_is_rounded_after_it() -> None:
@@ -138,11 +140,11 @@ def test_a_convolution_takes_two_passes_only_where_nothing_is_rounded_after_it()
     one = make_layer(conv.weight.numpy(), output=Affine(0.05, 128))
     two = dataclasses.replace(one, passes=2)
     with pytest.raises(TableError, match="one pass"):
-        QuantConv2d(conv, two, quantize_output=True)
+        QuantConv2d(conv, two, ROUNDED)
     x = torch.rand(2, 4, 5, 7) * 4 - 2  # within the range, which is -2 to 3.1
     weight = torch.from_numpy(one.weight * one.weight_scale[:, None, None, None])
     exact = nn.functional.conv2d(x, weight, conv.bias)  # only the activation's rounding is left out
-    errors = [(QuantConv2d(conv, layer, False)(x) - exact).abs().max() for layer in (one, two)]
+    errors = [(QuantConv2d(conv, layer, PLAIN)(x) - exact).abs().max() for layer in (one, two)]
     assert errors[1] < errors[0] / 50
 
 
@@ -151,7 +153,7 @@ def test_the_simulator_shares_float_weights_and_does_not_change_the_model(
 ) -> None:
     component = tiny_model.unet
     before = {name: id(parameter) for name, parameter in component.named_parameters()}
-    simulator = build_simulator(component, table.components["unet"], conv_output_quantized=True)
+    simulator = build_simulator(component, table.components["unet"], ROUNDED)
     assert {name: id(parameter) for name, parameter in component.named_parameters()} == before
     assert simulator.inner.conv_in.weight is component.inner.conv_in.weight
     assert isinstance(simulator.inner.down_blocks[0].resnets[0].conv1, QuantConv2d)
@@ -165,7 +167,7 @@ def test_a_table_for_another_model_is_refused(tiny_model: LatentDiffusion, table
     name = next(iter(quant.layers))
     wrong = dataclasses.replace(quant, layers={**quant.layers, "no.such.layer": quant.layers[name]})
     with pytest.raises(TableError, match=r"no\.such\.layer"):
-        build_simulator(tiny_model.unet, wrong, conv_output_quantized=True)
+        build_simulator(tiny_model.unet, wrong, ROUNDED)
 
 
 def test_signed_codes_lie_around_0_by_the_symmetric_scale() -> None:
@@ -175,14 +177,14 @@ def test_signed_codes_lie_around_0_by_the_symmetric_scale() -> None:
     q = numerics.quantize_linear(x.numpy(), np.float32(0.03), np.int8(0)).astype(np.int64)
     expected = (q @ layer.weight.T.astype(np.int64)) * (0.03 * layer.weight_scale) + linear.bias.numpy()
     assert q.min() == -128
-    assert np.allclose(QuantLinear(linear, layer, signed=True)(x).numpy(), expected, rtol=ROUND_OFF, atol=ROUND_OFF)
+    assert np.allclose(QuantLinear(linear, layer, SIGNED)(x).numpy(), expected, rtol=ROUND_OFF, atol=ROUND_OFF)
 
 
 def test_signed_codes_need_a_symmetric_scale_and_one_pass() -> None:
     conv = nn.Conv2d(4, 6, 3).requires_grad_(False)
     layer = make_layer(conv.weight.numpy())
     with pytest.raises(TableError, match="symmetric input scale"):
-        QuantConv2d(conv, layer, quantize_output=False, signed=True)
+        QuantConv2d(conv, layer, SIGNED)
     twice = dataclasses.replace(layer, symmetric_scale=0.03, passes=2)
     with pytest.raises(TableError, match="one pass"):
-        QuantConv2d(conv, twice, quantize_output=False, signed=True)
+        QuantConv2d(conv, twice, SIGNED)

@@ -15,6 +15,7 @@ from qdeploy.models.components import TorchComponent
 from qdeploy.models.rewrites import copy_module
 from qdeploy.models.rewrites.surgery import replace_module
 from qdeploy.simulate.simulator import replace_layers
+from qdeploy.targets.base import CALIBRATION_NUMERICS
 
 SAMPLES = 64
 
@@ -29,7 +30,7 @@ def measure_sensitivity(
     sensitivity_db = {}
     for done, (layer, layer_quant) in enumerate(quant.layers.items(), start=1):
         original = simulator.inner.get_submodule(layer)
-        replace_layers(simulator, component, {layer: layer_quant.in_half_range()})
+        replace_layers(simulator, component, {layer: layer_quant.in_half_range()}, CALIBRATION_NUMERICS)
         pairs = zip(reference, compute_outputs(simulator, feeds), strict=True)
         sensitivity_db[layer] = float(np.mean([sqnr_db(expected, output) for expected, output in pairs]))
         replace_module(simulator.inner, layer, original)

@@ -26,6 +26,7 @@ from qdeploy.calibrate.rounding.unit_calls import StopForward
 from qdeploy.models.components import LayerCall, TorchComponent
 from qdeploy.simulate.layers import InputQuant
 from qdeploy.simulate.ops import broadcast_along
+from qdeploy.targets.base import CALIBRATION_NUMERICS
 
 SAMPLES = 64  # calibration inputs, spread over the timesteps
 ROWS_PER_INPUT = 8  # of a layer's least squares
@@ -106,12 +107,12 @@ def accumulate(
     component: TorchComponent, hessians: Sequence[Hessian], layers: Mapping[str, LayerQuant], feeds: Sequence[Feeds]
 ) -> None:
     """Run the float component on ``feeds``, each time up to the last observed layer."""
-    handles = [
-        hessian.calls[0].module.register_forward_pre_hook(
-            make_input_hook(hessian, InputQuant(layers[hessian.calls[0].name]), is_last=hessian is hessians[-1])
-        )
-        for hessian in hessians
-    ]
+    handles = []
+    for hessian in hessians:
+        first = hessian.calls[0]
+        quantizer = InputQuant(layers[first.name], CALIBRATION_NUMERICS)
+        hook = make_input_hook(hessian, quantizer, is_last=hessian is hessians[-1])
+        handles.append(first.module.register_forward_pre_hook(hook))
     try:
         for feed in feeds:
             with suppress(StopForward):

@@ -28,6 +28,7 @@ from qdeploy.calibrate.rounding.units import group_into_units
 from qdeploy.calibrate.spec import Reconstruction
 from qdeploy.models.components import TorchComponent
 from qdeploy.simulate.simulator import build_simulator, replace_layers
+from qdeploy.targets.base import CALIBRATION_NUMERICS
 
 SCRATCH = "scratch"
 
@@ -46,7 +47,7 @@ def reconstruct(
     units = group_into_units(component.inner, quant.layers)
     feeds = list(sample_feeds(calibration, name, settings.samples))
     done_folder = None if work is None else work / hash_run(quant, settings, calibration)
-    simulator = build_simulator(component, quant.in_half_range(), conv_output_quantized=False)
+    simulator = build_simulator(component, quant, CALIBRATION_NUMERICS)
     layers = dict(quant.layers)
     with open_scratch_folder(work) as scratch:
         targets = UnitTargets(component, units, feeds, settings.cache_gb / 2, scratch)
@@ -63,7 +64,7 @@ def reconstruct(
                 if done_folder is not None:
                     save_finished(done_folder, number, name, learned, quant)
             layers.update(learned)
-            replace_layers(simulator, component, learned)
+            replace_layers(simulator, component, learned, CALIBRATION_NUMERICS)
     return replace(quant, layers=layers)
 
 

@@ -16,6 +16,7 @@ from qdeploy.calibrate.rounding.gptq_component import crop_map, round_by_gptq, s
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.base import Numerics
 
 PART = "vae_decoder"
 
@@ -32,7 +33,7 @@ def round_component(model: LatentDiffusion, quant: ComponentQuant, calibration: 
 
 
 def measure_output_db(model: LatentDiffusion, quant: ComponentQuant, calibration: CalibrationSet) -> float:
-    simulator = build_simulator(model.vae_decoder, quant, conv_output_quantized=False)
+    simulator = build_simulator(model.vae_decoder, quant, Numerics(half_range_weights=False))
     with torch.no_grad():
         pairs = [
             (model.vae_decoder(**feed).numpy(), simulator(**feed).numpy())

@@ -33,6 +33,7 @@ from qdeploy.calibrate.rounding.units import group_into_units
 from qdeploy.calibrate.spec import QuantSpec, Reconstruction
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
+from qdeploy.targets.base import Numerics
 
 SETTINGS = Reconstruction(iterations=40, samples=12, batch=4, learn_act_scales=True)
 
@@ -84,7 +85,7 @@ def test_a_soft_layer_rounds_to_the_codes_it_starts_from(
 
 
 def outputs_db(model: LatentDiffusion, quant: ComponentQuant, calibration: CalibrationSet) -> float:
-    simulator = build_simulator(model.vae_decoder, quant, False)
+    simulator = build_simulator(model.vae_decoder, quant, Numerics(half_range_weights=False))
     with torch.no_grad():
         pairs = [
             (model.vae_decoder(**f).numpy(), simulator(**f).numpy()) for f in calibration.batches("vae_decoder", 2)
