@@ -60,7 +60,8 @@ def test_linear_equals_integer_matmul() -> None:
 
 
 def test_conv_quantizes_its_output_only_when_the_target_needs_it() -> None:
-    conv = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    """Without a bias, which is rounded too where an integer convolution adds it."""
+    conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).requires_grad_(False)
     layer = make_layer(conv.weight.numpy(), output=Affine(0.1, 128))
     x = torch.randn(1, 4, 8, 8)
     raw = QuantConv2d(conv, layer, PLAIN)(x)
