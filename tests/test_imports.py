@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,35 @@ def test_calibrate_and_export_meet_only_in_the_table() -> None:
     for path in modules():
         if own_room(path) in ("calibrate", "export"):
             assert not {"calibrate", "export"} - {own_room(path)} & find_imports(path), path
+
+
+def name_module(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def list_imported_modules(path: Path) -> set[str]:
+    """Modules of qdeploy that a file imports, also inside functions and for type checkers."""
+    known, imported = set(map(name_module, modules())), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qdeploy"):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {name if name in known else str(node.module) for name in names}
+    return imported
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name_module(path): list_imported_modules(path) for path in modules()}
+    del graph["qdeploy"]  # its names for type checkers are the only ones from above
+    TopologicalSorter({name: imported & graph.keys() for name, imported in graph.items()}).prepare()
+
+
+def test_a_picture_goes_downward_through_the_runtime() -> None:
+    """Pipeline -> Run -> BundleModel -> components: none imports one before it."""
+    way = ["pipeline", "run", "model", "components"]
+    for number, name in enumerate(way):
+        imported = list_imported_modules(PACKAGE / "runtime" / f"{name}.py")
+        assert not imported & {f"qdeploy.runtime.{above}" for above in way[:number]}, name
 
 
 BLOCKED = """

@@ -11,23 +11,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qdeploy.artifacts.components import COMPONENTS
+from qdeploy.artifacts.components import COMPONENTS, UNET, get_kind, list_text_encoders, name_tokenizer
 from qdeploy.base.errors import BundleError
 from qdeploy.base.files import hash_file, read_json
 from qdeploy.base.numerics import FULL_BITS
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer/tokenizer.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 TEXT_TO_IMAGE = "text-to-image"
 UNCONDITIONAL = "unconditional"
 MODEL_KINDS: Mapping[str, tuple[str, ...]] = {
     TEXT_TO_IMAGE: COMPONENTS,
-    UNCONDITIONAL: tuple(name for name in COMPONENTS if name != "text_encoder"),
-}  # a bundle's or a model's kind -> its components
-VAE_ENCODER = "vae_encoder"  # what a bundle of any kind may hold besides, for image-to-image and inpainting
+    UNCONDITIONAL: tuple(name for name in COMPONENTS if not get_kind(name).for_text),
+}  # a bundle's or a model's kind -> the components that it has at least
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,17 @@ class Manifest:
     @property
     def reads_text(self) -> bool:
         """Whether pictures are made from prompts."""
-        return "text_encoder" in MODEL_KINDS[self.kind]
+        return bool(list_text_encoders(MODEL_KINDS[self.kind]))
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders, in the order in which their embeddings are joined."""
+        return list_text_encoders(self.components)
+
+    @property
+    def unet(self) -> ComponentInfo:
+        """The component that is called at every step."""
+        return self.components[UNET.name]
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:
         _check_file(folder, name, size_bytes, digest if verify else None)
     _check_kind(folder, manifest)
     needed = [SCHEDULER, *(component.file for component in manifest.components.values())]
-    needed += [TOKENIZER] if manifest.reads_text else []
+    needed += [tokenizer_file(name) for name in manifest.text_encoders]
     for name in needed:
         if name not in entries:
             raise BundleError(f"{folder / MANIFEST} lists no file {name!r}, which this bundle needs; export it again")
@@ -207,9 +215,21 @@ def _check_kind(folder: Path, manifest: Manifest) -> None:
             f"{folder} is a bundle of kind {manifest.kind!r}, this qdeploy runs {', '.join(MODEL_KINDS)}; was it made "
             "by a newer one?"
         )
+    for name in manifest.components:
+        try:
+            kind = get_kind(name)
+        except KeyError:
+            raise BundleError(f"{folder} holds a component {name!r:.60}, which this qdeploy does not know") from None
+        if kind.for_text and not manifest.reads_text:
+            raise BundleError(f"{folder} is a {manifest.kind} bundle with {name}; export it again")
     missing = [name for name in MODEL_KINDS[manifest.kind] if name not in manifest.components]
     if missing:
         raise BundleError(f"{folder} is a {manifest.kind} bundle without {', '.join(missing)}; export it again")
+
+
+def tokenizer_file(text_encoder: str) -> str:
+    """Path in a bundle of a text encoder's tokenizer."""
+    return f"{name_tokenizer(text_encoder)}/tokenizer.json"
 
 
 def _check_file(folder: Path, name: str, size_bytes: int, digest: str | None) -> None:

@@ -64,7 +64,7 @@ def result_from_contender(contender: BenchContender, pipeline: Pipeline) -> Cont
         engine=choose_engine(bundle.folder, manifest.engine, contender.engine),
         precision=manifest.precision,
         size_bytes=bundle.total_bytes,
-        integer_mac_share=manifest.components["unet"].integer_mac_share,
+        integer_mac_share=manifest.unet.integer_mac_share,
         bundle_sha256=hash_file(bundle.path(MANIFEST)),
         model_sha256=str(manifest.provenance.get("model_sha256", "")),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qdeploy.artifacts.components import choose_graph_batch
+from qdeploy.artifacts.components import UNET, choose_graph_batch
 from qdeploy.bench.results import DECODE, PICTURE, STEP, TEXT_ENCODER
 from qdeploy.bench.settings import BenchSettings
 from qdeploy.runtime.pipeline import Pipeline
@@ -26,10 +26,10 @@ def build_call(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call 
         latents = rng.standard_normal((1, *pipeline.latents.shape), np.float32)
         return lambda: pipeline.decode(latents)
     assert stage == STEP
-    inputs = pipeline.components["unet"].info.inputs
+    inputs = pipeline.bundle.manifest.unet.inputs
     # size of a dimension that the graph leaves open; both halves of guidance where it reads text
     default_shape = (
-        choose_graph_batch("unet", pipeline.reads_text),
+        choose_graph_batch(UNET.name, pipeline.reads_text),
         pipeline.latents.channels,
         pipeline.latents.height,
         pipeline.latents.width,

@@ -91,7 +91,7 @@ class EvaluationResult:
 
 def format_bits(manifest: Manifest) -> str:
     """Weight and activation bits of the UNet, the narrowest weights of a mixed one."""
-    unet = manifest.components["unet"]
+    unet = manifest.unet
     return f"W{min(unet.weight_bits)}A{unet.act_bits}"
 
 

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 import qdeploy
 from qdeploy.artifacts.bundle import (
     SCHEDULER,
-    TOKENIZER,
-    VAE_ENCODER,
     ComponentInfo,
     Manifest,
     TensorInfo,
+    tokenizer_file,
     write_manifest,
 )
-from qdeploy.artifacts.components import choose_graph_batch
+from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_ENCODER, choose_graph_batch
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.errors import EngineUnavailableError, ExportError, TableError
@@ -85,7 +84,7 @@ def export_bundle(
     if table is not None:
         check_weights(table, model)
         check_exportable(table)
-    names = (*model.components, *([VAE_ENCODER] if with_encoder else []))
+    names = (*model.components, *([VAE_ENCODER.name] if with_encoder else []))
     with stage_folder(out) as folder:
         infos = {}
         for done, name in enumerate(names):
@@ -100,7 +99,7 @@ def export_bundle(
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
         if model.tokenizer is not None:
-            write_tokenizer(model, folder / TOKENIZER)
+            write_tokenizer(model, folder / tokenizer_file(TEXT_ENCODER.name))
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(model.scheduler_config), indent=1) + "\n", encoding="utf-8")
         manifest = Manifest(
@@ -109,7 +108,7 @@ def export_bundle(
             engine=target.engine,
             precision=precision,
             components=infos,
-            latents=replace(model.latents, side_multiple=model.size_multiple("unet") if open_dims.size else 0),
+            latents=replace(model.latents, side_multiple=model.size_multiple(UNET.name) if open_dims.size else 0),
             provenance=build_provenance(model, table),
         )
         write_manifest(folder, manifest)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.bundle import MODEL_KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, VAE_ENCODER, LatentInfo
+from qdeploy.artifacts.bundle import MODEL_KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
+from qdeploy.artifacts.components import VAE_ENCODER
 from qdeploy.base.errors import ModelError
 from qdeploy.models.components import (
     BertTextEncoder,
@@ -102,7 +103,7 @@ class LatentDiffusion:
 
     def size_multiple(self, component: str) -> int:
         """What the height and width of ``component``'s input must be multiples of, in latents or pixels."""
-        if component == VAE_ENCODER:
+        if component == VAE_ENCODER.name:
             return self.latents.image_height // self.latents.height
         return 2 ** (len(self.unet.inner.config.down_block_types) - 1) if component == "unet" else 1  # type: ignore
 
@@ -113,7 +114,7 @@ class LatentDiffusion:
             return {"input_ids": self.tokenize([""] * batch)}
         if component == "vae_decoder":
             return {"latents": torch.randn(latent_shape)}
-        if component == VAE_ENCODER:
+        if component == VAE_ENCODER.name:
             return {"image": torch.randn(batch, 3, self.latents.image_height, self.latents.image_width)}
         feeds = {"sample": torch.randn(batch, self.unet_channels, *latent_shape[2:]), "timestep": torch.tensor(500)}
         if self.context_shape is not None:

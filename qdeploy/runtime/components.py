@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.artifacts.bundle import VAE_ENCODER, Bundle, ComponentInfo
+from qdeploy.artifacts.bundle import Bundle, ComponentInfo
+from qdeploy.artifacts.components import VAE_ENCODER, get_kind
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.engines.base import Engine, EngineOptions, Session
 from qdeploy.runtime.results import Clock
@@ -140,7 +141,7 @@ class BundleComponent:
 class LoadedBundle:
     """A bundle and its components, shared by the pipelines made of it and freed with the last of them.
 
-    Without ``low_memory`` all components but a VAE encoder, which most requests do without, are opened at once.
+    Without ``low_memory`` all components are opened at once, but for those that most requests do without.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, options: EngineOptions, low_memory: bool = False) -> None:
@@ -166,7 +167,7 @@ class LoadedBundle:
 
     def component(self, name: str) -> BundleComponent:
         """The component ``name``; BundleError with the remedy for an encoder that the bundle was made without."""
-        if name == VAE_ENCODER and name not in self.components:
+        if name == VAE_ENCODER.name and name not in self.components:
             raise BundleError(
                 f"{self.bundle.folder} has no VAE encoder, which image-to-image and inpainting need; export it again "
                 "with --with-encoder"
@@ -196,7 +197,7 @@ class LoadedBundle:
     def _open_all(self) -> None:
         try:
             for name, component in self.components.items():
-                if name != VAE_ENCODER:
+                if not get_kind(name).on_demand:
                     with component.hold():
                         pass
         except BaseException:

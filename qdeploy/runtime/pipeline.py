@@ -1,6 +1,7 @@
-"""Generate pictures from prompts, pictures or neither with a bundle's components. No torch.
+"""The runtime's API: a pipeline that generates pictures from prompts, pictures or neither. No torch.
 
-``request`` checks the arguments, ``run`` runs one request, and ``components`` opens, shares and frees sessions.
+The way of a call is downward only: ``Pipeline`` -> ``request`` checks the arguments -> ``Run`` runs one request ->
+``BundleModel`` encodes, predicts and decodes -> ``components`` opens, shares and frees sessions.
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.artifacts.bundle import SCHEDULER, TOKENIZER, VAE_ENCODER, Bundle, open_bundle
-from qdeploy.artifacts.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
-from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction
-from qdeploy.base.errors import BundleError, EngineError, TableError, UsageError
-from qdeploy.base.files import read_json
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.base.errors import EngineError
 from qdeploy.engines.base import EngineOptions, choose_engine, load_engine
 from qdeploy.runtime import request as checks
 from qdeploy.runtime.components import BundleComponent, LoadedBundle
-from qdeploy.runtime.image import PictureInput, pixels_from_decoded, unit_from_pixels
-from qdeploy.runtime.results import Clock, Result, Step
+from qdeploy.runtime.image import PictureInput, unit_from_pixels
+from qdeploy.runtime.model import BundleModel
+from qdeploy.runtime.results import Result, Step
 from qdeploy.runtime.run import Run
 from qdeploy.runtime.stopping import Event, StopCondition
-from qdeploy.runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
@@ -35,20 +33,15 @@ Array = NDArray[np.float32]
 class Pipeline:
     """Generation over one loaded bundle; many threads may call it at once, all state of a request is its own."""
 
-    def __init__(self, loaded: LoadedBundle) -> None:
-        bundle = loaded.bundle
-        self.bundle = bundle
-        self.components = loaded.components
-        self.latents = bundle.manifest.latents
-        self.reads_text = bundle.manifest.reads_text
-        self.reads_mask = bundle.manifest.components["unet"].inputs["sample"].shape[1] != self.latents.channels
-        self.tokenizer = Tokenizer(bundle.path(TOKENIZER), self.latents.tokens) if self.reads_text else None
-        self.scheduler_config = read_json(bundle.path(SCHEDULER))
-        self._noise_correction = load_bundle_correction(bundle)
-        self._loaded = loaded
+    def __init__(self, model: BundleModel) -> None:
+        self.model = model
+        self.bundle = model.bundle
+        self.components = model.loaded.components
+        self.latents = model.latents
+        self.reads_text = model.bundle.manifest.reads_text
         self._lock = threading.Lock()
         self._is_closed = False
-        loaded.join()
+        model.loaded.join()
 
     def __call__(
         self,
@@ -106,7 +99,7 @@ class Pipeline:
         if prompt is not None:
             prompts, negatives = checks.check_prompts(prompt, negative_prompt)
         size = checks.resolve_size(width, height, self.latents)
-        source = checks.build_source(image, mask, strength, len(prompts or [""]), size, self.reads_mask)
+        source = checks.build_source(image, mask, strength, len(prompts or [""]), size, self.model.reads_mask)
         seeds = checks.build_seeds(seed, first, count, len(prompts or [""]))
         request = checks.GenerationRequest(
             prompts=prompts,
@@ -122,56 +115,48 @@ class Pipeline:
             size=size,
             source=source,
         )
-        return Run(self, request, stop, callback).run()
+        return Run(self.model, request, stop, callback).run()
 
-    def encode(self, prompts: Sequence[str], clock: Clock | None = None) -> Array:
+    def encode(self, prompts: Sequence[str]) -> Array:
         """Text embeddings ``float32[B, T, D]``; UsageError when the bundle reads no text."""
-        if self.tokenizer is None:
-            raise UsageError(f"{self.bundle.folder} is an unconditional bundle: it has no text encoder")
-        return self.embed(self.tokenizer(prompts), clock)
+        return self.model.encode(prompts)
 
-    def embed(self, input_ids: NDArray[np.int64], clock: Clock | None = None) -> Array:
-        """Text embeddings ``float32[B, T, D]`` of token ids ``int64[B, T]``."""
-        return self.component("text_encoder").run({"input_ids": input_ids}, clock)
+    def embed(self, *input_ids: NDArray[np.int64]) -> Array:
+        """Text embeddings ``float32[B, T, D]`` of token ids ``int64[B, T]``, one array for each text encoder."""
+        return self.model.embed(input_ids)
 
-    def encode_image(self, pixels: NDArray[np.uint8], clock: Clock | None = None) -> Array:
+    def encode_image(self, pixels: NDArray[np.uint8]) -> Array:
         """Scaled latents ``float32[B, C, h, w]``, the encoder's mean, of pictures ``uint8[B, H, W, 3]``."""
-        return self.encode_unit(unit_from_pixels(pixels), clock)
+        return self.model.encode_unit(unit_from_pixels(pixels))
 
-    def encode_unit(self, image: Array, clock: Clock | None = None) -> Array:
+    def encode_unit(self, image: Array) -> Array:
         """The same of pictures ``float32[B, 3, H, W]`` in [-1, 1]; BundleError when the bundle has no encoder."""
-        latents = self.component(VAE_ENCODER).run({"image": image}, clock)
-        return latents * np.float32(self.latents.scaling_factor)
+        return self.model.encode_unit(image)
 
-    def predict(self, x: Array, t: int, context: Array | None, clock: Clock | None = None, at_once: int = 1) -> Array:
+    def predict(self, x: Array, t: int, context: Array | None, *, at_once: int = 1) -> Array:
         """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included.
 
         ``context`` is ``float32[B, T, D]``, None for an unconditional bundle. An inpainting UNet reads 2 C + 1
         channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open.
         """
-        feeds: dict[str, NDArray] = {"sample": x, "timestep": np.array(t, np.int64)}
-        if context is not None:
-            feeds["encoder_hidden_states"] = context
-        noise_pred = self.component("unet").run(feeds, clock, at_once)
-        return noise_pred if self._noise_correction is None else self._noise_correction.apply(noise_pred, t)
+        return self.model.predict(x, t, context, at_once=at_once)
 
-    def decode(self, latents: Array, clock: Clock | None = None) -> NDArray[np.uint8]:
+    def decode(self, latents: Array) -> NDArray[np.uint8]:
         """Pictures ``uint8[B, H, W, 3]`` of final latents, or a preview of those of a :class:`Step`."""
-        scaled = latents / np.float32(self.latents.scaling_factor)
-        return pixels_from_decoded(self.component("vae_decoder").run({"latents": scaled}, clock))
+        return self.model.decode(latents)
 
     def component(self, name: str) -> BundleComponent:
         """One component; BundleError with the remedy for a VAE encoder that the bundle was made without."""
-        return self._loaded.component(name)
+        return self.model.component(name)
 
     def share(self) -> Pipeline:
         """Another pipeline over the same sessions, closed on its own; the last one closed frees them."""
         self.check_open()
-        return Pipeline(self._loaded)
+        return Pipeline(self.model)
 
     def check_open(self) -> None:
         """EngineError when the pipeline was closed or this process is a fork of the one that loaded it."""
-        self._loaded.check_process()
+        self.model.loaded.check_process()
         if self._is_closed:
             raise EngineError("the pipeline was closed; load the bundle again")
 
@@ -180,7 +165,7 @@ class Pipeline:
         with self._lock:
             was_closed, self._is_closed = self._is_closed, True
         if not was_closed:
-            self._loaded.leave()
+            self.model.loaded.leave()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -211,26 +196,9 @@ def load(
     options = EngineOptions(threads, None if providers is None else tuple(providers))
     loaded = LoadedBundle(opened_bundle, load_engine(name), options, low_memory)
     try:
-        pipeline = Pipeline(loaded)
+        pipeline = Pipeline(BundleModel(loaded))
     except BaseException:
         loaded.free()
         raise
     log.info("loaded %s on %s in %.0f ms", opened_bundle.folder, name, (time.perf_counter() - start) * 1e3)
     return pipeline
-
-
-def load_bundle_correction(bundle: Bundle) -> NoiseCorrection | None:
-    """The correction of the UNet's output that the bundle lists, or None; BundleError when it does not fit."""
-    if NOISE_CORRECTION not in bundle.files:
-        return None
-    try:
-        correction = load_noise_correction(bundle.path(NOISE_CORRECTION))
-    except TableError as exc:
-        raise BundleError(f"{bundle.path(NOISE_CORRECTION)} is refused: {exc}") from exc
-    (output,) = bundle.manifest.components["unet"].outputs.values()
-    if correction.channels != output.shape[1]:
-        raise BundleError(
-            f"{bundle.path(NOISE_CORRECTION)} corrects {correction.channels} channels, the UNet's output has "
-            f"{output.shape[1]}; export the bundle again"
-        )
-    return correction

@@ -1,18 +1,19 @@
-"""One request from its texts and pictures to its result; all state is here, none in the pipeline."""
+"""One request from its texts and pictures to its result; all state is here, none in pipeline or model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.artifacts.components import UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.base.errors import NonFiniteError, RequestError
 from qdeploy.engines.base import Session
 from qdeploy.runtime.image import unit_from_pixels
+from qdeploy.runtime.model import BundleModel, join_embeddings
 from qdeploy.runtime.request import GenerationRequest, SourcePicture
 from qdeploy.runtime.results import Clock, Result, Step
 from qdeploy.runtime.stopping import StopCondition
@@ -20,24 +21,21 @@ from qdeploy.runtime.weighting import WeightedText, apply_weights, parse_weights
 from qdeploy.sampling import Scheduler, make_scheduler, replace_scheduler
 from qdeploy.sampling.loop import PictureStreams, SourceLatents, denoise, draw_unit_noise
 
-if TYPE_CHECKING:
-    from qdeploy.runtime.pipeline import Pipeline
-
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
 
 
 class Run:
-    """One request on one pipeline."""
+    """One request on one model."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        model: BundleModel,
         request: GenerationRequest,
         stop: StopCondition,
         callback: Callable[[Step], bool | None] | None,
     ) -> None:
-        self._pipeline = pipeline
+        self._model = model
         self._request = request
         self._stop = stop
         self._callback = callback
@@ -47,8 +45,8 @@ class Run:
 
     def run(self) -> Result:
         """Make the pictures."""
-        request, pipeline = self._request, self._pipeline
-        config = pipeline.scheduler_config
+        request, model = self._request, self._model
+        config = model.scheduler_config
         config = config if request.scheduler is None else replace_scheduler(config, request.scheduler)
         scheduler = make_scheduler(config, request.steps, eta=request.eta, rng=PictureStreams(request.seeds))
         begin = None if request.source is None else choose_first_call(request.source, request.steps)
@@ -56,8 +54,8 @@ class Run:
         cond, uncond = self._contexts()
         noise = draw_unit_noise(request.size.shape, request.seeds) if request.latents is None else request.latents
         final = self._denoise(scheduler, noise, cond, uncond, source_latents)
-        with self._hold_component("vae_decoder"):
-            pixels = pipeline.decode(final, self._clock)
+        with self._hold_component(VAE_DECODER.name):
+            pixels = model.decode(final, self._clock)
         log.debug("%d pictures in %d steps: %s", len(pixels), request.steps, self._clock.spent_ms)
         return Result(pixels, final, request.seeds, self._clock.spent_ms, self._truncated)
 
@@ -74,33 +72,35 @@ class Run:
         return cond, uncond
 
     def _embed(self, texts: Sequence[str]) -> Array:
-        tokenizer = self._pipeline.tokenizer
-        assert tokenizer is not None  # check_text has refused prompts for a bundle without
+        """Embeddings ``float32[B, T, D]``, weighted where the request asks for it, by all text encoders."""
         is_weighted = self._request.weighting
         parsed = [parse_weights(text) if is_weighted else WeightedText.from_text(text) for text in texts]
-        tokens = tokenizer.encode(parsed)
-        self._truncated = {text: cut for text, cut in zip(texts, tokens.truncated, strict=True) if cut}
-        with self._hold_component("text_encoder"):
-            hidden = self._pipeline.embed(tokens.ids, self._clock)
-        return apply_weights(hidden, tokens.weights) if is_weighted else hidden
+        hidden = []
+        for name, tokenizer in self._model.tokenizers.items():
+            tokens = tokenizer.encode(parsed)
+            self._truncated |= {text: cut for text, cut in zip(texts, tokens.truncated, strict=True) if cut}
+            with self._hold_component(name):
+                states = self._model.run_text_encoder(name, tokens.ids, self._clock)
+            hidden.append(apply_weights(states, tokens.weights) if is_weighted else states)
+        return join_embeddings(hidden)
 
     def _encode_source(self, source: SourcePicture, begin: int | None) -> SourceLatents | None:
         """The latents of the source picture for the trajectory, or for the input of an inpainting UNet."""
-        pipeline, mask = self._pipeline, source.mask
+        model, mask = self._model, source.mask
         image, repaint = unit_from_pixels(source.pixels), None
-        with self._hold_component("vae_encoder"):
-            if pipeline.reads_mask:
+        with self._hold_component(VAE_ENCODER.name):
+            if model.reads_mask:
                 assert mask is not None  # build_source has refused that
                 self._mask_input = self._make_mask_input(image, mask)
             elif mask is not None:
                 repaint = self._repeat_per_picture(self._downscale_mask(mask))
             if begin is None and repaint is None:
                 return None
-            return SourceLatents(self._repeat_per_picture(pipeline.encode_unit(image, self._clock)), begin, repaint)
+            return SourceLatents(self._repeat_per_picture(model.encode_unit(image, self._clock)), begin, repaint)
 
     def _make_mask_input(self, image: Array, mask: NDArray[np.bool_]) -> Array:
         """``float32[B, C + 1, h, w]``: the mask and the latents of the picture, grey where it is masked."""
-        masked = self._pipeline.encode_unit(np.where(mask[:, None], np.float32(0), image), self._clock)
+        masked = self._model.encode_unit(np.where(mask[:, None], np.float32(0), image), self._clock)
         return np.concatenate(
             [self._repeat_per_picture(self._downscale_mask(mask)), self._repeat_per_picture(masked)], axis=1
         )
@@ -135,7 +135,7 @@ class Run:
                 context.flags.writeable = False  # the same at every step: an engine may keep it on its device
             position = f"in step {next(calls)} of {count} (timestep {t})"
             try:
-                return self._pipeline.predict(self._unet_input(x), t, context, self._clock, 1 + request.is_guided)
+                return self._model.predict(self._unet_input(x), t, context, self._clock, 1 + request.is_guided)
             except NonFiniteError as exc:
                 raise NonFiniteError(
                     f"the output of unet holds NaN or infinity {position}; the bundle is broken or guidance_scale "
@@ -150,7 +150,7 @@ class Run:
             view.flags.writeable = False
             return self._callback(Step(index, count, t, view))
 
-        with self._hold_component("unet"):
+        with self._hold_component(UNET.name):
             return denoise(
                 predict, scheduler, noise, cond, uncond, request.guidance_scale, on_step,
                 guidance_rescale=request.guidance_rescale, source=source_latents,
@@ -167,7 +167,7 @@ class Run:
         """The component kept open for a whole stage; the request may be stopped before it and while waiting."""
         where = f"before the {name}"
         self._stop.check(where)
-        return self._pipeline.component(name).hold(lambda: self._stop.check(where))
+        return self._model.component(name).hold(lambda: self._stop.check(where))
 
 
 def choose_first_call(source: SourcePicture, steps: int) -> int | None:

@@ -60,7 +60,7 @@ def test_tokens_equal_transformers(ldm_text_bundle: Path, ldm_text_folder: Path)
     reference = BertTokenizer.from_pretrained(ldm_text_folder / "tokenizer")
     expected = reference(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="np").input_ids
     with qdeploy.load(ldm_text_bundle) as pipe:
-        assert np.array_equal(pipe.tokenizer(PROMPTS), expected)
+        assert np.array_equal(pipe.model.tokenizers["text_encoder"](PROMPTS), expected)
 
 
 @pytest.mark.exports

@@ -101,7 +101,7 @@ def check_same(actual: qdeploy.Result, expected: np.ndarray) -> None:
 def test_text_to_image(
     pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, scheduler: str, guidance_scale: float
 ) -> None:
-    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.scheduler_config)
+    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.model.scheduler_config)
     diffusers_pipe = reference("StableDiffusionPipeline", tiny_folder, expected_scheduler)
     settings = dict(negative_prompt="blue", guidance_scale=guidance_scale, guidance_rescale=0.6)
     with same_draws(expected_scheduler):
@@ -116,7 +116,7 @@ def test_text_to_image(
 def test_image_to_image(
     pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, scheduler: str, strength: float
 ) -> None:
-    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.scheduler_config)
+    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.model.scheduler_config)
     diffusers_pipe = reference("StableDiffusionImg2ImgPipeline", tiny_folder, expected_scheduler)
     settings = dict(strength=strength, guidance_scale=5.0)
     with same_draws(expected_scheduler):
@@ -133,7 +133,7 @@ def test_inpainting_by_blending(
     pipe: Pipeline, tiny_folder: Path, same_noise: np.ndarray, picture: np.ndarray, mask: np.ndarray, scheduler: str,
     strength: float,
 ) -> None:  # fmt: skip
-    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.scheduler_config)
+    expected_scheduler = make_diffusers_scheduler(scheduler, pipe.model.scheduler_config)
     diffusers_pipe = reference("StableDiffusionInpaintPipeline", tiny_folder, expected_scheduler)
     with same_draws(expected_scheduler):
         expected = diffusers_pipe(

@@ -71,6 +71,7 @@ def test_weighting_is_an_option(pipe: Pipeline) -> None:
 
 
 def test_only_the_words_tokens_are_weighted(pipe: Pipeline) -> None:
-    assert pipe.tokenizer is not None
-    tokens = pipe.tokenizer.encode([parse_weights("a (é:2)b")])  # one token a byte: start a é é b end
+    tokens = pipe.model.tokenizers["text_encoder"].encode(
+        [parse_weights("a (é:2)b")]
+    )  # one token a byte: start a é é b end
     assert tokens.weights[0][:7].tolist() == [1, 1, 2, 2, 1, 1, 1]
