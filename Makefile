@@ -45,18 +45,18 @@ format: $(STAMP)
 # torch first and separately, by its exact version: that takes the CPU build where one is offered
 # instead of several GB of CUDA packages. constraints.txt pins everything that it pulls in.
 # --no-compile: compiling all of their modules takes as long as the rest; Python compiles what it imports.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt builtin_models/pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qdeploy needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e builtin_models -e '.[all,dev]'
 	touch $@
 
 # Packages that only tests need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
 # Ray (79 MB) makes pictures on two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs.
 # On other systems than Linux x86-64 the first is empty and its tests are skipped, on others than Linux the third.
 $(TESTED): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[tensorrt-rtx,ray,torch-cuda]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e builtin_models -e '.[tensorrt-rtx,ray,torch-cuda]'
 	touch $@
 
 clean:

@@ -52,7 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--start", type=Path, default=Path("qdeploy/models/builtin/emoji"), help="the other parts")
+    parser.add_argument(
+        "--start", type=Path, default=Path("builtin_models/qdeploy_builtin_models/emoji"), help="the other parts"
+    )
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()

@@ -1,10 +1,19 @@
-"""Progress of long work: one callback type, and its display with an ETA on a terminal."""
+"""Progress of long work: one callback type, and its display with an ETA, on a terminal or line by line in a log."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LOG_INTERVAL_S = 30.0  # between two lines of a task where there is no terminal to redraw
+LINE = "{desc} {n_fmt}/{total_fmt} {elapsed} eta {remaining}"
+BAR = "{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed} eta {remaining}"
 
 
 class OnProgress(Protocol):
@@ -19,30 +28,58 @@ def ignore_progress(task: str, done: int, total: int, note: str = "") -> None:
 
 @contextmanager
 def show_progress(enabled: bool = True) -> Iterator[OnProgress]:
-    """A callback that draws one bar a task, with elapsed and remaining time, on stderr."""
+    """A callback that shows one bar a task, with elapsed and remaining time, on stderr."""
     if not enabled:
         yield ignore_progress
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    elif not sys.stderr.isatty():
+        yield ProgressLog(sys.stderr)
+    else:
+        bars = ProgressBars()
+        try:
+            yield bars
+        finally:
+            bars.close()
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
-    )  # fmt: skip
-    tasks = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
 
-        def update(task: str, done: int, total: int, note: str = "") -> None:
-            if task not in tasks:
-                tasks[task] = bars.add_task(task, total=total)
-            bars.update(tasks[task], completed=done, total=total, description=f"{task} {note}".rstrip())
+class ProgressBars:
+    """A bar for each task that was named, in the order of their names' first use."""
 
-        yield update
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        from tqdm import tqdm
+
+        if task not in self._bars:
+            self._bars[task] = tqdm(total=total, position=len(self._bars), bar_format=BAR)
+        bar = self._bars[task]
+        bar.total = total
+        bar.set_description_str(f"{task} {note}".rstrip(), refresh=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.refresh()
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+
+class ProgressLog:
+    """A line when a task is done, and one each ``LOG_INTERVAL_S`` while it lasts."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._started: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        from tqdm import tqdm
+
+        now = time.monotonic()
+        started = self._started.setdefault(task, now)
+        last = self._last.setdefault(task, now)
+        if done < total and now - last < LOG_INTERVAL_S:
+            return
+        self._last[task] = now
+        line = tqdm.format_meter(done, total, now - started, prefix=f"{task} {note}".rstrip(), bar_format=LINE)
+        print(line, file=self._out, flush=True)

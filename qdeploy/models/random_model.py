@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qdeploy.models.architectures import Architecture, get_architecture, narrow
+from qdeploy.models.builtin import find_builtin_folder
 from qdeploy.models.checkpoints.first_stage import choose_first_stage_class
 from qdeploy.models.checkpoints.heads import read_heads
 from qdeploy.models.checkpoints.schedule import read_scheduler_config
@@ -17,7 +17,7 @@ from qdeploy.models.checkpoints.unet import build_unet
 from qdeploy.models.latent_diffusion import LatentDiffusion, ModelParts, assemble_model
 from qdeploy.models.pipelines import CLIP, TOKENIZER, load_tokenizer
 
-TOKENIZER_MODEL = Path(__file__).parent / "builtin" / "emoji"  # a CLIP tokenizer that is always available
+TOKENIZER_MODEL = "emoji"  # the built-in model whose CLIP tokenizer a random model takes
 
 
 def make_random_model(name: str, seed: int = 0) -> LatentDiffusion:
@@ -26,7 +26,9 @@ def make_random_model(name: str, seed: int = 0) -> LatentDiffusion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = make_parts(sizes)
-    return assemble_model(parts, source=f"random:{name}", folder=TOKENIZER_MODEL, sha256=hash_weights(parts))
+    return assemble_model(
+        parts, source=f"random:{name}", folder=find_builtin_folder(TOKENIZER_MODEL), sha256=hash_weights(parts)
+    )
 
 
 def make_parts(sizes: Architecture) -> ModelParts:
@@ -42,7 +44,7 @@ def make_parts(sizes: Architecture) -> ModelParts:
     if sizes.unet.context_dim is not None:
         from transformers import CLIPTextModel
 
-        tokenizer = load_tokenizer(TOKENIZER_MODEL / TOKENIZER, CLIP)
+        tokenizer = load_tokenizer(find_builtin_folder(TOKENIZER_MODEL) / TOKENIZER, CLIP)
         width = sizes.unet.context_dim
         text = CLIPTextModel(build_clip_config(len(tokenizer), width, 4 * width, sizes.text_layers, positions=77))
     return ModelParts(unet, vae, text, tokenizer, make_scheduler_config(sizes), sizes.scaling_factor, sizes.side)

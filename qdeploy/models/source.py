@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.base.files import hash_file
+from qdeploy.models.builtin import PREFIX, REINSTALL, describe_builtins, find_builtin_folder, list_builtins
 from qdeploy.models.checkpoints import SUFFIXES
 from qdeploy.models.latent_diffusion import LatentDiffusion, assemble_model
 from qdeploy.models.lora import fuse_lora
@@ -16,7 +17,6 @@ from qdeploy.models.single_file import hash_source, is_single_file, parts_from_f
 from qdeploy.models.weight_files import check_weight_files
 
 __all__ = [
-    "BUILTIN",
     "LatentDiffusion",
     "apply_options",
     "find_model_folder",
@@ -26,25 +26,16 @@ __all__ = [
     "load_model",
 ]
 
-BUILTIN = Path(__file__).parent / "builtin"
-
-
-def list_builtins() -> list[str]:
-    return sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
-
 
 def find_model_folder(source: str) -> Path:
     """The folder that ``source`` (a path or ``builtin:NAME``) refers to, checked to be complete."""
-    if source.startswith("builtin:"):
-        name = source.removeprefix("builtin:")
-        if name not in list_builtins():
-            raise ModelError(f"no built-in model {name!r}; there are: {', '.join(list_builtins())}")
-        return BUILTIN / name
+    if source.startswith(PREFIX):
+        return find_builtin_folder(source.removeprefix(PREFIX))
     folder = Path(source)
     if not folder.exists():
         raise ModelError(
             f"{source} does not exist; give a diffusers folder, a checkpoint file ({', '.join(SUFFIXES)}) or "
-            f"builtin:NAME ({', '.join(list_builtins())})"
+            f"{describe_builtins()}"
         )
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{source} is not a diffusers pipeline folder: no model_index.json in it")
@@ -70,8 +61,8 @@ def load_folder(source: str, options: ModelOptions) -> LatentDiffusion:
         raise UsageError(f"--ema and --config are for checkpoint files; {source} is a folder or a built-in model")
     try:
         folder = find_model_folder(source)
-        is_builtin = source.startswith("builtin:")
-        check_weight_files(folder, "install qdeploy again" if is_builtin else "copy the file again")
+        is_builtin = source.startswith(PREFIX)
+        check_weight_files(folder, REINSTALL if is_builtin else "copy the file again")
         parts = parts_from_folder(folder, options.allow_download)
     except ModelError:
         raise

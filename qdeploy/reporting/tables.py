@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
+from tabulate import tabulate
+
 Row = tuple[str, ...]
+CAPTION_WIDTH = 100
 
 
 def format_markdown(header: Row, rows: Sequence[Row]) -> str:
@@ -15,18 +19,8 @@ def format_markdown(header: Row, rows: Sequence[Row]) -> str:
 
 
 def print_table(header: Row, rows: Sequence[Row], title: str, caption: str = "") -> None:
-    """Draw the table on stdout; off a terminal as wide as it needs."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, emoji=False, width=160)
-    table = Table(*header, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title_style="bold")
-    table.caption, table.caption_justify = caption or None, "left"
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    """Draw the table on stdout: the first column to the left, the others to the right, a long caption wrapped."""
+    align = ["left", *["right"] * (len(header) - 1)]
+    table = tabulate(rows, headers=header, tablefmt="simple", colalign=align, disable_numparse=True)
+    parts = (title, table, textwrap.fill(caption, CAPTION_WIDTH))
+    print("\n" + "\n".join(filter(None, parts)))

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from qdeploy.base.errors import ModelError
-from qdeploy.models.source import BUILTIN, list_builtins, load_model
+from qdeploy.models.builtin import find_builtin_root, list_builtins
+from qdeploy.models.source import load_model
 
 MAX_BYTES = {"emoji": 30_000_000, "emoji-uncond": 15_000_000}
 NAMES = sorted(MAX_BYTES)
+BUILTIN = find_builtin_root()
+assert BUILTIN is not None
 
 
 def list_files(name: str) -> list[Path]:
@@ -56,10 +59,10 @@ def test_weights_are_fp16_safetensors_and_nothing_else(name: str) -> None:
 def test_a_cut_weight_file_is_named(path: Path, kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = path.parts[0]
     shutil.copytree(BUILTIN / name, tmp_path / name)
-    monkeypatch.setattr("qdeploy.models.source.BUILTIN", tmp_path)
+    monkeypatch.setattr("qdeploy.models.builtin.find_builtin_root", lambda: tmp_path)
     with (tmp_path / path).open("r+b") as file:
         file.truncate(int(kept * (tmp_path / path).stat().st_size))
-    with pytest.raises(ModelError, match=re.escape(str(path)) + ".*cut or damaged.*install qdeploy again"):
+    with pytest.raises(ModelError, match=re.escape(str(path)) + ".*cut or damaged.*qdeploy-builtin-models"):
         load_model(f"builtin:{name}")
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qdeploy.models.source import BUILTIN, load_model
+from qdeploy.models.builtin import find_builtin_folder
+from qdeploy.models.source import load_model
 from training import diffusion, unconditional
 from training.data import Emoji
 from training.loop import LoopState
@@ -18,7 +19,7 @@ TOLERANCE = 1e-4  # of fp16 weights read as float32 by two ways
 
 
 def test_text_to_image_begins_where_the_model_stands(tmp_path: Path) -> None:
-    vae, tokenizer, model = diffusion.start_from(BUILTIN / "emoji")
+    vae, tokenizer, model = diffusion.start_from(find_builtin_folder("emoji"))
     source = load_model("builtin:emoji")
     noisy, t = torch.randn(1, 8, 16, 16), torch.tensor([500])
     tokens = diffusion.tokenize(tokenizer, ["a cat"])
@@ -34,7 +35,7 @@ def test_text_to_image_begins_where_the_model_stands(tmp_path: Path) -> None:
 
 
 def test_unconditional_begins_where_the_model_stands() -> None:
-    _, unet = unconditional.begun_from(BUILTIN / "emoji-uncond")
+    _, unet = unconditional.begun_from(find_builtin_folder("emoji-uncond"))
     source = load_model("builtin:emoji-uncond")
     noisy, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     with torch.no_grad():
@@ -42,14 +43,14 @@ def test_unconditional_begins_where_the_model_stands() -> None:
 
 
 def test_a_probe_reads_the_averaged_weights(tmp_path: Path) -> None:
-    _, _, model = diffusion.start_from(BUILTIN / "emoji")
+    _, _, model = diffusion.start_from(find_builtin_folder("emoji"))
     averaged = diffusion.make_averaged_copy(model)
     averaged.update_parameters(model)
     with torch.no_grad():
         model.unet.conv_out.bias.add_(1)  # what the averaged weights do not follow
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     LoopState(seen=64, step=2, loss=0.25).save(tmp_path / "x.ckpt", {"model": model, "averaged": averaged}, optimizer)
-    pipe, state = load_averaged_pipeline(BUILTIN / "emoji", tmp_path / "x.ckpt")
+    pipe, state = load_averaged_pipeline(find_builtin_folder("emoji"), tmp_path / "x.ckpt")
     assert (state.seen, state.loss) == (64, 0.25)
     assert torch.equal(pipe.unet.conv_out.bias, averaged.module.unet.conv_out.bias)
 

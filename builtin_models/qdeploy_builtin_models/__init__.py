@@ -1,0 +1,1 @@
+"""Weights of ``builtin:emoji`` and ``builtin:emoji-uncond``, a folder each."""
