@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from qdeploy.demo import GUIDANCE, SEED, STEPS
+from qdeploy.models.builtin import find_builtin_folder
 from training.data import load_for
 from training.figures import ranks
 from training.layout import run_script
@@ -52,9 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument(
-        "--start", type=Path, default=Path("builtin_models/qdeploy_builtin_models/emoji"), help="the other parts"
-    )
+    parser.add_argument("--start", type=Path, default=find_builtin_folder("emoji"), help="the other parts")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()

@@ -26,9 +26,8 @@ def make_random_model(name: str, seed: int = 0) -> LatentDiffusion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = make_parts(sizes)
-    return assemble_model(
-        parts, source=f"random:{name}", folder=find_builtin_folder(TOKENIZER_MODEL), sha256=hash_weights(parts)
-    )
+    folder = find_builtin_folder(TOKENIZER_MODEL)
+    return assemble_model(parts, source=f"random:{name}", folder=folder, sha256=hash_weights(parts))
 
 
 def make_parts(sizes: Architecture) -> ModelParts:

@@ -8,14 +8,13 @@ from qdeploy.reporting.tables import CAPTION_WIDTH, format_markdown, print_table
 
 
 def test_numbers_stay_as_they_were_written(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(
-        ("engine", "p50", "size"), [("ort-cpu", "1.50", "07"), ("x", "12.25", "1e3")], "latency", "a word " * 40
-    )
+    rows = [("ort-cpu", "1.50", "07"), ("x", "12.25", "1e3")]
+    print_table(("engine", "p50", "size"), rows, "latency", "a word " * 40)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["", "latency"]
     assert lines[2].split() == ["engine", "p50", "size"]
-    assert lines[4] == "ort-cpu   1.50    07"
-    assert lines[5] == "x        12.25   1e3"
+    assert lines[4] == "ort-cpu    1.50      07"
+    assert lines[5] == "x         12.25     1e3"
     assert all(len(line) <= CAPTION_WIDTH for line in lines[6:])
     assert len(lines) > 7
 
