@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tested
 
-.PHONY: demo check test test-fast test-slow lint docs format clean
+.PHONY: demo check test test-fast test-slow lint docs format constraints clean
 
 demo: $(STAMP)
 	$(BIN)/qdeploy demo -o demo
@@ -32,6 +32,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m scripts.docs.prose
 	$(MAKE) --no-print-directory docs
 
 # Strict: a missing page, link or anchor is an error. The variable silences an advertisement of mkdocs-material.
@@ -41,6 +43,10 @@ docs: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Needs uv. After a change of dependencies; `python -m scripts.constraints --upgrade` takes the newest versions.
+constraints:
+	$(PYTHON) -m scripts.constraints
 
 # torch first and separately, by its exact version: that takes the CPU build where one is offered
 # instead of several GB of CUDA packages. constraints.txt pins everything that it pulls in.

@@ -23,14 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(pipeline, name)
     if name == "__version__":
-        return _version()
+        from qdeploy.base.version import read_version
+
+        return read_version()
     raise AttributeError(f"module 'qdeploy' has no attribute {name!r}")
-
-
-def _version() -> str:
-    from importlib import metadata  # it imports email and zipfile, which the runtime does without
-
-    try:
-        return metadata.version("qdeploy")
-    except metadata.PackageNotFoundError:  # a source tree that was not installed
-        return "0+source"

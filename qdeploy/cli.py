@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from qdeploy import __version__
 from qdeploy.base.errors import QdeployError
+from qdeploy.base.version import read_version
 from qdeploy.commands import find_commands, load_command
 
 
@@ -41,7 +41,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="qdeploy")
+@click.version_option(read_version(), prog_name="qdeploy")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--quiet", is_flag=True, help="Show no progress bars.")
 @click.pass_context

@@ -40,7 +40,7 @@ hypothesis.settings.load_profile("shared")
 def pytest_configure(config: pytest.Config) -> None:
     folder = Path(os.environ.get(CACHE) or config.rootpath / ".pytest_cache" / "artifacts").absolute()
     if not hasattr(config, "workerinput"):
-        if config.getoption("cacheclear"):
+        if config.getoption("cacheclear", default=False):
             shutil.rmtree(folder, ignore_errors=True)
         remove_stale(folder)
         os.environ[KEY] = hash_sources()

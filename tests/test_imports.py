@@ -1,4 +1,4 @@
-"""The runtime side never needs torch, and imports go from higher floors to lower ones only."""
+"""The runtime side runs with torch blocked; which package may import which is import-linter's (`make lint`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qdeploy"
 TORCH_FREE = (
@@ -25,60 +23,15 @@ TORCH_FREE = (
     "evaluate",
 )
 NEEDS_TORCH = PACKAGE / "engines" / "torch_graph"  # which its engine imports when it opens a session
-FLOORS = {
-    "base": 0,
-    **dict.fromkeys(("errors", "artifacts", "targets", "sampling"), 1),
-    **dict.fromkeys(("engines", "models"), 2),
-    **dict.fromkeys(("simulate", "runtime"), 3),
-    **dict.fromkeys(("calibrate", "export", "reporting"), 4),
-    **dict.fromkeys(("bench", "sample"), 5),
-    **dict.fromkeys(("demo", "inspection", "recipe", "evaluate"), 6),
-    "commands": 7,
-    "cli": 8,
-}
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def get_room(dotted: str) -> str:
-    return dotted.split(".")[1] if "." in dotted else ""
-
-
-def find_imports(path: Path) -> set[str]:
-    """Rooms of qdeploy that a file imports, also inside functions."""
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        if isinstance(node, ast.ImportFrom) and node.module == "qdeploy":
-            names = [f"qdeploy.{alias.name}" for alias in node.names if alias.name in FLOORS]
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        rooms |= {get_room(name) for name in names if name.startswith("qdeploy.")}
-    return rooms
-
-
 def own_room(path: Path) -> str:
     part = path.relative_to(PACKAGE).parts[0]
     return part.removesuffix(".py")
-
-
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_downward(path: Path) -> None:
-    room = own_room(path)
-    if room in ("__init__", "__main__"):
-        return
-    assert room in FLOORS, f"{path} has no floor; add it to FLOORS"
-    for other in find_imports(path) - {room, ""}:
-        lower = FLOORS[other] < FLOORS[room]
-        assert lower, f"{path} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
-
-
-def test_calibrate_and_export_meet_only_in_the_table() -> None:
-    for path in modules():
-        if own_room(path) in ("calibrate", "export"):
-            assert not {"calibrate", "export"} - {own_room(path)} & find_imports(path), path
 
 
 def name_module(path: Path) -> str:
@@ -100,14 +53,6 @@ def test_no_module_imports_itself_through_others() -> None:
     graph = {name_module(path): list_imported_modules(path) for path in modules()}
     del graph["qdeploy"]  # its names for type checkers are the only ones from above
     TopologicalSorter({name: imported & graph.keys() for name, imported in graph.items()}).prepare()
-
-
-def test_a_picture_goes_downward_through_the_runtime() -> None:
-    """Pipeline -> Run -> BundleModel -> components: none imports one before it."""
-    way = ["pipeline", "run", "model", "components"]
-    for number, name in enumerate(way):
-        imported = list_imported_modules(PACKAGE / "runtime" / f"{name}.py")
-        assert not imported & {f"qdeploy.runtime.{above}" for above in way[:number]}, name
 
 
 BLOCKED = """

@@ -107,11 +107,11 @@ def main() -> None:
     alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
     average_from = AVERAGE_FROM if args.start is None else 0
 
-    def compute_loss(twin: torch.nn.Module, chosen: np.ndarray) -> torch.Tensor:
+    def compute_loss(replica: torch.nn.Module, chosen: np.ndarray) -> torch.Tensor:
         # Evenly: half of this schedule's timesteps already hold less than an eighth of the signal's power.
         t = draw_timesteps(len(chosen), rising=False)
         with torch.autocast("cpu", torch.bfloat16):
-            return velocity_loss(lambda noisy, t: twin(noisy, t).sample, alphas_cumprod, latents[chosen], t)
+            return velocity_loss(lambda noisy, t: replica(noisy, t).sample, alphas_cumprod, latents[chosen], t)
 
     def average() -> None:
         if training.state.step >= average_from:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import qdeploy
 from qdeploy.artifacts.bundle import MANIFEST, open_bundle
 from qdeploy.base.errors import BundleError
 from qdeploy.base.files import hash_file, read_state, stage_file
 from qdeploy.base.progress import OnProgress
+from qdeploy.base.version import read_version
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def write_receipt(receipts: Path, step: RecipeStep, sha256: str | None = None) -
     """Record that ``step`` was finished, with the hash of its output."""
     document = {"key": step.key, "sha256": sha256, "settings": dict(step.settings), "made_from": dict(step.inputs)}
     with stage_file(receipts / f"{step.name}.json") as scratch:
-        scratch.write_text(
-            json.dumps(document | {"qdeploy": qdeploy.__version__}, indent=1, default=str) + "\n", "utf-8"
-        )
+        scratch.write_text(json.dumps(document | {"qdeploy": read_version()}, indent=1, default=str) + "\n", "utf-8")
 
 
 def hash_path(path: Path) -> str:

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import qdeploy
 from qdeploy.artifacts.components import choose_graph_batch
 from qdeploy.artifacts.table import Affine, ComponentQuant, FloatLayer, LayerQuant, QuantTable
 from qdeploy.base.errors import UsageError
 from qdeploy.base.numerics import FULL_BITS
 from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.base.version import read_version
 from qdeploy.calibrate.allocate.knapsack import WIDTHS, allocate_widths, check_budget, move_layers_to_float
 from qdeploy.calibrate.allocate.sensitivity import measure_sensitivity
 from qdeploy.calibrate.dataset import CalibrationSet, check_model, check_shapes
@@ -67,7 +67,7 @@ def quantize_model(
     names = [name for name in spec.components if calibration.count(name)]
     components = {name: quantize_component(model, name, calibration, spec, on_progress, work) for name in names}
     provenance = {
-        "qdeploy": qdeploy.__version__,
+        "qdeploy": read_version(),
         "torch": torch.__version__,
         **model.provenance,
         "spec": asdict(spec),

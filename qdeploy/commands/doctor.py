@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from qdeploy import __version__
+from qdeploy.base.version import read_version
 
 
 @click.command()
@@ -22,7 +22,7 @@ def doctor() -> None:
     from qdeploy.engines.base import list_engines, load_engine
     from qdeploy.engines.nvidia.machine import detect_machine
 
-    click.echo(f"qdeploy {__version__}, python {sys.version.split()[0]}")
+    click.echo(f"qdeploy {read_version()}, python {sys.version.split()[0]}")
     click.echo(f"cpu: {read_cpu_model()} ({' '.join(read_integer_flags()) or 'instruction sets unknown'})")
     click.echo(f"integers: {detect_arithmetic().value}")
     for kind, consequence in list_bundle_advice():

@@ -14,7 +14,6 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-import qdeploy
 from qdeploy.artifacts.bundle import (
     SCHEDULER,
     ComponentInfo,
@@ -29,6 +28,7 @@ from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.errors import EngineUnavailableError, ExportError, TableError
 from qdeploy.base.files import stage_folder
 from qdeploy.base.progress import OnProgress, ignore_progress
+from qdeploy.base.version import read_version
 from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.engines.nvidia.profiles import ProfileSizes
 from qdeploy.export.audit import audit_file, audit_graph
@@ -283,7 +283,7 @@ def build_provenance(model: LatentDiffusion, table: QuantTable | None) -> dict[s
     return {
         **model.provenance,
         "quantization": None if table is None else dict(table.provenance),
-        "qdeploy": qdeploy.__version__,
+        "qdeploy": read_version(),
         "python": platform.python_version(),
         "packages": versions,
     }

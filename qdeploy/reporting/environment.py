@@ -8,8 +8,8 @@ import shutil
 import subprocess
 from collections.abc import Collection
 
-import qdeploy
 from qdeploy.base.cpu import read_cpu_model, read_integer_flags
+from qdeploy.base.version import read_version
 from qdeploy.engines.base import load_engine
 
 QUERY_TIMEOUT_S = 10  # for nvidia-smi, which hangs on some broken drivers
@@ -29,7 +29,7 @@ def describe_environment(engines: Collection[str], threads: int | None) -> dict[
         "load average at the start": read_load_average(),
         "engine": ", ".join(names),
         **versions,
-        "qdeploy": qdeploy.__version__,
+        "qdeploy": read_version(),
         "python": platform.python_version(),
         "os": platform.platform(),
     }

@@ -1,4 +1,4 @@
-"""A figure in its dark colours, for the README: `python scripts/docs/dark.py way` writes way-dark.svg beside way.svg.
+"""A figure in its dark colours, for the README: `python scripts/docs/dark.py way` writes way-dark.svg next to way.svg.
 
 The site needs no such copy, for its style sheet recolours the figures inside the page.
 """

@@ -6,6 +6,7 @@ import click
 
 from qdeploy.cli import main
 from qdeploy.commands import find_commands, load_command
+from scripts.docs import layers
 from scripts.docs.commands import MARKER, escape, help_text, names, on_page_markdown, reference
 from scripts.docs.docstrings import markdown_from_docstring
 from tests.docs.blocks import ROOT
@@ -47,3 +48,14 @@ def test_docstrings_become_markdown() -> None:
         "Sizes.\n\n- `width, height`: of the picture,\n    in pixels.\n- `seed`: any."
     )
     assert markdown_from_docstring("Note that: this is text.") == "Note that: this is text."
+
+
+def test_the_table_of_layers_has_every_package_once() -> None:
+    page = (ROOT / "docs" / "design" / "structure.md").read_text(encoding="utf-8")
+    assert page.count(layers.MARKER) == 1
+    rows = layers.on_page_markdown(page)
+    there = [path for path in (ROOT / "qdeploy").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    for path in there:
+        if not path.name.startswith("__"):
+            assert rows.count(f"| `qdeploy/{path.name}` |") == 1, path
+    assert "| 1 | `qdeploy/base` |" in rows
