@@ -21,7 +21,7 @@ HEADER = "# Exact versions of everything that `make` installs, written by `make 
 
 
 def resolve(upgrade: bool) -> list[str]:
-    """``name==version`` of every package, sorted by name; versions in the present file are preferred unless upgraded."""
+    """``name==version`` of every package, by name; versions in the present file are preferred unless upgraded."""
     command = ["uv", "pip", "compile", "pyproject.toml", "--quiet", "--no-annotate", "--no-header"]
     command += ["--python-version", OLDEST_PYTHON, "--output-file", OUT.name]
     command += [part for extra in EXTRAS for part in ("--extra", extra)]

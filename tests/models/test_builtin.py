@@ -34,6 +34,14 @@ def test_these_and_no_others() -> None:
     assert list_builtins() == NAMES
 
 
+def test_without_their_package_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("qdeploy.models.builtin.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"builtin:emoji.*not installed.*pip install qdeploy-builtin-models"):
+        load_model("builtin:emoji")
+    with pytest.raises(ModelError, match=r"does not exist.*pip install qdeploy-builtin-models"):
+        load_model(str(tmp_path / "nothing"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_fits_the_package(name: str) -> None:
     assert sum(path.stat().st_size for path in list_files(name)) <= MAX_BYTES[name]
