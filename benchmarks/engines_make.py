@@ -27,7 +27,7 @@ from qdeploy.bench.memory import read_peak_bytes
 from qdeploy.calibrate.ranges.weights import mse_scale, round_to_nearest, weight_range
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.simulator import build_simulator
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 
 Feeds = dict[str, NDArray]
 STAND_IN_RANGE = 4.0  # of every activation for quantize_static: its time does not depend on it, its quality does
@@ -86,7 +86,7 @@ def make_our_graph(source: ModelFiles, folder: Path, target: str, weight_bits: i
     model, quant = source.load(), source.unet_table()
     if weight_bits != 8:
         quant = change_bits(model, quant, weight_bits)
-    simulator = build_simulator(model.unet, quant, get_target(target).numerics)
+    simulator = build_simulator(model.unet, quant, load_target(target).numerics)
     export_unet(simulator, model, folder / GRAPH, target)
     return folder / GRAPH
 

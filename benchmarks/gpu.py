@@ -32,10 +32,10 @@ BUNDLES = {"cuda-fp16": ("ort-cuda", False), "tensorrt-fp16": ("tensorrt", False
 def make_bundles(model: Any, table: Any, folder: Path) -> None:
     """Every bundle that the rows read, of a loaded model and its QuantTable."""
     from qdeploy.export.exporter import export_bundle
-    from qdeploy.targets.spec import get_target
+    from qdeploy.targets.base import load_target
 
     for name, (target, quantized) in {REFERENCE: ("ort-cpu", False), **BUNDLES}.items():
-        export_bundle(model, table if quantized else None, get_target(target), folder / name)
+        export_bundle(model, table if quantized else None, load_target(target), folder / name)
     write_unet_config(model, folder)
 
 
@@ -43,12 +43,12 @@ def make_shells(model: Any, table: Any, folder: Path) -> None:
     """Only the UNet for each of them, unchecked and without its weights."""
     from benchmarks.inputs import export_unet
     from qdeploy.simulate.simulator import build_simulator
-    from qdeploy.targets.spec import get_target
+    from qdeploy.targets.base import load_target
 
     for name, (target, quantized) in BUNDLES.items():
         component = model.unet
         if quantized:
-            component = build_simulator(model.unet, table.components["unet"], get_target(target).numerics)
+            component = build_simulator(model.unet, table.components["unet"], load_target(target).numerics)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             export_unet(component, model, Path(scratch) / "model.onnx", target)

@@ -25,10 +25,9 @@ from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.targets import lower
 from qdeploy.models.components import TorchComponent
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 
 MODEL = "builtin:emoji"
 TARGET = "ort-cpu"
@@ -93,8 +92,8 @@ def make_inputs(
 def export_unet(unet: TorchComponent, model: LatentDiffusion, path: Path, target: str = TARGET) -> None:
     """The graph of ``model``'s UNet, float or simulated, at its static batch (2 where it reads text)."""
     example = model.make_example("unet", choose_graph_batch("unet", model.reads_text))
-    graph = graph_from_component(unet, example, get_target(target).opset)
-    lower(graph, target)
+    graph = graph_from_component(unet, example, load_target(target).opset)
+    load_target(target).lower(graph)
     save_graph(graph, path)
 
 

@@ -15,7 +15,7 @@ from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import EFFORTS, QuantSpec, Reconstruction
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.simulator import build_simulator
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 
 TABLE = "table.safetensors"
 ENGINES = ("ort-cpu",)
@@ -100,7 +100,7 @@ def quantize_ours(row: QualityRow, work: WorkFolder) -> Path:
 
 def save_graph_for(engine: str, model: LatentDiffusion, table: QuantTable, folder: Path) -> None:
     """``ENGINE.onnx``: with Q after spatial convolutions for ONNX Runtime, without for OpenVINO."""
-    simulator = build_simulator(model.unet, table.components["unet"], get_target(engine).numerics)
+    simulator = build_simulator(model.unet, table.components["unet"], load_target(engine).numerics)
     export_unet(simulator, model, folder / f"{engine}.onnx", engine)
 
 

@@ -30,7 +30,7 @@ from qdeploy.bench.idle import wait_until_idle
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.engines.base import EngineOptions, Session, load_engine
 from qdeploy.models.components import TorchComponent, UNet, trace_layers
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 
 TARGET = "ort-cpu"
 STAND_IN = Affine(0.04, 120)  # of every activation
@@ -88,7 +88,7 @@ def quantize_unet(unet: TorchComponent, feeds: dict[str, NDArray], row: Processo
             passes=2 if spec.takes_two_passes("unet", call.name) else 1,
         )  # fmt: skip
         macs[call.name] = call.macs
-    return build_simulator(unet, ComponentQuant(layers, macs=macs), get_target(TARGET).numerics)
+    return build_simulator(unet, ComponentQuant(layers, macs=macs), load_target(TARGET).numerics)
 
 
 def make_graphs(size: str, folder: Path) -> None:
@@ -98,7 +98,6 @@ def make_graphs(size: str, folder: Path) -> None:
     from qdeploy.export.exporter import GRAPH_FILE, save_graph
     from qdeploy.export.graph import graph_from_component
     from qdeploy.export.release import release_memory
-    from qdeploy.export.targets import lower
 
     torch.set_grad_enabled(False)
     unet, feeds = load_unet(size)
@@ -106,8 +105,8 @@ def make_graphs(size: str, folder: Path) -> None:
     with stage_folder(folder) as scratch:
         for row in ROWS:
             component = quantize_unet(unet, feeds, row) if row.largest_code else unet
-            graph = graph_from_component(component, example, get_target(TARGET).opset)
-            lower(graph, TARGET)
+            graph = graph_from_component(component, example, load_target(TARGET).opset)
+            load_target(TARGET).lower(graph)
             (scratch / row.name).mkdir()
             save_graph(graph, scratch / row.name / GRAPH_FILE)
             del component, graph

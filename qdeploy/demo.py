@@ -28,7 +28,7 @@ from qdeploy.reporting.picture_grid import amplify_difference, draw_grid
 from qdeploy.reporting.tables import Row, format_markdown
 from qdeploy.runtime.image import image_from_pixels
 from qdeploy.runtime.pipeline import load
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import DEFAULT_TARGET, load_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,7 +73,7 @@ def run_demo(
     save_calibration(calibration, folder / "calibration.safetensors")
     table = quantize_model(model, calibration, QuantSpec(), on_progress)
     save_table(table, folder / "w8a8.safetensors")
-    target = get_target("ort-cpu")
+    target = load_target(DEFAULT_TARGET)
     bundles = {"fp32": folder / "fp32", "w8a8": folder / "w8a8"}
     export_bundle(model, None, target, bundles["fp32"], on_progress)
     export_bundle(model, table, target, bundles["w8a8"], on_progress)

@@ -21,7 +21,7 @@ from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from tests.shared_artifacts import BUILDS, Artifacts, build_once, hash_sources, remove_stale
 from tests.tiny import write_tiny_inpainting, write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
 
@@ -150,7 +150,7 @@ def table(table_file: Path) -> QuantTable:
 def export_tiny(out: Path, folder: Path, table: Path | None, target: str = "ort-cpu", **options: Any) -> None:
     """Write the bundle of the model in ``folder``, as the table in a file says or in float."""
     quant = None if table is None else load_table(table)
-    export_bundle(load_model(str(folder)), quant, get_target(target), out, **options)
+    export_bundle(load_model(str(folder)), quant, load_target(target), out, **options)
 
 
 @build_once("fp32", traces=True)
@@ -214,7 +214,7 @@ def builtin_table(builtin_table_file: Path) -> QuantTable:
 
 def export_unet(table: QuantTable, target: str, folder: Path, full_range: bool = False) -> ComponentInfo:
     """The UNet of the built-in model with both gates, as ``export_bundle`` makes it."""
-    spec = get_target(target)
+    spec = load_target(target)
     quant, probes = table.components["unet"], table.probes["unet"]
     model = load_model("builtin:emoji")
     return export_component(model, "unet", quant, probes, spec, folder, full_range=full_range)

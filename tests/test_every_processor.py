@@ -16,10 +16,10 @@ from qdeploy.base.errors import EngineError, ExportError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.cli import main
 from qdeploy.export.exporter import export_bundle
-from qdeploy.export.passes.unshare_weights import check_unshared
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.passes.check_unshared import check_unshared
 from qdeploy.runtime.pipeline import load
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from tests.conftest import export_unet
 from tests.processors import every_processor, find_saturating_weights, pretend_processor, without_vnni
 
@@ -85,7 +85,7 @@ def test_other_targets_pass_their_gates_without_vnni(
     monkeypatch: pytest.MonkeyPatch, tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, target: str
 ) -> None:
     pretend_processor(monkeypatch, "no-vnni")
-    manifest = export_bundle(tiny_model, table, get_target(target), tmp_path / "bundle")
+    manifest = export_bundle(tiny_model, table, load_target(target), tmp_path / "bundle")
     assert max(manifest.largest_weight_codes) == (64 if target == "openvino" else 127)  # GPUs keep the full range
     assert (find_saturating_weights(tmp_path / "bundle") == []) == (target == "openvino")
 
@@ -97,7 +97,7 @@ def test_openvino_refuses_a_full_range_bundle_at_export(
 ) -> None:
     pretend_processor(monkeypatch, processor)
     with pytest.raises(EngineError, match="without --full-range"):
-        export_bundle(tiny_model, table, get_target("openvino"), tmp_path / "b", full_range=True)
+        export_bundle(tiny_model, table, load_target("openvino"), tmp_path / "b", full_range=True)
     assert not (tmp_path / "b").exists()
 
 

@@ -35,7 +35,7 @@ from qdeploy.runtime.image import pixels_from_decoded
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.runtime.pipeline import load as load_bundle
 from qdeploy.sampling.loop import draw_unit_noise
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from training.data import CAPTIONS, PICTURES, Emoji, load_for
 from training.figures import (
     compute_features,
@@ -65,7 +65,7 @@ def open_float_bundle(model: LatentDiffusion) -> Iterator[Pipeline]:
     """The model's fp32 bundle on the runtime."""
     with tempfile.TemporaryDirectory() as scratch:
         with show_progress() as on_progress:
-            export_bundle(model, None, get_target("ort-cpu"), Path(scratch) / "fp32", on_progress)
+            export_bundle(model, None, load_target("ort-cpu"), Path(scratch) / "fp32", on_progress)
         with load_bundle(Path(scratch) / "fp32") as pipe:
             yield pipe
 

@@ -9,6 +9,7 @@ import click
 
 from qdeploy.base.errors import UsageError
 from qdeploy.commands import PATH, add_model_options
+from qdeploy.targets.base import DEFAULT_TARGET, describe_targets, load_target
 
 if TYPE_CHECKING:
     from qdeploy.models.options import ModelOptions
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", metavar="MODEL|QUANT")
 @click.option("-o", "--out", type=PATH, required=True, help="Bundle folder to write.")
-@click.option("--target", default="ort-cpu", show_default=True, help="What the graphs are lowered for.")
+@click.option(
+    "--target", default=DEFAULT_TARGET, show_default=True,
+    help=f"What the graphs are lowered for: {describe_targets()}.",
+)  # fmt: skip
 @click.option("--precision", help="Default: int8 for a QUANT table; for a MODEL fp32, on GPU targets fp16.")
 @click.option("--model", help="The table's model, if it was moved.")
 @click.option(
@@ -52,10 +56,9 @@ def export(
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
     A quantized export is gated: every layer of the table must run as an integer kernel, and the
-    engine must agree with the simulator on recorded inputs. Targets are ort-cpu, openvino, tensorrt
-    (int8 or fp16) and ort-cuda (fp16). Where the engine of the last two does not run (no NVIDIA GPU),
-    ONNX Runtime's CPU provider computes their graphs in the gate; TensorRT-RTX, where it is
-    installed, builds those of tensorrt, which needs no GPU.
+    engine must agree with the simulator on recorded inputs. Where a target's engine does not run (no
+    NVIDIA GPU), ONNX Runtime's CPU provider computes its graphs in the gate; TensorRT-RTX, where it
+    is installed, builds those of tensorrt, which needs no GPU.
 
     Native TensorRT builds an engine when a graph is first loaded, in minutes, and keeps it in the
     user's cache; --build puts it into the bundle instead, for GPUs and TensorRT of this machine's kind.
@@ -75,22 +78,21 @@ def export(
     from qdeploy.export.plans import check_buildable
     from qdeploy.inspection.describe import format_gate
     from qdeploy.models.source import load_model
-    from qdeploy.targets.spec import get_target
 
     open_dims = OpenDims.from_text(dynamic)
-    spec = get_target(target)
+    chosen = load_target(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
-    default_precision = spec.numerics.float_type if table is None else "int8"
-    spec.check_precision(precision or default_precision)
+    default_precision = chosen.choose_precision(table is not None)
+    chosen.check_precision(precision or default_precision)
     if (precision or default_precision) != default_precision:
         raise UsageError(f"--precision {precision} does not fit {source}: it exports as {default_precision}")
     sizes = None if profile is None else sizes_from_text(profile)
     if build:
-        check_buildable(spec)
+        check_buildable(chosen)
     loaded = load_model(model or (source if table is None else table.model), model_options)
     with show_progress(show) as on_progress:
         manifest = export_bundle(
-            loaded, table, spec, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
+            loaded, table, chosen, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
             build=build, full_range=full_range,
         )  # fmt: skip
     for name, info in manifest.components.items():

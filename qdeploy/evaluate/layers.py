@@ -54,12 +54,12 @@ def measure_layers(
     if not tables:
         return []
     from qdeploy.models.source import load_model
-    from qdeploy.targets.spec import get_target
+    from qdeploy.targets.base import load_target
 
     models = {source: load_model(source) for source in dict.fromkeys(entry.table.model for entry in tables)}
     measured = []
     for entry in tables:
-        numerics, name = get_target(entry.manifest.target).numerics, names[entry.number]
+        numerics, name = load_target(entry.manifest.target).numerics, names[entry.number]
         figures: list[LayerFigures] = []
         for done, (component, quant) in enumerate(entry.table.components.items()):
             on_progress(f"{name}, its layers", done, len(entry.table.components), component)

@@ -15,9 +15,9 @@ from qdeploy.artifacts.table import ComponentQuant
 from qdeploy.base.errors import AuditError, ExportError, join_names
 from qdeploy.engines.base import EngineOptions, Kernel, load_engine
 from qdeploy.export.open_dims import close_dims
-from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
-from qdeploy.export.passes.name_by_layer import FUSED_ATTENTION, PRODUCTS
-from qdeploy.export.passes.split_gate import GATE
+from qdeploy.passes.fuse_linear import INTEGER_MATMUL
+from qdeploy.passes.name_by_layer import FUSED_ATTENTION, PRODUCTS
+from qdeploy.passes.split_gate import GATE
 
 PRODUCT_OPS = ("Conv", "MatMul", "Gemm", INTEGER_MATMUL, FUSED_ATTENTION)
 TRANSPARENT_OPS = ("Transpose", "Reshape", "Cast")  # between a constant in the file and the product that reads it

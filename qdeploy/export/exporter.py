@@ -35,20 +35,13 @@ from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC, OpenDims
-from qdeploy.export.parity import (
-    ENGINE_LOSS_MAX_DB,
-    FP16_ENGINE_LOSS_MAX_DB,
-    ExpectedOutputs,
-    compute_expected,
-    measure_parity,
-)
-from qdeploy.export.passes.edit import find_largest_weight_code
-from qdeploy.export.plans import build_plans, check_buildable, check_profile, write_component_profile
+from qdeploy.export.parity import ExpectedOutputs, compute_expected, measure_parity
+from qdeploy.export.plans import check_buildable, check_profile, grid_from_model
 from qdeploy.export.release import release_memory
-from qdeploy.export.targets import check_file, lower
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.passes.edit import find_largest_weight_code
 from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
-from qdeploy.targets.spec import TargetSpec
+from qdeploy.targets.base import Target
 
 GRAPH_FILE = "model.onnx"
 FLOAT_BITS = {"fp32": 32, "fp16": 16}
@@ -58,7 +51,7 @@ RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "o
 def export_bundle(
     model: LatentDiffusion,
     table: QuantTable | None,
-    target: TargetSpec,
+    target: Target,
     out: Path,
     on_progress: OnProgress = ignore_progress,
     *,
@@ -76,10 +69,11 @@ def export_bundle(
     +-64. ``out`` appears only when everything, gates included, has passed. Raises ExportError
     (AuditError, ParityError) and TableError, and EngineUnavailableError at once where engines cannot be built here.
     """
+    target.check_open_dims(open_dims.names)
     check_profile(target, open_dims, sizes)
     if build:
         check_buildable(target)
-    precision = target.numerics.float_type if table is None else "int8"
+    precision = target.choose_precision(table is not None)
     target.check_precision(precision)
     if table is not None:
         check_weights(table, model)
@@ -94,8 +88,8 @@ def export_bundle(
             infos[name] = export_component(
                 model, name, quant, probes, target, folder / name, open_dims, sizes, full_range
             )
-        if build:
-            build_plans([folder / info.file for info in infos.values()], on_progress)
+        if build and target.plans is not None:
+            target.plans.build([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
         if model.tokenizer is not None:
@@ -121,7 +115,7 @@ def export_component(
     name: str,
     quant: ComponentQuant | None,
     probes: Sequence[Mapping[str, NDArray]],
-    target: TargetSpec,
+    target: Target,
     folder: Path,
     open_dims: OpenDims = STATIC,
     sizes: ProfileSizes | None = None,
@@ -141,12 +135,12 @@ def export_component(
         check_fp16_range(float_component, feeds, name)
     multiple = model.size_multiple(name)
     graph = graph_from_component(component, example, target.opset, open_dims, multiple)
-    lower(graph, target.name)
+    target.lower(graph)
     folder.mkdir(parents=True)
     path = folder / GRAPH_FILE
     save_graph(graph, path)
-    if sizes is not None:
-        write_component_profile(path, sizes, model)
+    if sizes is not None and target.plans is not None:
+        target.plans.write_profile(path, sizes, grid_from_model(model))
     info = ComponentInfo(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(tensor_info_from_value, graph.graph.inputs)),
@@ -158,7 +152,7 @@ def export_component(
     )
     del graph
     release_memory()
-    info = replace(info, acceptance=check_file(path, name, target.name))
+    info = replace(info, acceptance=target.check(path, name))
     if quant is None and target.numerics.float_type == "fp32" and not open_dims:
         return info
     if quant is not None:
@@ -170,35 +164,37 @@ def export_component(
     return check_parity(info, path, target, quant is not None, expected)
 
 
-def choose_stand_in(target: TargetSpec) -> str | None:
+def choose_stand_in(target: Target) -> str | None:
     """The engine that replaces the target's own in the gate where that does not run here; else None."""
-    if target.parity_engine is None:
+    if target.stand_in is None:
         return None
     try:
         load_engine(target.engine).versions()
     except EngineUnavailableError:
-        return target.parity_engine
+        return target.stand_in.engine
     return None
 
 
-def run_audit(info: ComponentInfo, path: Path, target: TargetSpec, quant: ComponentQuant) -> ComponentInfo:
+def run_audit(info: ComponentInfo, path: Path, target: Target, quant: ComponentQuant) -> ComponentInfo:
     """``info`` with the share of MACs in integers; AuditError where a layer of ``quant`` is not."""
     options = EngineOptions(largest_weight_code=info.largest_weight_code)
-    audit = audit_graph(path, target.engine, options) if target.parity_engine is None else audit_file(path)
+    audit = audit_graph(path, target.engine, options) if target.stand_in is None else audit_file(path)
     release_memory()
     audit.check(path.parent.name, quant)
     return replace(info, integer_mac_share=audit.integer_mac_share)
 
 
 def check_parity(
-    info: ComponentInfo, path: Path, target: TargetSpec, is_quantized: bool, expected: Sequence[ExpectedOutputs]
+    info: ComponentInfo, path: Path, target: Target, is_quantized: bool, expected: Sequence[ExpectedOutputs]
 ) -> ComponentInfo:
     """``info`` with the engine's distance from simulator and float model; ParityError where it is too large.
 
     Every one of ``expected``, of a shape each, must pass; the manifest records the first one.
     """
-    # A stand-in reads another engine's form of QDQ; node by node it is exact on every processor.
-    options = EngineOptions(largest_weight_code=info.largest_weight_code, simulate_qdq=info.parity_engine is not None)
+    stand_in = None if info.parity_engine is None else target.stand_in
+    options = EngineOptions(
+        largest_weight_code=info.largest_weight_code, simulate_qdq=stand_in is not None and stand_in.simulate_qdq
+    )
     session = load_engine(info.parity_engine or target.engine).open_session(path, options)
     try:
         parities = [measure_parity(outputs, session) for outputs in expected]
@@ -207,9 +203,9 @@ def check_parity(
     name = path.parent.name
     for parity in parities:
         if is_quantized:
-            parity.check(name, ENGINE_LOSS_MAX_DB if target.numerics.float_type == "fp32" else FP16_ENGINE_LOSS_MAX_DB)
+            parity.check(name, target.parity)
         else:
-            parity.check_float(name, target.numerics.float_type)
+            parity.check_float(name, target.numerics.float_type, target.parity)
     if not is_quantized:
         return replace(info, engine_sqnr_db=parities[0].engine_db)
     return replace(

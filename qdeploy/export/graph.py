@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qdeploy.base.errors import ExportError
 from qdeploy.export.open_dims import STATIC, OpenDims, name_dims
-from qdeploy.export.passes.expand_attention import ATTENTION, DOMAIN
-from qdeploy.export.passes.simplify import simplify
 from qdeploy.models.components import TorchComponent
+from qdeploy.passes.expand_attention import ATTENTION, DOMAIN
+from qdeploy.passes.simplify import simplify
 from qdeploy.simulate import ops  # noqa: F401 - registers the custom ops that are translated below
 
 # softmax(scale q k^T + mask) v as one node, of no engine's: each target's lowering replaces it with its fastest form

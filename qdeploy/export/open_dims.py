@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qdeploy.base.errors import ExportError, UsageError
+from qdeploy.targets.base import OPENABLE
 
 TRACED_WITH = "qdeploy.traced_with"  # metadata of the graph: {"batch": 2, "height": 64, "width": 64}
 SIDES = {2: "height", 3: "width"}  # axes of what has four
-CHOICES = ("batch", "size")
 OPERATORS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -46,9 +46,14 @@ class OpenDims:
         """``batch``, ``size`` or ``batch,size``; UsageError for anything else."""
         names = [] if text is None else [name.strip() for name in text.split(",")]
         for name in names:
-            if name not in CHOICES:
-                raise UsageError(f"--dynamic: got {name!r}, expected {' or '.join(CHOICES)}, or both with a comma")
+            if name not in OPENABLE:
+                raise UsageError(f"--dynamic: got {name!r}, expected {' or '.join(OPENABLE)}, or both with a comma")
         return cls("batch" in names, "size" in names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The open ones of ``OPENABLE``."""
+        return tuple(name for name in OPENABLE if getattr(self, name))
 
     def __bool__(self) -> bool:
         return self.batch or self.size

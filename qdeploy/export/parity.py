@@ -13,22 +13,10 @@ from torch import nn
 from qdeploy.base.errors import ParityError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.engines.base import Session
+from qdeploy.targets.base import ParityLimits
 
 Probes = Sequence[Mapping[str, NDArray]]
 MIN_VALUES = 1_000_000  # two pictures of 512 x 512, which take a decoder a minute; every probe of smaller outputs
-
-# Both do the same integer arithmetic; float rounding in norms and softmax (1e-6) sometimes moves a
-# value across a rounding edge, by one of 256 steps. Layer by layer that spreads: 130 dB in a shallow
-# encoder, but in a deep UNet the two are in the end almost as far apart as either is from the float model.
-# So the yardstick is the quantization noise itself. Two *unrelated* roundings of one model lie 3 dB beyond it,
-# and a large decoder comes to 1.5; a saturating kernel or a wrong scale costs the engine far more than half a dB.
-BETWEEN_SLACK_DB = 3.0
-ENGINE_LOSS_MAX_DB = 0.5
-# With fp16 around the integers, constants of 11 bits flip some codes at the edges in the first layer
-# already: the same noise drawn again. On a tiny text encoder's few values it varied by 0.7 dB.
-FP16_ENGINE_LOSS_MAX_DB = 1.5
-# Rounding constants to 11 bits is 70 dB, that of sums in another order 130; a deep graph loses some, a wrong one all.
-FLOAT_MIN_DB = {"fp16": 40.0, "fp32": 80.0}
 
 
 @dataclass(frozen=True)
@@ -39,27 +27,25 @@ class Parity:
     simulator_db: float
     engine_db: float
 
-    def check(self, component: str, loss_max_db: float = ENGINE_LOSS_MAX_DB) -> None:
-        """ParityError when they differ by more than spread rounding explains (NaN counts as differing).
-
-        loss_max_db: how much further from the float model the engine may be than the simulator.
-        """
-        agree = self.between_db >= self.simulator_db - BETWEEN_SLACK_DB
-        no_worse = self.engine_db >= self.simulator_db - loss_max_db
+    def check(self, component: str, limits: ParityLimits) -> None:
+        """ParityError when they differ by more than spread rounding explains (NaN counts as differing)."""
+        between_min_db = self.simulator_db - limits.between_slack_db
+        engine_min_db = self.simulator_db - limits.engine_loss_db
+        agree, no_worse = self.between_db >= between_min_db, self.engine_db >= engine_min_db
         if not (agree and no_worse):
             raise ParityError(
                 f"{component}: the engine does not compute what the table says. SQNR of engine against simulator "
                 f"{self.between_db:.1f} dB, against the float model {self.engine_db:.1f} dB (engine) and "
-                f"{self.simulator_db:.1f} dB (simulator); expected at least {self.simulator_db - BETWEEN_SLACK_DB:.1f} "
-                f"and {self.simulator_db - loss_max_db:.1f} dB. Report the graph with this message"
+                f"{self.simulator_db:.1f} dB (simulator); expected at least {between_min_db:.1f} "
+                f"and {engine_min_db:.1f} dB. Report the graph with this message"
             )
 
-    def check_float(self, component: str, float_type: str) -> None:
+    def check_float(self, component: str, float_type: str, limits: ParityLimits) -> None:
         """ParityError when a float graph is further from the float32 model than rounding explains."""
-        if not self.engine_db >= FLOAT_MIN_DB[float_type]:
+        if not self.engine_db >= limits.float_min_db:
             raise ParityError(
                 f"{component}: in {float_type} it is {self.engine_db:.1f} dB from the float32 model, expected at least "
-                f"{FLOAT_MIN_DB[float_type]:.0f} dB. Report the graph with this message"
+                f"{limits.float_min_db:.0f} dB. Report the graph with this message"
             )
 
 

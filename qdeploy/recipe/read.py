@@ -21,7 +21,7 @@ from qdeploy.models.architectures import get_architecture
 from qdeploy.models.options import ModelOptions
 from qdeploy.sample.job import SampleJob
 from qdeploy.sampling import replace_scheduler
-from qdeploy.targets.spec import TargetSpec, get_target
+from qdeploy.targets.base import DEFAULT_TARGET, Target, load_target
 
 MAX_BYTES = 2**16
 MAX_PICTURES = 10**6  # their names have six digits
@@ -100,7 +100,7 @@ class Recipe:
     calibrate: CalibrationRequest
     typed: frozenset[str]
     quantize: QuantSpec
-    target: TargetSpec
+    target: Target
     sample: SampleSettings
     with_encoder: bool = False
 
@@ -164,7 +164,7 @@ def recipe_from_document(name: str, document: Mapping[str, Any]) -> Recipe:
         calibrate=CalibrationRequest(**options["calibrate"]),
         typed=frozenset(options["calibrate"]),
         quantize=spec_from_options(**options["quantize"]),
-        target=get_target(options["export"].get("target", "ort-cpu")),
+        target=load_target(options["export"].get("target", DEFAULT_TARGET)),
         sample=SampleSettings(**options["sample"]),
         with_encoder=options["export"].get("with_encoder", False),
     )

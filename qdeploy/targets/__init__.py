@@ -1,1 +1,1 @@
-"""What a target's engine computes and which limits it has. No torch."""
+"""One file a target: everything about what its bundles are made for. No torch."""

@@ -1,8 +1,31 @@
-"""What an engine computes, which the simulator needs to know so that both do the same arithmetic."""
+"""What every target says; one target is one sibling file whose name is its command-line name.
+
+A target's file holds ``TARGET = Target(...)``: what its engine computes, its precisions, its graph passes in order, its
+rules for the written file, its parity limits and its stand-in. It imports the rest (passes, onnx) inside functions, so
+that everybody can read what an engine computes. What several targets share is in folders next to them (``nvidia/``).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdeploy.base.errors import UsageError
+from qdeploy.base.progress import OnProgress
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qdeploy.engines.nvidia.profiles import LatentGrid, ProfileSizes
+
+DEFAULT_TARGET = "ort-cpu"
+PRECISIONS = ("fp32", "fp16", "int8")
+OPENABLE = ("batch", "size")  # dimensions that a graph may leave open; size is height and width
+LAST_PASS = "strip_metadata"  # of every lowering: nothing of the exporting machine stays in a file
 
 
 @dataclass(frozen=True)
@@ -28,3 +51,137 @@ class Numerics:
 
 
 CALIBRATION_NUMERICS = Numerics()
+
+
+@dataclass(frozen=True)
+class ParityLimits:
+    """How far an engine's output may be from the simulator's and the float model's, as SQNR in dB.
+
+    Engine and simulator do the same integer arithmetic. Float rounding in norms and softmax (1e-6) sometimes moves a
+    value across a rounding edge, by one of 256 steps. Layer by layer that spreads: 130 dB in a shallow encoder, but in
+    a deep UNet the two are in the end almost as far apart as either is from the float model. So the yardstick is the
+    quantization noise itself.
+
+    float_min_db: least SQNR of a graph in float against the float32 model.
+    engine_loss_db: how much further than the simulator the engine may be from the float model. A saturating kernel or
+        a wrong scale costs far more than half a dB.
+    between_slack_db: how much further engine and simulator may be from each other than the simulator is from the float
+        model. Two *unrelated* roundings of one model lie 3 dB beyond it, and a large decoder comes to 1.5.
+    """
+
+    float_min_db: float
+    engine_loss_db: float = 0.5
+    between_slack_db: float = 3.0
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The engine that computes a target's graphs in the export gate where the target's own does not run.
+
+    simulate_qdq: it reads another engine's form of QDQ and computes it node by node, exact on every processor.
+    """
+
+    engine: str
+    simulate_qdq: bool = True
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Engine files that are built ahead of time, for a range of sizes where a graph's dimensions are open.
+
+    write_profile: write the range next to the graph at a path.
+    build: build each graph's plan for this machine and store it next to the graph.
+    """
+
+    write_profile: Callable[[Path, ProfileSizes, LatentGrid], None]
+    build: Callable[[Sequence[Path], OnProgress], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Everything about one target.
+
+    name: on the command line, the file's name with dashes.
+    engine: that runs the bundle.
+    opset: of ONNX, that the graphs are traced in.
+    numerics: what the engine computes.
+    passes: names of graph passes, which are files of ``qdeploy/passes``, in order; ``strip_metadata`` follows.
+    parity: how far the engine may be from the simulator.
+    missing_precisions: those that its graphs do not come in, with the reason, which the user reads.
+    fixed_dims: those of ``OPENABLE`` that its graphs cannot leave open, with the reason, which the user reads.
+    stand_in: where the engine runs only on machines with a device; None where it runs on every one.
+    check: hold the written graph of a component to the engine's own rules, AuditError where it breaks one; a phrase on
+        what was tried, "" when nothing was.
+    plans: where the engine's files are built ahead of time.
+    """
+
+    name: str
+    engine: str
+    opset: int
+    numerics: Numerics
+    passes: tuple[str, ...]
+    parity: ParityLimits
+    missing_precisions: Mapping[str, str] = field(default_factory=dict)
+    fixed_dims: Mapping[str, str] = field(default_factory=dict)
+    stand_in: StandIn | None = None
+    check: Callable[[Path, str], str] = lambda path, component: ""
+    plans: Plans | None = None
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What ``--precision`` may say, the float one first."""
+        return tuple(precision for precision in PRECISIONS if precision not in self.missing_precisions)
+
+    def choose_precision(self, is_quantized: bool) -> str:
+        """The precision of a table's graphs, or of a float model's."""
+        return "int8" if is_quantized else self.numerics.float_type
+
+    def check_precision(self, precision: str) -> None:
+        """UsageError with the reason unless the target's graphs come in ``precision``."""
+        if precision not in PRECISIONS:
+            raise UsageError(f"unknown --precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        if precision in self.missing_precisions:
+            raise UsageError(
+                f"--target {self.name} has no --precision {precision}: {self.missing_precisions[precision]}; "
+                f"it exports as {' or '.join(self.precisions)}"
+            )
+
+    def check_open_dims(self, names: Iterable[str]) -> None:
+        """UsageError with the reason unless the target's graphs can leave the dimensions ``names`` open."""
+        for name in names:
+            if name in self.fixed_dims:
+                raise UsageError(
+                    f"--dynamic: --target {self.name} cannot leave {name} open: {self.fixed_dims[name]}; leave "
+                    f"{name} out, and export a bundle for each {name} that you need"
+                )
+
+    def lower(self, model: ir.Model) -> None:
+        """Turn the traced graph into the form that the engine runs fastest, in place."""
+        for name in (*self.passes, LAST_PASS):
+            load_pass(name)(model)
+
+
+def load_pass(name: str) -> Callable[[ir.Model], object]:
+    """The graph pass ``name``: the function of that name in its file."""
+    return getattr(importlib.import_module(f"qdeploy.passes.{name}"), name)
+
+
+def list_targets() -> list[str]:
+    """Command-line names of all targets, found by their files."""
+    import qdeploy.targets as package
+
+    files = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+    return sorted(name.replace("_", "-") for name in files if name != "base")
+
+
+def load_target(name: str) -> Target:
+    """The target called ``name``; UsageError lists the known ones."""
+    if name not in list_targets():
+        raise UsageError(f"unknown --target {name!r}; known targets: {', '.join(list_targets())}")
+    return importlib.import_module(f"qdeploy.targets.{name.replace('-', '_')}").TARGET
+
+
+def describe_targets() -> str:
+    """Every target with its precisions, in one line for a help text."""
+    targets = [load_target(name) for name in list_targets()]
+    return "; ".join(f"{target.name} ({', '.join(target.precisions)})" for target in targets)

@@ -22,7 +22,7 @@ from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.engines.nvidia.machine import detect_machine
 from qdeploy.export import exporter
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.targets.spec import TargetSpec
+from qdeploy.targets.base import Target
 from tests.shared_artifacts import build_once
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gpu_check"
@@ -52,8 +52,8 @@ def test_a_bundle_is_made_for_every_row(
 ) -> None:
     made_folder: dict[str, tuple[str, bool]] = {}
 
-    def export(model: LatentDiffusion, table: QuantTable | None, target: TargetSpec, out: Path) -> None:
-        target.check_precision(target.numerics.float_type if table is None else "int8")
+    def export(model: LatentDiffusion, table: QuantTable | None, target: Target, out: Path) -> None:
+        target.check_precision(target.choose_precision(table is not None))
         made_folder[out.name] = target.name, table is not None
 
     monkeypatch.setattr(exporter, "export_bundle", export)

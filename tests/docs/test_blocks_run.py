@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from qdeploy.artifacts.table import load_table
 from qdeploy.calibrate.spec import EFFORTS
 from qdeploy.cli import main
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from tests.docs.blocks import PAGES, ROOT, Block, Command, blocks_in, commands_in
 from tests.docs.given import FOLDERS, list_makers
 from tests.docs.test_blocks_fit import parse, translate_options
@@ -135,11 +135,11 @@ def digest(word: str) -> str:
 
 def export(options: dict[str, object], request: pytest.FixtureRequest) -> None:
     """The shared bundle of the same kind, where there is one, in the place of what the command would make."""
-    source, target = Path(str(options["source"])), get_target(str(options["target"]))
+    source, target = Path(str(options["source"])), load_target(str(options["target"]))
     assert source.exists(), f"{source}: the page exports what it has not made"
     if source.is_file():
         load_table(source)
-    precision = "int8" if source.is_file() else target.numerics.float_type
+    precision = target.choose_precision(source.is_file())
     target.check_precision(str(options["precision"] or precision))
     fixture = SHARED.get((target.name, precision, bool(options["with_encoder"]), options["dynamic"] is not None))
     if fixture is not None:

@@ -19,7 +19,7 @@ from qdeploy.export.exporter import export_bundle
 from qdeploy.export.parity import ExpectedOutputs, Parity, compute_expected, measure_parity
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.simulator import build_simulator
-from qdeploy.targets.spec import TargetSpec, get_target
+from qdeploy.targets.base import Target, load_target
 from tests.emulated.machines import Machine
 
 Factory = pytest.TempPathFactory
@@ -80,7 +80,7 @@ class Replay:
         self._next = iter(())
 
 
-def add_expected(model: LatentDiffusion, table: QuantTable, target: TargetSpec, bundle: Path) -> EmulatedBundle:
+def add_expected(model: LatentDiffusion, table: QuantTable, target: Target, bundle: Path) -> EmulatedBundle:
     expected = {}
     for name, quant in table.components.items():
         component = model.component(name)
@@ -91,7 +91,7 @@ def add_expected(model: LatentDiffusion, table: QuantTable, target: TargetSpec, 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_model: LatentDiffusion, table: QuantTable, int8_bundle: Path) -> EmulatedBundle:
-    return add_expected(tiny_model, table, get_target("ort-cpu"), int8_bundle)
+    return add_expected(tiny_model, table, load_target("ort-cpu"), int8_bundle)
 
 
 @pytest.fixture(scope="session")
@@ -109,12 +109,12 @@ def emoji_table(emoji_model: LatentDiffusion) -> QuantTable:
 @pytest.fixture(scope="session")
 def emoji_ort_cpu(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> EmulatedBundle:
     bundle = tmp_path_factory.mktemp("bundles") / "emoji-ort-cpu"
-    export_bundle(emoji_model, emoji_table, get_target("ort-cpu"), bundle)
-    return add_expected(emoji_model, emoji_table, get_target("ort-cpu"), bundle)
+    export_bundle(emoji_model, emoji_table, load_target("ort-cpu"), bundle)
+    return add_expected(emoji_model, emoji_table, load_target("ort-cpu"), bundle)
 
 
 @pytest.fixture(scope="session")
 def emoji_openvino(emoji_model: LatentDiffusion, emoji_table: QuantTable, tmp_path_factory: Factory) -> EmulatedBundle:
     bundle = tmp_path_factory.mktemp("bundles") / "emoji-openvino"
-    export_bundle(emoji_model, emoji_table, get_target("openvino"), bundle)
-    return add_expected(emoji_model, emoji_table, get_target("openvino"), bundle)
+    export_bundle(emoji_model, emoji_table, load_target("openvino"), bundle)
+    return add_expected(emoji_model, emoji_table, load_target("openvino"), bundle)

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from qdeploy.base.numerics import psnr_db
+from qdeploy.targets.base import load_target
 from tests.emulated.aarch64 import PROCESSORS, make_machine
 from tests.emulated.conftest import EmulatedBundle, Factory, MachineOutputs
 from tests.emulated.graphs import COLUMNS, DEPTH, ROWS, exact_product, write_product
 from tests.emulated.machines import Machine, MachineMissingError
 
 pytestmark = pytest.mark.slow
+
+LIMITS = load_target("ort-cpu").parity  # openvino's are the same
 
 HERE = Machine("here", [sys.executable], [])
 # Rounding edges fall differently, as between engine and simulator (qdeploy.export.parity): 35 dB apart at the UNet's
@@ -52,14 +55,14 @@ def test_the_processor_is_recognized(there: MachineOutputs, arm: Machine) -> Non
 
 def test_it_passes_the_gate_of_the_export(there: MachineOutputs, made: EmulatedBundle) -> None:
     for component, expected in made.expected.items():
-        there.parity(expected, component).check(component)
+        there.parity(expected, component).check(component, LIMITS)
 
 
 def test_it_computes_what_x86_does(there: MachineOutputs, here: MachineOutputs, made: EmulatedBundle) -> None:
     """As two roundings of one model differ, and no further from the float model."""
     for component, expected in made.expected.items():
         x86 = replace(expected, simulator=here.outputs(component))
-        there.parity(x86, component).check(component)
+        there.parity(x86, component).check(component, LIMITS)
 
 
 def test_it_makes_the_same_picture(there: MachineOutputs, here: MachineOutputs) -> None:

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qdeploy.targets.base import load_target
 from tests.emulated.conftest import EmulatedBundle, Factory
 from tests.emulated.graphs import COLUMNS, DEPTH, ROWS, exact_product, saturated_product, write_product
 from tests.emulated.machines import Machine, MachineMissingError, emulate_haswell, mask_machine
 
 pytestmark = pytest.mark.slow
+
+LIMITS = load_target("ort-cpu").parity  # openvino's are the same
 
 MACHINES: dict[str, Callable[[Path], AbstractContextManager[Machine]]] = {
     "haswell": emulate_haswell,
@@ -92,4 +95,4 @@ def test_a_default_bundle_passes_parity(
     computed = bundle.compute(machine, tmp_path)
     assert computed.flags == machine.flags
     for component, expected in bundle.expected.items():
-        computed.parity(expected, component).check(component)
+        computed.parity(expected, component).check(component, LIMITS)

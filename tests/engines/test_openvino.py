@@ -24,11 +24,9 @@ from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle, save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import compute_expected, measure_parity
-from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
-from qdeploy.targets.base import Numerics
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import Numerics, load_target
 from tests.engines.test_contract import save_model, tensor
 
 
@@ -47,10 +45,11 @@ def test_it_computes_what_the_simulator_says(
         table = quantize_model(tiny_model, calibration, QuantSpec(components=("unet",), **settings))
     simulator = build_simulator(tiny_model.unet, table.components["unet"], Numerics(conv_output_quantized=True))
     graph = graph_from_component(simulator, tiny_model.make_example("unet", 2), 20)
-    lower(graph, "openvino")
+    load_target("openvino").lower(graph)
     save_graph(graph, tmp_path / "model.onnx")
     session = load_engine("openvino").open_session(tmp_path / "model.onnx", EngineOptions())
-    measure_parity(compute_expected(tiny_model.unet, simulator, table.probes["unet"]), session).check("unet")
+    parity = measure_parity(compute_expected(tiny_model.unet, simulator, table.probes["unet"]), session)
+    parity.check("unet", load_target("openvino").parity)
 
 
 @pytest.mark.xfail(strict=True, reason="OpenVINO 2026.4.1 fuses this Q into its MVN kernel and takes axis 1 for axis 2")
@@ -107,7 +106,7 @@ def test_its_own_target_runs_every_layer_in_integers_and_makes_pictures(
     tiny_model: LatentDiffusion, table: QuantTable, int8_bundle: Path, tmp_path: Path
 ) -> None:
     """The table's two-pass shortcuts included; nothing is rounded after a convolution, no Split copies a product."""
-    manifest = export_bundle(tiny_model, table, get_target("openvino"), tmp_path / "bundle")
+    manifest = export_bundle(tiny_model, table, load_target("openvino"), tmp_path / "bundle")
     assert manifest.engine == "openvino"
     unet = onnx.load(tmp_path / "bundle/unet/model.onnx", load_external_data=False).graph
     assert any(".gate" in node.name for node in unet.node)

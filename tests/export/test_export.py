@@ -24,15 +24,14 @@ from qdeploy.export.audit import PRODUCT_OPS, audit_graph
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import Parity, compute_expected, measure_parity
-from qdeploy.export.passes.fuse_linear import INTEGER_MATMUL
-from qdeploy.export.passes.split_gate import GATE
-from qdeploy.export.targets import lower
 from qdeploy.models.source import LatentDiffusion, load_model
+from qdeploy.passes.fuse_linear import INTEGER_MATMUL
+from qdeploy.passes.split_gate import GATE
 from qdeploy.simulate.simulator import build_simulator
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from tests.shared_artifacts import build_once
 
-ORT_CPU = get_target("ort-cpu")
+ORT_CPU = load_target("ort-cpu")
 
 
 @build_once("w4a8", traces=True)
@@ -166,12 +165,13 @@ def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
     )
     simulator = build_simulator(tiny_model.unet, wrong, ORT_CPU.numerics)
     graph = graph_from_component(simulator, tiny_model.make_example("unet", 2), 20)
-    lower(graph, "ort-cpu")
+    ORT_CPU.lower(graph)
     ir.save(graph, tmp_path / "wrong.onnx")
     session = load_engine("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
     right = build_simulator(tiny_model.unet, quant, ORT_CPU.numerics)
     with pytest.raises(ParityError, match="does not compute what the table says"):
-        measure_parity(compute_expected(tiny_model.unet, right, table.probes["unet"]), session).check("unet")
+        parity = measure_parity(compute_expected(tiny_model.unet, right, table.probes["unet"]), session)
+        parity.check("unet", ORT_CPU.parity)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
 )
 def test_the_parity_gate(parity: Parity, passes: bool) -> None:
     if passes:
-        parity.check("unet")
+        parity.check("unet", ORT_CPU.parity)
     else:
         with pytest.raises(ParityError, match="unet"):
-            parity.check("unet")
+            parity.check("unet", ORT_CPU.parity)
 
 
 def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_saturation_free_on_every_cpu(tmp_path: Path) -> None:
     component = One(QuantLinear(nn.Linear(64, 16).requires_grad_(False), layer, ORT_CPU.numerics))
     x = torch.ones(1, 4, 64)
     graph = graph_from_component(component, {"x": x}, 20)
-    lower(graph, "ort-cpu")
+    ORT_CPU.lower(graph)
     ir.save(graph, tmp_path / "one.onnx")
     session = load_engine("ort-cpu").open_session(tmp_path / "one.onnx", EngineOptions())
     assert np.allclose(session.run({"x": x.numpy()})["y"], component(x).numpy(), rtol=1e-5)

@@ -12,8 +12,8 @@ import torch
 
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.targets import lower
 from qdeploy.models.components import VaeEncoder, VqDecoder, find_nearest_codes
+from qdeploy.targets.base import load_target
 from tests.tiny import tiny_vq
 
 ROUND_OFF = 1e-5  # of values around 1 through a few convolutions in float32
@@ -57,7 +57,7 @@ def test_the_graph_has_standard_ops_and_the_same_pictures(decoder: VqDecoder, tm
     latents = torch.randn(1, 3, 8, 8, generator=torch.manual_seed(1))
     path = tmp_path / "decoder.onnx"
     graph = graph_from_component(decoder, {"latents": latents}, 20)
-    lower(graph, "openvino")
+    load_target("openvino").lower(graph)
     save_graph(graph, path)
     nodes = onnx.load(path).graph.node
     assert {node.domain for node in nodes} <= {"", "ai.onnx"}

@@ -16,13 +16,13 @@ from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, recor
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle
-from qdeploy.export.passes.name_by_layer import PRODUCTS
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.targets.spec import get_target
+from qdeploy.passes.name_by_layer import PRODUCTS
+from qdeploy.targets.base import load_target
 from tests.shared_artifacts import build_once
 from tests.test_imports import run_blocked
 
-TARGET = get_target("ort-cpu")
+TARGET = load_target("ort-cpu")
 PROMPTS = ["", "a red cat", "House, été! 7", "red " * 100]
 
 

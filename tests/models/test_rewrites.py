@@ -17,13 +17,13 @@ from qdeploy.base.errors import ModelError, TableError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.targets import lower
 from qdeploy.models.components import TorchComponent, UNet, trace_layers
 from qdeploy.models.rewrites import REWRITES, apply_rewrite
 from qdeploy.models.rewrites.split_skips import SplitConv2d, find_skip_readers, split_skips
 from qdeploy.models.rewrites.surgery import copy_module
 from qdeploy.models.rewrites.timestep_table import TimestepTable, timestep_table
 from qdeploy.models.source import LatentDiffusion, load_model
+from qdeploy.targets.base import load_target
 
 SPLIT_DB = 110  # float32 sums in another order, through a whole UNet
 TABLE_DB = 60  # float16 has 11 bits: 2**-11 of each entry's magnitude is 66 dB, and GroupNorms in between
@@ -206,7 +206,7 @@ def test_what_a_table_cannot_hold_is_refused(tiny_model: LatentDiffusion) -> Non
 def export_graph(component: TorchComponent, feeds: dict[str, Tensor], folder: Path) -> Path:
     path = folder / "model.onnx"
     graph = graph_from_component(component, feeds, opset=20)
-    lower(graph, "ort-cpu")
+    load_target("ort-cpu").lower(graph)
     save_graph(graph, path)
     return path
 

@@ -24,7 +24,7 @@ from qdeploy.runtime.image import fit_image
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import CLASS_NAMES, replace_scheduler
 from qdeploy.sampling.loop import PictureStreams
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from tests.shared_artifacts import build_once
 
 ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
@@ -149,7 +149,7 @@ def test_inpainting_by_blending(
 
 @build_once("inpainting", traces=True)
 def inpainting_bundle(out: Path, inpainting_folder: Path) -> None:
-    export_bundle(load_model(str(inpainting_folder)), None, get_target("ort-cpu"), out, with_encoder=True)
+    export_bundle(load_model(str(inpainting_folder)), None, load_target("ort-cpu"), out, with_encoder=True)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
@@ -180,7 +180,7 @@ def test_inpainting_by_the_unet(
 @build_once("emoji", traces=True)
 def emoji_bundle(out: Path) -> None:
     """Trained weights, in float."""
-    export_bundle(load_model("builtin:emoji"), None, get_target("ort-cpu"), out, with_encoder=True)
+    export_bundle(load_model("builtin:emoji"), None, load_target("ort-cpu"), out, with_encoder=True)
 
 
 @pytest.fixture(scope="module")

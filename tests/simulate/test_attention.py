@@ -17,14 +17,14 @@ from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle, export_component
-from qdeploy.export.passes.name_by_layer import PRODUCTS
 from qdeploy.models.source import LatentDiffusion, load_model
+from qdeploy.passes.name_by_layer import PRODUCTS
 from qdeploy.simulate.attention import QuantAttnProcessor
 from qdeploy.simulate.simulator import build_simulator
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from tests.shared_artifacts import build_once
 
-TARGET = get_target("ort-cpu")
+TARGET = load_target("ort-cpu")
 
 
 def attention_for(bits: int, reach: float = 5.0) -> AttentionQuant:

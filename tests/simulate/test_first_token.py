@@ -22,8 +22,7 @@ from qdeploy.export.exporter import export_component
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.layers import QuantLinear, QuantLinearFirstFloat
 from qdeploy.simulate.simulator import build_quant_layer
-from qdeploy.targets.base import Numerics
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import Numerics, load_target
 
 PLAIN = Numerics()
 
@@ -108,7 +107,7 @@ def test_ranges_leave_the_first_token_out_and_the_export_passes_its_gates(
     assert {name.split(".")[-2] for name in apart} == {"attn2"}
     for name in apart:  # about the range that it has when no token is an outlier
         assert measure_span(quant.layers[name]) < 2 * measure_span(table.components["unet"].layers[name])
-    info = export_component(tiny_model, "unet", quant, made.probes["unet"], get_target("ort-cpu"), tmp_path / "unet")
+    info = export_component(tiny_model, "unet", quant, made.probes["unet"], load_target("ort-cpu"), tmp_path / "unet")
     assert info.integer_mac_share > 0.97
     nodes = {node.name for node in onnx.load(tmp_path / "unet" / "model.onnx", load_external_data=False).graph.node}
     assert {f"{name}.first_token" for name in apart} | set(apart) <= nodes

@@ -20,7 +20,7 @@ from qdeploy.engines.nvidia.graph_inputs import read_inputs
 from qdeploy.engines.torch_graph.module import OnnxModule, read_module
 from qdeploy.export.exporter import export_component
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.targets.spec import get_target
+from qdeploy.targets.base import load_target
 from tests.engines import test_contract as contract
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
@@ -109,7 +109,7 @@ def test_a_codebook_is_computed(codebook_tensorrt: Path) -> None:
 
 @pytest.mark.exports
 def test_an_encoder_is_computed(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
-    export_component(tiny_model, "vae_encoder", None, (), get_target("tensorrt"), tmp_path / "vae_encoder")
+    export_component(tiny_model, "vae_encoder", None, (), load_target("tensorrt"), tmp_path / "vae_encoder")
     path = tmp_path / "vae_encoder" / "model.onnx"
     assert sqnr_db(on_ort(path)[0], outputs(read_module(path), path)[0]) > FP16_DB
 

@@ -1,0 +1,48 @@
+"""Give every integer product an initializer of its own, without storing a weight twice.
+
+Where weights go beyond +-64 and the processor lacks VNNI, ONNX Runtime rewrites s8 weights to u8
+(``session.x64quantprecision``), once for each product: at the second one that reads an initializer it stops with
+"Attempt to replace the existing tensor", and the file cannot be loaded.
+
+1. Two products read one weight, as the two passes over an activation do: the second reads it through a Reshape to
+   its own shape, which ONNX Runtime computes while loading. The shape is written ``[K, -1]``; a Reshape, Cast or
+   Identity that visibly changes nothing would be removed again.
+2. A product that reads its weight through DequantizeLinear, which is then a convolution's: left unchanged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qdeploy.passes.edit import add_constant, get_shape
+from qdeploy.passes.fuse_linear import INTEGER_MATMUL
+
+SUFFIX = "_again"
+
+
+def unshare_weights(model: ir.Model) -> int:
+    """Rewrite in place; the number of products that read a weight through a Reshape now."""
+    seen: set[ir.Value] = set()
+    changed = 0
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == INTEGER_MATMUL else None
+        if weight is None or not weight.is_initializer():
+            continue
+        if weight in seen:
+            node.replace_input_with(1, _insert_reshape(weight, node))
+            changed += 1
+        seen.add(weight)
+    return changed
+
+
+def _insert_reshape(weight: ir.Value, node: ir.Node) -> ir.Value:
+    graph = node.graph
+    assert graph is not None
+    rows, _ = get_shape(weight)
+    shape = add_constant(graph, np.array([rows, -1], np.int64), f"{weight.name}{SUFFIX}_shape")
+    reshape = ir.node("Reshape", [weight, shape], name=f"{weight.name}{SUFFIX}")
+    output = reshape.outputs[0]
+    output.name, output.shape, output.type = f"{weight.name}{SUFFIX}", weight.shape, weight.type
+    graph.insert_before(node, reshape)
+    return output
