@@ -20,6 +20,7 @@ from qdeploy.engines.torch_graph.steps import (
     get_output_names,
     has_input,
     make_unsupported_error,
+    read_argument,
     read_integers,
 )
 
@@ -166,7 +167,7 @@ def pad(node: ir.Node) -> tuple[Compute, int]:
     if node.attributes.get_string("mode", "constant") != "constant" or has_input(node, 3):
         raise make_unsupported_error(node, "expected constants around all axes")
     ends, rank = read_integers(node, 1), len(read_integers(node, 1)) // 2
-    value = float(read_integers(node, 2)[0]) if has_input(node, 2) else 0.0
+    value = read_argument(node, 2).item() if has_input(node, 2) else 0.0
     sides = [ends[axis + side * rank] for axis in reversed(range(rank)) for side in (0, 1)]
     return (lambda x: F.pad(x, sides, value=value)), 1
 

@@ -77,7 +77,11 @@ def read_argument(node: ir.Node, index: int) -> np.ndarray:
 
 
 def read_integers(node: ir.Node, index: int) -> list[int]:
-    return [int(value) for value in read_argument(node, index).ravel()]
+    """Input ``index`` of ``node``, a constant of whole numbers in whatever type; EngineError for others."""
+    values = read_argument(node, index).ravel()
+    if not np.all(np.isfinite(values) & (values == np.rint(values))):
+        raise make_unsupported_error(node, f"its input {index} is {values.tolist()}, expected whole numbers")
+    return [int(value) for value in values]
 
 
 def has_input(node: ir.Node, index: int) -> bool:

@@ -29,6 +29,7 @@ def whole(*values: int) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
+NEAREST = 'y = Resize<coordinate_transformation_mode = "asymmetric", mode = "nearest", nearest_mode = "floor">(x, , a)'
 X, PICTURE = draw_values(2, 3, 4), draw_values(1, 4, 5, 6)
 CASES: list[tuple[str, NDArray, dict[str, NDArray]]] = [
     ("y = Add(x, a)", X, {"a": draw_values(3, 1)}),
@@ -82,6 +83,7 @@ CASES: list[tuple[str, NDArray, dict[str, NDArray]]] = [
     ("y = Conv<group = 2, dilations = [2, 1]>(x, a)", PICTURE, {"a": draw_values(6, 2, 2, 2)}),
     ("y = Pad(x, a)", PICTURE, {"a": whole(0, 0, 0, 0, 0, 0, 1, 2)}),
     ("y = Pad(x, a, b)", PICTURE, {"a": whole(0, 1, 2, 0, 1, 0, 0, 3), "b": np.float32(7)}),
+    ("y = Pad(x, a, b)", PICTURE, {"a": whole(0, 1, 2, 0, 1, 0, 0, 3), "b": np.float32(-1.5)}),
     (
         "y = InstanceNormalization<epsilon = 0.1>(x, a, b)",
         draw_values(2, 3, 7),
@@ -94,11 +96,7 @@ CASES: list[tuple[str, NDArray, dict[str, NDArray]]] = [
     ("y = QuantizeLinear(x, a)", np.arange(-3, 12, dtype=np.float32), {"a": np.float32(2)}),  # halves, to even ones
     ("y = DequantizeLinear(x, a, b)", np.arange(9, dtype=np.uint8), {"a": np.float32(0.1), "b": np.uint8(100)}),
     ("y = DequantizeLinear<axis = 0>(x, a)", np.ones((3, 2), np.int8), {"a": draw_values(3)}),
-    (
-        'y = Resize<coordinate_transformation_mode = "asymmetric", mode = "nearest", nearest_mode = "floor">(x, , a)',
-        PICTURE,
-        {"a": np.array([1, 1, 2, 3], np.float32)},
-    ),
+    (NEAREST, PICTURE, {"a": np.array([1, 1, 2, 3], np.float32)}),
 ]
 
 
@@ -143,8 +141,24 @@ def test_every_operator_has_a_case() -> None:
         ("y = LayerNormalization<axis = 1>(x, a)", {"a": draw_values(4, 5, 6)}, r"only the last axis"),
         ('y = Pad<mode = "edge">(x, a)', {"a": whole(0, 0, 0, 0, 0, 0, 1, 2)}, r"expected constants"),
         ('y = Resize<mode = "linear">(x, , a)', {"a": np.array([1, 1, 2, 2], np.float32)}, r"expected asymmetric"),
+        (
+            NEAREST,
+            {"a": np.array([1, 1, 1.5, 1.5], np.float32)},
+            r"Resize .* is .*1\.5\], expected whole",
+        ),
+        (NEAREST, {"a": np.array([1, 1, np.inf, 2], np.float32)}, r"Resize .* expected whole"),
     ],
-    ids=["operator", "computed shape", "pads", "negative step", "norm of three axes", "pad", "resize"],
+    ids=[
+        "operator",
+        "computed shape",
+        "pads",
+        "negative step",
+        "norm of three axes",
+        "pad",
+        "resize",
+        "half a factor",
+        "no factor",
+    ],
 )
 def test_what_it_does_not_compute_is_named(body: str, constants: dict[str, NDArray], why: str, tmp_path: Path) -> None:
     path = write_graph(body, PICTURE, constants, tmp_path / "one.onnx")
