@@ -12,6 +12,7 @@ Integers = NDArray[np.integer]
 # without VNNI add pairs up. 8-bit weights of half the range keep within it.
 HALF_RANGE_MAX = 64
 FULL_BITS = 8  # the width of weights that has a half range
+ACT_BITS = 8  # of the activations that integer kernels read; two passes over one make 16
 
 
 def quantize_linear(x: Floats, scale: ArrayLike, zero_point: Integers | np.integer) -> Integers:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qdeploy.artifacts.components import choose_graph_batch
 from qdeploy.artifacts.table import Affine, ComponentQuant, FloatLayer, LayerQuant, QuantTable
 from qdeploy.base.errors import UsageError
-from qdeploy.base.numerics import FULL_BITS
+from qdeploy.base.numerics import ACT_BITS, FULL_BITS
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.calibrate.allocate.knapsack import WIDTHS, allocate_widths, check_budget, move_layers_to_float
@@ -269,8 +269,8 @@ def round_layer(
         half_weight=half_weight,
         weight_scale=scale.numpy(),
         weight_bits=spec.weight_bits,
-        input=affine_from_histogram(inputs, observer, spec.act_bits),
-        symmetric_scale=symmetric_scale_from_histogram(inputs, observer, spec.act_bits),
+        input=affine_from_histogram(inputs, observer),
+        symmetric_scale=symmetric_scale_from_histogram(inputs, observer),
         input_ratio=None if ratio is None else ratio.numpy(),
         passes=2 if two_passes else 1,
         first_token_float=call.first_token_float,
@@ -282,10 +282,10 @@ def add_output_range(
 ) -> LayerQuant:
     """``layer`` with its output's range, per channel where it is equalized."""
     if not spec.equalize:
-        return replace(layer, output=affine_from_histogram(outputs, spec.observer, spec.act_bits))
-    top = 2**spec.act_bits - 1
+        return replace(layer, output=affine_from_histogram(outputs, spec.observer))
+    top = 2**ACT_BITS - 1
     # 255 steps, not 254
-    scale = symmetric_scale_from_histogram(outputs, spec.observer, spec.act_bits) * (top - 1) / top
+    scale = symmetric_scale_from_histogram(outputs, spec.observer) * (top - 1) / top
     zero_point = (top / 2 - center / (scale * ratio)).round().clamp(0, top)
     return replace(
         layer,

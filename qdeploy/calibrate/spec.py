@@ -82,7 +82,6 @@ class QuantSpec:
     """
 
     weight_bits: int = 8
-    act_bits: int = 8
     components: tuple[str, ...] = COMPONENTS
     keep_float: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(KEEP_FLOAT))
     two_passes: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(TWO_PASSES))
@@ -102,10 +101,6 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if not 2 <= self.weight_bits <= 8:
             raise UsageError(f"weight bits: got {self.weight_bits}, expected 2 to 8")
-        if self.act_bits != 8:
-            raise UsageError(
-                f"activation bits: got {self.act_bits}, expected 8 (the engines' integer kernels are 8 bit)"
-            )
         if self.observer not in OBSERVERS:
             raise UsageError(f"observer: got {self.observer!r}, expected one of {', '.join(OBSERVERS)}")
         if not 0 <= self.float_macs < 1:
@@ -133,7 +128,6 @@ class QuantSpec:
 def spec_from_options(
     *,
     weight_bits: int = 8,
-    act_bits: int = 8,
     observer: str = "mse",
     equalize: bool = True,
     gptq: bool = True,
@@ -163,7 +157,6 @@ def spec_from_options(
     rewrites = [name for name, on in (("split_skips", split), ("timestep_table", timestep_table)) if on]
     return QuantSpec(
         weight_bits=weight_bits,
-        act_bits=act_bits,
         keep_float=KEEP_FLOAT | {"unet": (*KEEP_FLOAT["unet"], *keep_float)},
         observer=observer,
         equalize=equalize,

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 @click.option("--calib", type=PATH, required=True, help="Calibration set of `qdeploy calibrate`.")
 @click.option("-o", "--out", type=PATH, required=True, help="Table to write, .safetensors.")
 @click.option("--weight-bits", type=click.IntRange(2, 8), default=8, show_default=True)
-@click.option("--act-bits", default=8, show_default=True, help="8, the engines' integer kernels.")
 @click.option(
     "--observer", type=click.Choice(["minmax", "percentile", "mse"]), default="mse", show_default=True,
     help="How ranges are read off the histograms.",
@@ -85,6 +84,7 @@ def quantize(show: bool, model: str, calib: Path, out: Path, model_options: Mode
       qdeploy quantize builtin:emoji --calib calibration.safetensors -o w4a8.safetensors --weight-bits 4 --effort fast
     """
     from qdeploy.artifacts.table import save_table
+    from qdeploy.base.numerics import ACT_BITS
     from qdeploy.base.progress import show_progress
     from qdeploy.calibrate.checkpoint import checkpoint_folder
     from qdeploy.calibrate.dataset import load_calibration
@@ -105,7 +105,7 @@ def quantize(show: bool, model: str, calib: Path, out: Path, model_options: Mode
             continue
         quant = table.components[name]
         click.echo(
-            f"{name}: {len(quant.layers)} layers in {format_widths(quant.weight_bits)}A{spec.act_bits} "
+            f"{name}: {len(quant.layers)} layers in {format_widths(quant.weight_bits)}A{ACT_BITS} "
             f"({quant.integer_mac_share():.1%} of MACs), {len(quant.float_layers)} in float"
         )
     click.echo(f"wrote {out}")

@@ -27,6 +27,7 @@ from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correctio
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.errors import EngineUnavailableError, ExportError, TableError
 from qdeploy.base.files import stage_folder
+from qdeploy.base.numerics import ACT_BITS
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.engines.base import EngineOptions, load_engine
@@ -146,7 +147,7 @@ def export_component(
         inputs=dict(map(tensor_info_from_value, graph.graph.inputs)),
         outputs=dict(map(tensor_info_from_value, graph.graph.outputs)),
         weight_bits=(FLOAT_BITS[target.numerics.float_type],) if quant is None else quant.weight_bits,
-        act_bits=FLOAT_BITS[target.numerics.float_type] if quant is None else 8,
+        act_bits=FLOAT_BITS[target.numerics.float_type] if quant is None else ACT_BITS,
         parity_engine=choose_stand_in(target),
         largest_weight_code=find_largest_weight_code(graph),
     )

@@ -48,8 +48,8 @@ TEXT = dict(
     steps=50,
     eta=0.0, guidance=7.5, count=5, prompt="a cat wearing a hat",
 )  # fmt: skip
-LEARNED = dict(act_bits=8, adaround=True, observer="mse", equalize=True)
-NEAREST = dict(act_bits=8, adaround=False, observer="minmax", equalize=False, mode="noise_data", data=None)
+LEARNED = dict(adaround=True, observer="mse", equalize=True)
+NEAREST = dict(adaround=False, observer="minmax", equalize=False, mode="noise_data", data=None)
 EXPECTED: dict[str, dict[str, Any]] = {
     "lsun_bedroom_w8a8": BEDROOM | LEARNED | dict(weight_bits=8),
     "lsun_bedroom_w4a8": BEDROOM | LEARNED | dict(weight_bits=4),
@@ -67,7 +67,7 @@ def test_recipes_of_the_built_in_models_are_what_they_are_called(path: Path) -> 
     recipe = read_recipe(path)
     model, bits, *more = path.stem.rsplit("_", 2) if path.stem.endswith("_uncalibrated") else path.stem.rsplit("_", 1)
     assert recipe.model.file == f"builtin:{model.replace('_', '-')}"
-    assert f"w{recipe.quantize.weight_bits}a{recipe.quantize.act_bits}" == bits
+    assert f"w{recipe.quantize.weight_bits}a8" == bits
     nearest = recipe.quantize.observer == "minmax" and not recipe.quantize.equalize
     assert (recipe.calibrate.mode == "noise_data") == nearest == (more == ["uncalibrated"])
     assert (recipe.quantize.reconstruction is not None) == (bits == "w4a8" and not more)
@@ -91,7 +91,6 @@ def collect_settings(recipe: Recipe) -> dict[str, Any]:
         "cali_st": request.cali_st,
         "cali_n": request.cali_n,
         "weight_bits": spec.weight_bits,
-        "act_bits": spec.act_bits,
         "observer": spec.observer,
         "equalize": spec.equalize,
         "adaround": spec.reconstruction is not None,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qdeploy.base.numerics import ACT_BITS
 from qdeploy.calibrate.ranges.observe import ChannelStats
 from qdeploy.calibrate.ranges.weights import CodeRange
 
@@ -21,7 +22,7 @@ EXPONENTS = torch.linspace(0, 1, 21)
 FLOOR = 2.0**-10  # of the largest channel: dead channels must not divide by zero
 
 
-def search_ratio(stats: ChannelStats, weights: Sequence[Tensor], code_range: CodeRange, act_bits: int = 8) -> Tensor:
+def search_ratio(stats: ChannelStats, weights: Sequence[Tensor], code_range: CodeRange) -> Tensor:
     """``float32[in]`` for all layers that read this input; ``weights`` are ``float32[out, in, ...]``.
 
     Searches r = absmax^a over a in 0..1, normalized to a geometric mean of 1; a = 0 leaves the layer unchanged.
@@ -32,7 +33,7 @@ def search_ratio(stats: ChannelStats, weights: Sequence[Tensor], code_range: Cod
     for exponent in EXPONENTS:
         ratio = absmax**exponent
         ratio = ratio / ratio.log().mean().exp()
-        noise = estimate_noise(ratio, stats, shapes, act_bits)
+        noise = estimate_noise(ratio, stats, shapes)
         if noise < best_noise:
             best, best_noise = ratio, noise
     return best
@@ -56,14 +57,14 @@ class WeightStats:
         return cls(flat.square().sum(dim=(0, 2)), flat.abs().amax(dim=2) / code_range[1], flat.shape[2])
 
 
-def estimate_noise(ratio: Tensor, stats: ChannelStats, weights: Sequence[WeightStats], act_bits: int) -> float:
+def estimate_noise(ratio: Tensor, stats: ChannelStats, weights: Sequence[WeightStats]) -> float:
     """Output noise power, summed over output channels, of uniform rounding at the min-max scales.
 
     Rounding noise of step d has power d^2/12. An activation's step in channel c is ``s r_c``; a
     weight's in output channel o is ``s_o / r_c``, and it multiplies the channel's own power.
     """
     low, high = (stats.low / ratio).min().clamp(max=0), (stats.high / ratio).max().clamp(min=0)
-    act_step = (high - low) / (2**act_bits - 1) * ratio
+    act_step = (high - low) / (2**ACT_BITS - 1) * ratio
     act_power = (stats.power / ratio.square()).sum()
     total = torch.zeros(())
     for weight in weights:

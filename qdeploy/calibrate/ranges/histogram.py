@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qdeploy.artifacts.table import Affine
 from qdeploy.base.errors import CalibrationError
-from qdeploy.base.numerics import affine_from_range
+from qdeploy.base.numerics import ACT_BITS, affine_from_range
 
 HALF_BINS = 4096  # on each side of 0: 16 to 32 bins for each of the 256 levels of a full-range u8 quantizer
 PIECE = 2**15  # values counted at once
@@ -79,12 +79,12 @@ class StreamingHistogram:
             self.width *= 2
 
 
-def affine_from_histogram(histogram: StreamingHistogram, observer: str, bits: int = 8) -> Affine:
+def affine_from_histogram(histogram: StreamingHistogram, observer: str, bits: int = ACT_BITS) -> Affine:
     """Unsigned asymmetric quantizer of what the histogram counted; ``observer`` is one of spec.OBSERVERS."""
     return Affine(*affine_from_range(*OBSERVERS[observer](histogram, bits), bits), bits)
 
 
-def symmetric_scale_from_histogram(histogram: StreamingHistogram, observer: str, bits: int = 8) -> float:
+def symmetric_scale_from_histogram(histogram: StreamingHistogram, observer: str, bits: int = ACT_BITS) -> float:
     """Scale of the signed symmetric quantizer (zero point 0) that engines without zero points need."""
     folded = histogram.fold()
     _, high = OBSERVERS[observer](folded, bits)

@@ -41,7 +41,7 @@ def test_expected_noise_never_rises(bits: int) -> None:
     weight = torch.randn(16, 32)
     stats, shapes = compute_stats(x), [WeightStats.from_weight(weight, weight_range(bits))]
     ratio = search_ratio(stats, [weight], weight_range(bits))
-    assert estimate_noise(ratio, stats, shapes, 8) <= estimate_noise(torch.ones(32), stats, shapes, 8)
+    assert estimate_noise(ratio, stats, shapes) <= estimate_noise(torch.ones(32), stats, shapes)
 
 
 def test_the_expected_noise_is_what_rounding_really_does() -> None:
@@ -52,9 +52,8 @@ def test_the_expected_noise_is_what_rounding_really_does() -> None:
     w_step = weight.abs().amax(dim=1, keepdim=True) / 127
     error = torch.round(x / step) * step @ (torch.round(weight / w_step) * w_step).T - x @ weight.T
     measured = float(error.square().mean(dim=0).sum())
-    assert estimate_noise(
-        torch.ones(32), stats, [WeightStats.from_weight(weight, weight_range(8))], 8
-    ) == pytest.approx(measured, rel=0.15)
+    expected = estimate_noise(torch.ones(32), stats, [WeightStats.from_weight(weight, weight_range(8))])
+    assert expected == pytest.approx(measured, rel=0.15)
 
 
 def test_uneven_channels_are_evened() -> None:
