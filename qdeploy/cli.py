@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from qdeploy.base.errors import QdeployError
+from qdeploy.base.extras import format_install
 from qdeploy.base.version import read_version
 from qdeploy.commands import find_commands, load_command
 
@@ -28,9 +29,11 @@ class Commands(click.Group):
         except OSError as exc:
             self._fail(ctx, f"{exc.strerror or exc}: {exc.filename or 'no file named'}", 1)
         except ModuleNotFoundError as exc:
-            if (exc.name or "").startswith("qdeploy"):
+            package = (exc.name or "").partition(".")[0]
+            if package == "qdeploy":
                 raise
-            self._fail(ctx, f"this command needs the package {exc.name!r}; run `pip install 'qdeploy[quantize]'`", 1)
+            install = format_install(package, preferred=ctx.invoked_subcommand or "")
+            self._fail(ctx, f"this command needs the package {package!r}; run `{install}`", 1)
 
     @staticmethod
     def _fail(ctx: click.Context, text: str, code: int) -> None:

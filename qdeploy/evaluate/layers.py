@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from qdeploy.artifacts.table import ComponentQuant, LayerQuant
 from qdeploy.base.errors import PackageMissingError, TableError
-from qdeploy.base.numerics import sqnr_db
+from qdeploy.base.extras import format_install
+from qdeploy.base.numerics import ACT_BITS, sqnr_db
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.evaluate.layer_figures import BundleLayers, BundleTable, LayerFigures, LayerHistogram
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from qdeploy.targets.base import Numerics
 
 BINS = 64
-ACT_BITS = 8  # of one pass; two make 16
 
 
 def check_models(tables: Sequence[BundleTable]) -> None:
@@ -35,9 +35,8 @@ def check_models(tables: Sequence[BundleTable]) -> None:
         from qdeploy.models.options import ModelOptions
         from qdeploy.models.source import hash_model
     except ImportError as exc:
-        raise PackageMissingError(
-            f"--table needs the package {exc.name}; run `pip install 'qdeploy[quantize]'`"
-        ) from exc
+        install = format_install(exc.name, preferred="quantize")
+        raise PackageMissingError(f"--table needs the package {exc.name}; run `{install}`") from exc
     hashes = {entry.table.model: hash_model(entry.table.model, ModelOptions()) for entry in tables}
     for entry in tables:
         if hashes[entry.table.model] != entry.table.model_sha256:

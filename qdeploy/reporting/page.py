@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qdeploy.base.errors import PackageMissingError
+from qdeploy.base.extras import format_install
 from qdeploy.base.files import stage_file
 
 if TYPE_CHECKING:
@@ -164,9 +165,8 @@ def check_packages() -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as exc:
-        raise PackageMissingError(
-            f"HTML pages need the package {exc.name}; run `pip install 'qdeploy[report]'`"
-        ) from exc
+        install = format_install(exc.name, preferred="report")
+        raise PackageMissingError(f"HTML pages need the package {exc.name}; run `{install}`") from exc
 
 
 @contextmanager

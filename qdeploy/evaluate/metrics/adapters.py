@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy.base.errors import UsageError
+from qdeploy.base.extras import format_install
 from qdeploy.evaluate.extractors import Array
 
 if TYPE_CHECKING:
@@ -58,4 +59,5 @@ def check_torchmetrics() -> None:
     try:
         import torchmetrics  # noqa: F401
     except ModuleNotFoundError as exc:
-        raise UsageError(f"evaluating needs {exc.name}; run `pip install 'qdeploy[evaluate]'`") from exc
+        install = format_install(exc.name, preferred="evaluate")
+        raise UsageError(f"evaluating needs {exc.name}; run `{install}`") from exc
