@@ -1,6 +1,6 @@
 """A bundle loaded in a process of its own, which makes one picture: load time, what was read, peak memory.
 
-``python -m qdeploy.bench.measure_fresh_start BUNDLE ENGINE THREADS`` is that process; it prints JSON.
+``python -m qdeploy.bench.fresh_start BUNDLE ENGINE THREADS`` is that process; it prints JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Expand an attention into its products.
 
-1. The exported graph's neutral ``qdeploy.Attention(q, k, v)``, ``[B, heads, N, D]`` each, becomes
+1. The exported graph's neutral ``Attention(q, k, v)`` of the domain ``qdeploy``, ``[B, heads, N, D]`` each, becomes
    Mul (q by the scale) - MatMul with k transposed - Softmax - MatMul with v.
 2. A mask is added before the Softmax. A row without any key is not supported.
 """
