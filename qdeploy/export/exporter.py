@@ -45,7 +45,6 @@ from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.base import Target
 
 GRAPH_FILE = "model.onnx"
-FLOAT_BITS = {"fp32": 32, "fp16": 16}
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -146,8 +145,8 @@ def export_component(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(tensor_info_from_value, graph.graph.inputs)),
         outputs=dict(map(tensor_info_from_value, graph.graph.outputs)),
-        weight_bits=(FLOAT_BITS[target.numerics.float_type],) if quant is None else quant.weight_bits,
-        act_bits=FLOAT_BITS[target.numerics.float_type] if quant is None else ACT_BITS,
+        weight_bits=(target.numerics.float_bits,) if quant is None else quant.weight_bits,
+        act_bits=target.numerics.float_bits if quant is None else ACT_BITS,
         parity_engine=choose_stand_in(target),
         largest_weight_code=find_largest_weight_code(graph),
     )

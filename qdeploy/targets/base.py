@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from qdeploy.engines.nvidia.profiles import LatentGrid, ProfileSizes
 
 DEFAULT_TARGET = "ort-cpu"
-PRECISIONS = ("fp32", "fp16", "int8")
+FLOAT_BITS = {"fp32": 32, "fp16": 16}
+PRECISIONS = (*FLOAT_BITS, "int8")
 OPENABLE = ("batch", "size")  # dimensions that a graph may leave open; size is height and width
 LAST_PASS = "strip_metadata"  # of every lowering: nothing of the exporting machine stays in a file
 
@@ -48,6 +49,11 @@ class Numerics:
     two_passes: bool = True
     quantized_attention: bool = True
     float_type: str = "fp32"
+
+    @property
+    def float_bits(self) -> int:
+        """Width of the float type."""
+        return FLOAT_BITS[self.float_type]
 
 
 CALIBRATION_NUMERICS = Numerics()

@@ -21,6 +21,19 @@ REQUIREMENTS = list(PROJECT["dependencies"]) + [
 ]  # as a wheel's metadata have them
 
 
+WITHOUT = """
+import sys
+missing = sys.argv.pop(1)
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+from qdeploy.cli import main
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize(
     ("module", "preferred", "expected"),
     [
@@ -71,9 +84,9 @@ def test_every_extra_for_users_is_found_by_its_packages() -> None:
 )
 def test_a_command_names_it(missing: str, command: list[str], extra: str, float_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").symlink_to(float_bundle)
-    code = f"import sys\nsys.modules[{missing!r}] = None\nfrom qdeploy.cli import main\nmain(sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", code, "--quiet", *command], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+        [sys.executable, "-c", WITHOUT, missing, "--quiet", *command],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode != 0
     assert re.search(rf"{missing}\W.*run `pip install 'qdeploy\[{extra}\]'`", done.stderr), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from qdeploy.artifacts.bundle import open_bundle as opened
 from qdeploy.base.errors import ExportError, RequestError, UsageError
 from qdeploy.cli import main
 from qdeploy.export.audit import audit_file
+from qdeploy.export.exporter import export_bundle
 from qdeploy.export.open_dims import TRACED_WITH, OpenDims, close_dims, evaluate_expression
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.targets.base import load_target
 
 
 def test_the_manifest_says_what_is_open(open_bundle: Path, tiny_model: LatentDiffusion) -> None:
@@ -118,3 +121,10 @@ def test_alien_metadata_are_refused() -> None:
     model.metadata_props[TRACED_WITH] = "[1"
     with pytest.raises(ExportError, match="unreadable"):
         close_dims(model)
+
+
+def test_a_target_may_refuse_open_dimensions(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
+    target = replace(load_target("ort-cpu"), fixed_dims={"size": "its engine plans memory for one size"})
+    with pytest.raises(UsageError, match="--target ort-cpu cannot leave size open: its engine plans memory"):
+        export_bundle(tiny_model, None, target, tmp_path / "b", open_dims=OpenDims(batch=True, size=True))
+    assert list(tmp_path.iterdir()) == []

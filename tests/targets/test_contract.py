@@ -13,10 +13,18 @@ import qdeploy.passes
 from qdeploy.base.errors import UsageError
 from qdeploy.engines.base import list_engines
 from qdeploy.targets import base
-from qdeploy.targets.base import LAST_PASS, OPENABLE, PRECISIONS, Target, list_targets, load_pass, load_target
+from qdeploy.targets.base import (
+    FLOAT_BITS,
+    LAST_PASS,
+    OPENABLE,
+    PRECISIONS,
+    Target,
+    list_targets,
+    load_pass,
+    load_target,
+)
 from tests.test_imports import run_blocked
 
-FLOAT_PRECISIONS = ("fp32", "fp16")
 PASSES = [path.stem for path in Path(qdeploy.passes.__path__[0]).glob("*.py") if path.stem not in ("__init__", "edit")]
 BETWEEN_FLOAT_AND_INTEGER_DB = (30, 100)  # a graph in int8 is below, one in float32 that was not changed above
 
@@ -51,7 +59,7 @@ def test_a_precision_is_taken_or_refused_with_a_reason(target: Target, precision
 
 def test_it_has_one_float_precision_which_is_its_numerics(target: Target) -> None:
     assert set(target.missing_precisions) <= set(PRECISIONS)
-    assert [name for name in target.precisions if name in FLOAT_PRECISIONS] == [target.numerics.float_type]
+    assert [name for name in target.precisions if name in FLOAT_BITS] == [target.numerics.float_type]
     assert target.choose_precision(is_quantized=False) == target.numerics.float_type
     assert target.choose_precision(is_quantized=True) == "int8"
 
