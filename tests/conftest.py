@@ -21,7 +21,7 @@ from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
-from qdeploy.targets.base import load_target
+from qdeploy.targets.base import Target, load_target
 from tests.shared_artifacts import BUILDS, Artifacts, build_once, hash_sources, remove_stale
 from tests.tiny import write_tiny_inpainting, write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
 
@@ -193,7 +193,7 @@ def codebook_tensorrt(out: Path, unconditional_folder: Path) -> None:
 @build_once("full-range", traces=True)
 def full_range_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
     """As ``int8_bundle``, with weight codes up to +-127."""
-    export_tiny(out, tiny_folder, table_file, full_range=True)
+    export_bundle(load_model(str(tiny_folder)), load_table(table_file), load_target("ort-cpu").in_full_range(), out)
 
 
 # ------------------------------------------------------------------------------------------------- the built-in model
@@ -212,9 +212,8 @@ def builtin_table(builtin_table_file: Path) -> QuantTable:
     return load_table(builtin_table_file)
 
 
-def export_unet(table: QuantTable, target: str, folder: Path, full_range: bool = False) -> ComponentInfo:
+def export_unet(table: QuantTable, target: Target, folder: Path) -> ComponentInfo:
     """The UNet of the built-in model with both gates, as ``export_bundle`` makes it."""
-    spec = load_target(target)
     quant, probes = table.components["unet"], table.probes["unet"]
     model = load_model("builtin:emoji")
-    return export_component(model, "unet", quant, probes, spec, folder, full_range=full_range)
+    return export_component(model, "unet", quant, probes, target, folder)

@@ -73,7 +73,8 @@ def test_the_built_in_unet_passes_both_gates(
     monkeypatch: pytest.MonkeyPatch, builtin_table: QuantTable, tmp_path: Path, processor: str, full_range: bool
 ) -> None:
     pretend_processor(monkeypatch, processor)
-    info = export_unet(builtin_table, "ort-cpu", tmp_path / "unet", full_range)
+    target = load_target("ort-cpu")
+    info = export_unet(builtin_table, target.in_full_range() if full_range else target, tmp_path / "unet")
     assert info.integer_mac_share > 0.95
     assert info.largest_weight_code == (127 if full_range else 64)
     assert find_saturating_weights(tmp_path) == [] or full_range
@@ -97,7 +98,7 @@ def test_openvino_refuses_a_full_range_bundle_at_export(
 ) -> None:
     pretend_processor(monkeypatch, processor)
     with pytest.raises(EngineError, match="without --full-range"):
-        export_bundle(tiny_model, table, load_target("openvino"), tmp_path / "b", full_range=True)
+        export_bundle(tiny_model, table, load_target("openvino").in_full_range(), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

@@ -80,7 +80,7 @@ def export(
     from qdeploy.models.source import load_model
 
     open_dims = OpenDims.from_text(dynamic)
-    chosen = load_target(target)
+    chosen = load_target(target).in_full_range() if full_range else load_target(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
     default_precision = chosen.choose_precision(table is not None)
     chosen.check_precision(precision or default_precision)
@@ -93,7 +93,7 @@ def export(
     with show_progress(show) as on_progress:
         manifest = export_bundle(
             loaded, table, chosen, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
-            build=build, full_range=full_range,
+            build=build,
         )  # fmt: skip
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:

@@ -59,14 +59,12 @@ def export_bundle(
     open_dims: OpenDims = STATIC,
     sizes: ProfileSizes | None = None,
     build: bool = False,
-    full_range: bool = False,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
     ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``open_dims`` says which
     dimensions the graphs leave open, and ``sizes`` TensorRT's profile of those. ``build`` adds TensorRT's engines for
-    this machine's GPU. ``full_range`` keeps 8-bit weight codes up to +-127 where the target would take those within
-    +-64. ``out`` appears only when everything, gates included, has passed. Raises ExportError
+    this machine's GPU. ``out`` appears only when everything, gates included, has passed. Raises ExportError
     (AuditError, ParityError) and TableError, and EngineUnavailableError at once where engines cannot be built here.
     """
     target.check_open_dims(open_dims.names)
@@ -85,9 +83,7 @@ def export_bundle(
             on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
-            infos[name] = export_component(
-                model, name, quant, probes, target, folder / name, open_dims, sizes, full_range
-            )
+            infos[name] = export_component(model, name, quant, probes, target, folder / name, open_dims, sizes)
         if build and target.plans is not None:
             target.plans.build([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
@@ -119,15 +115,13 @@ def export_component(
     folder: Path,
     open_dims: OpenDims = STATIC,
     sizes: ProfileSizes | None = None,
-    full_range: bool = False,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
     component = float_component
     if quant is not None:
-        numerics = replace(target.numerics, half_range_weights=target.numerics.half_range_weights and not full_range)
-        quant = restrict_to_numerics(quant, numerics)
-        component = build_simulator(float_component, quant, numerics)
+        quant = restrict_to_numerics(quant, target.numerics)
+        component = build_simulator(float_component, quant, target.numerics)
     # an open batch is traced at 2, since the exporter treats 1 as a constant
     example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.reads_text))
     feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,6 +137,10 @@ class Target:
     def precisions(self) -> tuple[str, ...]:
         """What ``--precision`` may say, the float one first."""
         return tuple(precision for precision in PRECISIONS if precision not in self.missing_precisions)
+
+    def in_full_range(self) -> Target:
+        """The target with 8-bit weight codes up to +-127, where it would take those within +-64."""
+        return replace(self, numerics=replace(self.numerics, half_range_weights=False))
 
     def choose_precision(self, is_quantized: bool) -> str:
         """The precision of a table's graphs, or of a float model's."""

@@ -64,6 +64,13 @@ def test_it_has_one_float_precision_which_is_its_numerics(target: Target) -> Non
     assert target.choose_precision(is_quantized=True) == "int8"
 
 
+def test_its_full_range_differs_in_the_weights_only(target: Target) -> None:
+    wide = target.in_full_range()
+    assert not wide.numerics.half_range_weights
+    assert replace(wide, numerics=target.numerics) == target
+    assert replace(wide.numerics, half_range_weights=target.numerics.half_range_weights) == target.numerics
+
+
 def test_an_unknown_precision_is_refused(target: Target) -> None:
     with pytest.raises(UsageError, match="unknown --precision 'fp8'; known: fp32, fp16, int8"):
         target.check_precision("fp8")
