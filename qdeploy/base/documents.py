@@ -1,0 +1,226 @@
+"""Outside documents (JSON, YAML, TOML): bounded and checked before parsing, then converted to a declared type.
+
+Nothing that a document says is used before it has the type, range and size that its schema declares: a dataclass, a
+``msgspec.Struct`` or a ``dict[str, ...]`` with ``Annotated[int, Meta(ge=1)]`` and the like. Files are read at the edge
+by :func:`read_bytes`; the functions on bytes are pure.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Callable, Iterator
+from datetime import date, time
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from qdeploy.base.errors import QdeployError
+from qdeploy.base.schemas import describe_mismatch, find_unknown, format_value
+
+T = TypeVar("T")
+
+MAX_BYTES = 16 * 2**20  # a tokenizer of 50,000 words takes 4 MB
+MAX_DEPTH = 32  # ours and diffusers' have 8
+INT_RANGE = (-(2**63), 2**64 - 1)  # what 64 bits hold, seeds included
+
+# For schemas. Ranges are what arithmetic after them can hold, not what is sensible: a schema narrows them.
+Natural = Annotated[int, Meta(ge=0, le=2**53)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
+ShortText = Annotated[str, Meta(max_length=4096)]
+
+
+def parse_json(
+    data: bytes,
+    name: str,
+    schema: type[T],
+    *,
+    error: type[QdeployError],
+    remedy: str = "",
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    allow_unknown: bool = False,
+) -> T:
+    """``data`` as ``schema``; ``error`` with one paragraph that names ``name``, field, what came and what was expected.
+
+    allow_unknown: fields that the schema's classes do not declare are skipped (documents of others) and not refused.
+    """
+    try:
+        check_depth(check_text(data, max_bytes), max_depth)
+        return convert(msgspec.json.decode(data), schema, allow_unknown)
+    except (ValueError, RecursionError) as exc:
+        raise error(_format_error(name, "JSON", exc, remedy)) from exc
+
+
+def parse_yaml(
+    data: bytes,
+    name: str,
+    schema: type[T],
+    *,
+    error: type[QdeployError],
+    remedy: str = "",
+    max_bytes: int = 2**20,
+    max_depth: int = MAX_DEPTH,
+    allow_unknown: bool = False,
+) -> T:
+    """As :func:`parse_json`, of YAML without tags for objects, anchors or aliases (which grow without bound)."""
+    import yaml
+
+    try:
+        check_text(data, max_bytes)
+        _check_yaml_events(data, max_depth)
+        return convert(yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), schema, allow_unknown)
+    except yaml.YAMLError as exc:
+        raise error(_format_error(name, "YAML", ValueError(" ".join(str(exc).split())), remedy)) from exc
+    except (ValueError, RecursionError) as exc:
+        raise error(_format_error(name, "YAML", exc, remedy)) from exc
+
+
+def parse_toml(
+    data: bytes,
+    name: str,
+    schema: type[T],
+    *,
+    error: type[QdeployError],
+    remedy: str = "",
+    max_bytes: int = 2**16,
+    max_depth: int = MAX_DEPTH,
+    allow_unknown: bool = False,
+) -> T:
+    """As :func:`parse_json`, of TOML."""
+    try:
+        text = check_text(data, max_bytes)
+        check_depth(text, max_depth)
+        return convert(tomllib.loads(text.decode()), schema, allow_unknown)
+    except (ValueError, RecursionError) as exc:
+        raise error(_format_error(name, "TOML", exc, remedy)) from exc
+
+
+def read_bytes(path: Path, *, error: type[QdeployError], remedy: str = "", max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of at most ``max_bytes``; ``error`` for a device, pipe, folder or larger file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("it is no regular file")
+            data = file.read(max_bytes + 1)
+        _check_size(len(data), max_bytes)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise error(_join(f"{path} cannot be read ({reason})", remedy)) from exc
+    return data
+
+
+def read_json_as(path: Path, schema: type[T], *, error: type[QdeployError], remedy: str = "", **limits: Any) -> T:
+    """The JSON file at ``path`` as ``schema``, by :func:`read_bytes` and :func:`parse_json` with their options."""
+    data = read_bytes(path, error=error, remedy=remedy, max_bytes=limits.get("max_bytes", MAX_BYTES))
+    return parse_json(data, str(path), schema, error=error, remedy=remedy, **limits)
+
+
+def convert(value: Any, schema: type[T], allow_unknown: bool = False) -> T:
+    """``value``, of plain objects and lists, as ``schema``; ValueError naming the field."""
+    _check_values(value)
+    try:
+        converted = msgspec.convert(value, schema)
+    except msgspec.ValidationError as exc:
+        raise ValueError(describe_mismatch(value, schema)) from exc
+    unknown = None if allow_unknown else find_unknown(value, schema)
+    if unknown is not None:
+        raise ValueError(f"{unknown} is a field that this qdeploy does not know")
+    return converted
+
+
+def check_text(data: bytes, max_bytes: int) -> bytes:
+    """``data`` without a byte-order mark; ValueError unless it is UTF-8 of at most ``max_bytes``."""
+    _check_size(len(data), max_bytes)
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"byte {exc.start} is not UTF-8") from exc
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+# Possessive, so that an unterminated string is passed over once and not from each of its quotes.
+STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def check_depth(text: bytes, max_depth: int) -> None:
+    """ValueError where brackets outside strings nest deeper than ``max_depth``; nothing is parsed."""
+    brackets = np.frombuffer(STRINGS.sub(b"", text).translate(None, NO_BRACKETS), np.uint8)
+    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1).astype(np.int8)
+    depth = int(np.cumsum(steps, dtype=np.int32).max(initial=0))
+    if depth > max_depth:
+        raise ValueError(f"it nests {depth} deep, more than the {max_depth} allowed")
+
+
+def _check_size(size_bytes: int, max_bytes: int) -> None:
+    if size_bytes > max_bytes:
+        raise ValueError(f"it has more than the {max_bytes:,} bytes allowed")
+
+
+def _check_yaml_events(data: bytes, max_depth: int) -> None:
+    """ValueError for aliases, anchors and depth, from the parser's events: nothing is built yet."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            line = event.start_mark.line + 1
+            raise ValueError(f"line {line} has an anchor or alias, which are not read; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > max_depth:
+            raise ValueError(f"it nests more than the {max_depth} deep that are allowed")
+
+
+def _check_values(document: Any) -> None:
+    """ValueError for what 64-bit numbers and text cannot hold: NaN, infinity, larger integers, lone surrogates."""
+    for path, value in _walk(document):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path()} is {value}, expected a finite number")
+        if isinstance(value, int) and not INT_RANGE[0] <= value <= INT_RANGE[1]:
+            raise ValueError(f"{path()} is an integer of more than 64 bits")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError(f"{path()} is {format_value(value)}, which is no Unicode text")
+        if not (value is None or isinstance(value, bool | int | float | str | dict | list | date | time)):
+            raise ValueError(f"{path()} is of the type {type(value).__name__}, expected plain values")
+
+
+def _walk(document: Any) -> Iterator[tuple[Callable[[], str], Any]]:
+    """Every value of a document of bounded depth, keys included, each with a function that gives its path."""
+    stack: list[tuple[tuple[Any, ...], Any]] = [((), document)]
+    while stack:
+        keys, value = stack.pop()
+        yield lambda keys=keys: _format_path(keys), value
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{_format_path(keys)} has the key {format_value(key)}, expected text")
+                stack += [((*keys, key), item)]
+                yield lambda keys=keys: f"a key of {_format_path(keys)}", key
+        elif isinstance(value, list):
+            stack += [((*keys, position), item) for position, item in enumerate(value)]
+
+
+def _format_path(keys: tuple[Any, ...]) -> str:
+    parts = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return f"`{parts.lstrip('.')}`" if parts else "the document"
+
+
+def _format_error(name: str, form: str, exc: Exception, remedy: str) -> str:
+    if isinstance(exc, RecursionError):
+        return _join(f"{name} is nested too deep", remedy)
+    is_ours = type(exc) is ValueError
+    return _join(f"{name}: {exc}" if is_ours else f"{name} is not readable as {form} ({exc})", remedy)
+
+
+def _join(text: str, remedy: str) -> str:
+    return f"{text}; {remedy}" if remedy else text
