@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -183,34 +183,37 @@ def _check_yaml_events(data: bytes, max_depth: int) -> None:
 
 def _check_values(document: Any) -> None:
     """ValueError for what 64-bit numbers and text cannot hold: NaN, infinity, larger integers, lone surrogates."""
-    for path, value in _walk(document):
+    for keys, value in _walk(document):
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path()} is {value}, expected a finite number")
+            raise ValueError(f"{_format_path(keys)} is {value}, expected a finite number")
         if isinstance(value, int) and not INT_RANGE[0] <= value <= INT_RANGE[1]:
-            raise ValueError(f"{path()} is an integer of more than 64 bits")
+            raise ValueError(f"{_format_path(keys)} is an integer of more than 64 bits")
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise ValueError(f"{path()} is {format_value(value)}, which is no Unicode text")
+            raise ValueError(f"{_format_path(keys)} is {format_value(value)}, which is no Unicode text")
         if not (value is None or isinstance(value, bool | int | float | str | dict | list | date | time)):
-            raise ValueError(f"{path()} is of the type {type(value).__name__}, expected plain values")
+            raise ValueError(f"{_format_path(keys)} is of the type {type(value).__name__}, expected plain values")
 
 
-def _walk(document: Any) -> Iterator[tuple[Callable[[], str], Any]]:
-    """Every value of a document of bounded depth, keys included, each with a function that gives its path."""
-    stack: list[tuple[tuple[Any, ...], Any]] = [((), document)]
+Keys = tuple[str | int, ...]
+
+
+def _walk(document: Any) -> Iterator[tuple[Keys, Any]]:
+    """Every value of a document of bounded depth, an object's keys included, with the keys that lead to it."""
+    stack: list[tuple[Keys, Any]] = [((), document)]
     while stack:
         keys, value = stack.pop()
-        yield lambda keys=keys: _format_path(keys), value
+        yield keys, value
         if isinstance(value, dict):
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise ValueError(f"{_format_path(keys)} has the key {format_value(key)}, expected text")
                 stack += [((*keys, key), item)]
-                yield lambda keys=keys: f"a key of {_format_path(keys)}", key
+                yield (*keys, key), key
         elif isinstance(value, list):
             stack += [((*keys, position), item) for position, item in enumerate(value)]
 
 
-def _format_path(keys: tuple[Any, ...]) -> str:
+def _format_path(keys: Keys) -> str:
     parts = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
     return f"`{parts.lstrip('.')}`" if parts else "the document"
 

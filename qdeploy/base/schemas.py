@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -128,6 +128,6 @@ def _get_fields(schema: Any) -> dict[str, Any] | None:
 
 @cache
 def _resolve_fields(schema: type) -> dict[str, Any]:
-    names = getattr(schema, "__dataclass_fields__", None) or getattr(schema, "__struct_fields__", ())
+    names: Iterable[str] = getattr(schema, "__dataclass_fields__", None) or getattr(schema, "__struct_fields__", ())
     hints = get_type_hints(schema, include_extras=True)
     return {name: hints[name] for name in names}
