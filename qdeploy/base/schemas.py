@@ -128,6 +128,6 @@ def _get_fields(schema: Any) -> dict[str, Any] | None:
 
 @cache
 def _resolve_fields(schema: type) -> dict[str, Any]:
-    names: Iterable[str] = getattr(schema, "__dataclass_fields__", None) or getattr(schema, "__struct_fields__", ())
+    names: Iterable[str] = getattr(schema, "__dataclass_fields__", ()) or getattr(schema, "__struct_fields__", ())
     hints = get_type_hints(schema, include_extras=True)
     return {name: hints[name] for name in names}
