@@ -1,19 +1,34 @@
 """The deployable folder: its manifest, checking that it is complete and unchanged, and writing one.
 
-A bundle is untrusted data: sizes are bounded, hashes checked, and no path leaves the folder.
+A bundle is untrusted data: the manifest has a declared type, every file is listed and hashed, no path leaves the
+folder, and each graph has the signature that the manifest says and its component needs.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from qdeploy.artifacts.bundle_files import (
+    MAX_FILES,
+    FileEntry,
+    check_content,
+    check_listed,
+    check_names,
+    read_graph,
+)
 from qdeploy.artifacts.components import COMPONENTS, UNET, get_kind, list_text_encoders, name_tokenizer
+from qdeploy.artifacts.graph_contract import find_mismatches
+from qdeploy.artifacts.graph_file import GraphFile, Signature
+from qdeploy.base.documents import Positive, Share, ShortText, parse_json, read_bytes
 from qdeploy.base.errors import BundleError
-from qdeploy.base.files import hash_file, read_json
+from qdeploy.base.files import hash_file
 from qdeploy.base.numerics import FULL_BITS
 
 SCHEMA_VERSION = 1
@@ -26,35 +41,56 @@ MODEL_KINDS: Mapping[str, tuple[str, ...]] = {
     TEXT_TO_IMAGE: COMPONENTS,
     UNCONDITIONAL: tuple(name for name in COMPONENTS if not get_kind(name).for_text),
 }  # a bundle's or a model's kind -> the components that it has at least
+MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_DB = 999.0  # written for infinity, which JSON lacks: equal outputs
+TENSOR_TYPES = ("float32", "float16", "int64", "int32", "uint8", "bool")
+WEIGHT_BITS, ACT_BITS = {2, 3, 4, 5, 6, 7, 8, 16, 32}, (8, 16, 32)
+PRECISIONS = ("fp32", "fp16", "int8")
+Side = Annotated[int, Meta(ge=1, le=2**20)]
+LatentSide = Annotated[int, Meta(ge=1, le=2**16)]
+Decibels = Annotated[float, Meta(ge=-MAX_DB, le=MAX_DB)]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """One input or output of a component's graph: NumPy dtype name and shape; a dimension left open is -1."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: ShortText
+    shape: Annotated[tuple[Annotated[int, Meta(ge=-1, le=2**20)], ...], Meta(max_length=8)]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in TENSOR_TYPES or 0 in self.shape:
+            raise ValueError(
+                f"got {self.dtype}{list(self.shape)}, expected one of {', '.join(TENSOR_TYPES)} and no dimension of 0"
+            )
 
 
 @dataclass(frozen=True)
 class ComponentInfo:
     """One graph of the bundle and how far it is quantized; ``weight_bits`` are all widths, the widest first."""
 
-    file: str
+    file: ShortText
     inputs: Mapping[str, TensorInfo]
     outputs: Mapping[str, TensorInfo]
-    weight_bits: tuple[int, ...]
+    weight_bits: Annotated[tuple[int, ...], Meta(min_length=1, max_length=8)]
     act_bits: int
-    integer_mac_share: float = 0.0
+    integer_mac_share: Share = 0.0
     # Measured at export on recorded inputs, for quantized components:
-    parity_db: float | None = None  # SQNR of the engine's output against the simulator's
-    simulator_sqnr_db: float | None = None  # of the simulator's against the float model's
-    engine_sqnr_db: float | None = None  # of the engine's against the float model's
-    parity_engine: str | None = None  # the engine that ran there instead; None: the bundle's own
-    acceptance: str = ""  # result of the engine's own rules and library on the graph
+    parity_db: Decibels | None = None  # SQNR of the engine's output against the simulator's
+    simulator_sqnr_db: Decibels | None = None  # of the simulator's against the float model's
+    engine_sqnr_db: Decibels | None = None  # of the engine's against the float model's
+    parity_engine: ShortText | None = None  # the engine that ran there instead; None: the bundle's own
+    acceptance: ShortText = ""  # result of the engine's own rules and library on the graph
     # Largest magnitude among integer weight codes, 0 without any; None where an older manifest does not say.
     # Up to 64 every processor's u8 x s8 kernels are exact (qdeploy.base.cpu).
-    largest_weight_code: int | None = None
+    largest_weight_code: Annotated[int, Meta(ge=0, le=128)] | None = None
+
+    def __post_init__(self) -> None:
+        if not (set(self.weight_bits) <= WEIGHT_BITS and self.act_bits in ACT_BITS):
+            raise ValueError(
+                f"weight bits {list(self.weight_bits)} and activation bits {self.act_bits}: expected some of "
+                f"{sorted(WEIGHT_BITS)} and one of {list(ACT_BITS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,14 +100,14 @@ class LatentInfo:
     side_multiple: of which other heights and widths than these must be, in latents; 0 where the graphs take no other.
     """
 
-    channels: int
-    height: int
-    width: int
-    image_height: int
-    image_width: int
-    scaling_factor: float
-    tokens: int
-    side_multiple: int = 0
+    channels: Annotated[int, Meta(ge=1, le=1024)]
+    height: LatentSide
+    width: LatentSide
+    image_height: Side
+    image_width: Side
+    scaling_factor: Positive
+    tokens: Annotated[int, Meta(ge=0, le=2**16)]
+    side_multiple: Annotated[int, Meta(ge=0, le=2**16)] = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,10 +119,10 @@ class LatentInfo:
 class Manifest:
     """The bundle's table of contents."""
 
-    kind: str
-    target: str
-    engine: str
-    precision: str
+    kind: ShortText
+    target: ShortText
+    engine: ShortText
+    precision: ShortText
     components: Mapping[str, ComponentInfo]
     latents: LatentInfo
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -132,73 +168,119 @@ class Bundle:
         return sum(self.files.values())
 
 
+@dataclass(frozen=True)
+class ManifestVersion:
+    """What is read of a manifest first: of another version nothing else need fit."""
+
+    schema_version: int
+
+
+@dataclass(frozen=True)
+class ManifestDocument(Manifest):
+    """``manifest.json`` as a whole."""
+
+    schema_version: int = SCHEMA_VERSION
+    files: Annotated[tuple[FileEntry, ...], Meta(max_length=MAX_FILES)] = ()
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(**{name.name: getattr(self, name.name) for name in fields(Manifest)})
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` over every file that lies in ``folder``, with sizes and SHA-256."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     document = {
         "schema_version": SCHEMA_VERSION,
         **asdict(manifest),
         "files": [
-            {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": hash_file(path)}
+            asdict(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path)))
             for path in files
         ],
     }
-    (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for component in document["components"].values():
+        component.update({name: _limit_db(value) for name, value in component.items() if name.endswith("_db")})
+    (folder / MANIFEST).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _limit_db(decibels: float | None) -> float | None:
+    return decibels if decibels is None or math.isnan(decibels) else min(max(decibels, -MAX_DB), MAX_DB)
 
 
 def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:
     """Check a bundle and return it.
 
-    ``verify=False`` skips the hashes (sizes and paths are always checked). Raises BundleError that
-    names the file and what is wrong with it.
+    ``verify=False`` skips the hashes (everything else is always checked). Raises BundleError that names the file and
+    what is wrong with it.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a qdeploy bundle: no {MANIFEST} in it; make one with `qdeploy export`")
-    try:
-        document = read_json(folder / MANIFEST)
-        version = document["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise BundleError(f"{folder} has bundle schema {version!r}, this qdeploy reads {SCHEMA_VERSION}")
-        manifest = _manifest_from_document(document)
-        entries = {str(entry["path"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in document["files"]}
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as exc:
-        raise BundleError(f"{folder / MANIFEST} is not a readable manifest ({exc!r}); export the bundle again") from exc
-    for name, (size_bytes, digest) in entries.items():
-        _check_file(folder, name, size_bytes, digest if verify else None)
+    document = read_manifest(folder)
+    manifest, listed = document.manifest, {entry.path: entry for entry in document.files}
+    check_names(folder / MANIFEST, [entry.path for entry in document.files])
     _check_kind(folder, manifest)
     needed = [SCHEDULER, *(component.file for component in manifest.components.values())]
     needed += [tokenizer_file(name) for name in manifest.text_encoders]
     for name in needed:
-        if name not in entries:
+        if name not in listed:
             raise BundleError(f"{folder / MANIFEST} lists no file {name!r}, which this bundle needs; export it again")
-    return Bundle(folder, manifest, {name: size for name, (size, _) in entries.items()})
+    check_listed(folder, MANIFEST, listed)
+    for entry in document.files:
+        check_content(folder, entry, verify)
+    for name, component in manifest.components.items():
+        _check_signature(folder, name, component, read_graph(folder, component.file, listed))
+    _check_contract(folder, manifest)
+    return Bundle(folder, manifest, {name: entry.bytes for name, entry in listed.items()})
 
 
-def _manifest_from_document(document: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        kind=str(document["kind"]),
-        target=document["target"],
-        engine=document["engine"],
-        precision=document["precision"],
-        components={name: _component_from_document(entry) for name, entry in document["components"].items()},
-        latents=LatentInfo(**document["latents"]),
-        provenance=document["provenance"],
-    )
+def read_manifest(folder: Path) -> ManifestDocument:
+    """``manifest.json`` of the bundle in ``folder``, its types and ranges checked, and nothing else."""
+    path, remedy = folder / MANIFEST, "export the bundle again"
+    data = read_bytes(path, error=BundleError, remedy=remedy, max_bytes=MAX_MANIFEST_BYTES)
+    version = parse_json(data, str(path), ManifestVersion, error=BundleError, remedy=remedy, allow_unknown=True)
+    if version.schema_version != SCHEMA_VERSION:
+        raise BundleError(f"{folder} has bundle schema {version.schema_version}, this qdeploy reads {SCHEMA_VERSION}")
+    document = parse_json(data, str(path), ManifestDocument, error=BundleError, remedy=remedy)
+    return replace(document, components={name: _add_bound(info) for name, info in document.components.items()})
 
 
-def _component_from_document(entry: Mapping[str, Any]) -> ComponentInfo:
-    def tensors(group: Mapping[str, Any]) -> dict[str, TensorInfo]:
-        return {name: TensorInfo(str(info["dtype"]), tuple(map(int, info["shape"]))) for name, info in group.items()}
+def _add_bound(info: ComponentInfo) -> ComponentInfo:
+    """``info`` with a bound of its weight codes where an older manifest does not say."""
+    code = info.largest_weight_code
+    return replace(info, largest_weight_code=bound_weight_code(info.weight_bits) if code is None else code)
 
-    fields = {
-        **entry,
-        "inputs": tensors(entry["inputs"]),
-        "outputs": tensors(entry["outputs"]),
-        "weight_bits": tuple(map(int, entry["weight_bits"])),
-    }
-    fields.setdefault("largest_weight_code", bound_weight_code(fields["weight_bits"]))
-    return ComponentInfo(**fields)
+
+def _check_signature(folder: Path, name: str, info: ComponentInfo, graph: GraphFile) -> None:
+    """BundleError unless the graph's own inputs and outputs are those that the manifest says."""
+    for group in ("inputs", "outputs"):
+        stated, actual = _get_signature(getattr(info, group)), dict(getattr(graph, group))
+        if stated != actual:
+            raise BundleError(
+                f"{folder / info.file} has the {group} {_format_signature(actual)}, the manifest says "
+                f"{_format_signature(stated)} of {name}; export the bundle again"
+            )
+
+
+def _check_contract(folder: Path, manifest: Manifest) -> None:
+    """BundleError unless every component takes and gives what the runtime gives and takes."""
+    latents = manifest.latents
+    sizes = {"C": latents.channels, "h": latents.height, "w": latents.width,
+             "H": latents.image_height, "W": latents.image_width}  # fmt: skip
+    sizes |= {"T": latents.tokens} if manifest.reads_text else {}
+    signatures = {name: (_get_signature(info.inputs), _get_signature(info.outputs))
+                  for name, info in manifest.components.items()}  # fmt: skip
+    for mismatch in find_mismatches(signatures, sizes, manifest.reads_text):
+        raise BundleError(f"{folder}: {mismatch}; export the bundle again")
+
+
+def _get_signature(tensors: Mapping[str, TensorInfo]) -> Signature:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _format_signature(signature: Signature) -> str:
+    shown = [f"{name} {dtype}{list(shape)}" for name, (dtype, shape) in signature.items()]
+    return ", ".join(shown)[:500] or "(none)"
 
 
 def bound_weight_code(weight_bits: Sequence[int]) -> int | None:
@@ -222,6 +304,8 @@ def _check_kind(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{folder} holds a component {name!r:.60}, which this qdeploy does not know") from None
         if kind.for_text and not manifest.reads_text:
             raise BundleError(f"{folder} is a {manifest.kind} bundle with {name}; export it again")
+    if manifest.precision not in PRECISIONS:
+        raise BundleError(f"{folder} says precision {manifest.precision!r}, expected one of {', '.join(PRECISIONS)}")
     missing = [name for name in MODEL_KINDS[manifest.kind] if name not in manifest.components]
     if missing:
         raise BundleError(f"{folder} is a {manifest.kind} bundle without {', '.join(missing)}; export it again")
@@ -230,22 +314,3 @@ def _check_kind(folder: Path, manifest: Manifest) -> None:
 def tokenizer_file(text_encoder: str) -> str:
     """Path in a bundle of a text encoder's tokenizer."""
     return f"{name_tokenizer(text_encoder)}/tokenizer.json"
-
-
-def _check_file(folder: Path, name: str, size_bytes: int, digest: str | None) -> None:
-    pure = PurePosixPath(name)
-    path = folder / name
-    escapes = (
-        pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(folder.resolve())
-    )
-    if escapes:
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which lies outside the bundle; the bundle is refused")
-    if not path.is_file():
-        raise BundleError(f"{folder} is incomplete: {name} is missing; copy or export the bundle again")
-    actual_bytes = path.stat().st_size
-    if actual_bytes != size_bytes:
-        raise BundleError(
-            f"{path} is {actual_bytes} bytes, the manifest says {size_bytes}; copy or export the bundle again"
-        )
-    if digest is not None and hash_file(path) != digest:
-        raise BundleError(f"{path} was changed: its SHA-256 is not the manifest's; copy or export the bundle again")

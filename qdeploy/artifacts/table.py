@@ -8,6 +8,7 @@ a fresh process needs no flags and no forward pass to use it. Loading never runs
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,124 +17,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.artifacts.components import get_kind
 from qdeploy.artifacts.noise_correction import NoiseCorrection
-from qdeploy.base.errors import TableError
+from qdeploy.artifacts.table_header import (
+    HALF_WEIGHT,
+    MAX_DB,
+    SCHEMA_VERSION,
+    ComponentHeader,
+    LayerHeader,
+    TableHeader,
+    parse_header,
+)
+from qdeploy.artifacts.table_layers import (
+    OPTIONAL_ARRAYS,
+    Affine,
+    AttentionQuant,
+    FloatLayer,
+    LayerQuant,
+    check_values,
+)
+from qdeploy.base.errors import TableError, join_names
 from qdeploy.base.files import stage_file
 
-SCHEMA_VERSION = 2
 NOISE_CORRECTION = "noise_correction/"
-HALF_WEIGHT = "half_weight"
-OPTIONAL_ARRAYS = ("input_ratio", "output_ratio", "output_zero_point", "bias")
-
-
-@dataclass(frozen=True)
-class Affine:
-    """Per-tensor unsigned quantization of an activation, ``bits`` wide: ``x ~ (q - zero_point) * scale``."""
-
-    scale: float
-    zero_point: int
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.scale) and self.scale > 0):
-            raise TableError(f"activation scale must be finite and positive, got {self.scale}")
-        if not 0 <= self.zero_point < 2**self.bits:
-            raise TableError(f"activation zero point must lie in 0..{2**self.bits - 1}, got {self.zero_point}")
-
-
-@dataclass(frozen=True)
-class LayerQuant:
-    """One quantized Conv or Linear, ``y = W x + b``.
-
-    weight: ``int8[out, in, ...]`` codes of ``W * input_ratio`` (4-bit weights use [-8, 7] of them).
-    half_weight: ``int8[out, in, ...]`` codes of half the range, within +-64 of 8 bits, at twice ``weight_scale``: one
-        table serves targets of both ranges. None where all targets take ``weight``.
-    weight_scale: ``float32[out]``, symmetric per output channel.
-    input: quantization of ``x / input_ratio``.
-    output: of ``(y - offset) / output_ratio``, for engines that need Q after the layer; None where none does.
-    input_ratio: ``float32[in]``, per-channel equalization: x is divided by it before Q, and it moves into
-        the weight, so that Q and DQ stay per tensor, as integer kernels want them.
-    output_ratio, output_zero_point: ``float32[out]``, ``uint8[out]``: the same after the layer; ratio and
-        offset = (zero_point - output_zero_point) * scale * ratio move into weight scale and bias.
-    bias: ``float32[out]`` in place of the model's own, where it was corrected.
-    passes: 2 adds a second integer pass over what the first one rounded off: a 16-bit activation.
-    symmetric_scale: of ``x / input_ratio`` for engines that know signed codes around 0 only.
-    first_token_float: of an input ``float32[B, T, in]``, token 0 goes through the model's own float weight and
-        the ranges above are those of tokens 1..T-1 (MixDQ, Zhao et al. 2024, arXiv 2405.17873).
-    """
-
-    weight: NDArray[np.int8]
-    weight_scale: NDArray[np.float32]
-    weight_bits: int
-    input: Affine
-    output: Affine | None = None
-    input_ratio: NDArray[np.float32] | None = None
-    output_ratio: NDArray[np.float32] | None = None
-    output_zero_point: NDArray[np.uint8] | None = None
-    bias: NDArray[np.float32] | None = None
-    passes: int = 1
-    symmetric_scale: float | None = None
-    first_token_float: bool = False
-    half_weight: NDArray[np.int8] | None = None
-
-    def __post_init__(self) -> None:
-        half = self.half_weight
-        if half is not None and (half.dtype != np.int8 or half.shape != self.weight.shape):
-            raise TableError(
-                f"half_weight must be int8{list(self.weight.shape)} like the weight, got {half.dtype}{list(half.shape)}"
-            )
-        if self.weight.dtype != np.int8 or self.weight_scale.shape != (self.weight.shape[0],):
-            raise TableError(
-                f"weight must be int8[out, ...] with float32[out] scales, got {self.weight.dtype}"
-                f"{list(self.weight.shape)} and {list(self.weight_scale.shape)}"
-            )
-        if self.passes not in (1, 2):
-            raise TableError(f"passes over an activation: got {self.passes}, expected 1 or 2")
-        if self.first_token_float and self.weight.ndim != 2:
-            raise TableError(f"only a Linear reads tokens, so first_token_float does not fit {list(self.weight.shape)}")
-        for name, length in zip(OPTIONAL_ARRAYS, (self.weight.shape[1], *[self.weight.shape[0]] * 3), strict=True):
-            array = getattr(self, name)
-            if array is not None and array.shape != (length,):
-                raise TableError(f"{name}: got {array.dtype}{list(array.shape)}, expected [{length}]")
-
-    def in_half_range(self) -> LayerQuant:
-        """The layer with weight codes of half the range (within +-64 of 8 bits) and scales twice as large.
-
-        The layer itself where it has no such codes: below 8 bits, where the rounding was learned, or by choice.
-        """
-        if self.half_weight is None:
-            return self
-        return replace(self, weight=self.half_weight, weight_scale=2 * self.weight_scale, half_weight=None)
-
-
-@dataclass(frozen=True)
-class FloatLayer:
-    """A Conv or Linear that stays in float, why, and its multiply-accumulates a call."""
-
-    reason: str
-    macs: int
-
-
-@dataclass(frozen=True)
-class AttentionQuant:
-    """Quantization of the two products of one attention, softmax(Q K^T) V; all three of equal bits, 8 or 16.
-
-    The weights of V, exp(s - max s), need no range: zero point 0 and scale ``1 / (2**bits - 1)``.
-    """
-
-    q: Affine
-    k: Affine
-    v: Affine
-
-    def __post_init__(self) -> None:
-        if len({self.q.bits, self.k.bits, self.v.bits}) != 1 or self.bits not in (8, 16):
-            raise TableError(
-                f"attention bits of q, k and v: got {self.q.bits}, {self.k.bits} and {self.v.bits}, expected 8 or 16"
-            )
-
-    @property
-    def bits(self) -> int:
-        return self.q.bits
+REMEDY = "make it again with `qdeploy quantize`"
+__all__ = [
+    "Affine",
+    "AttentionQuant",
+    "ComponentQuant",
+    "FloatLayer",
+    "LayerQuant",
+    "QuantTable",
+    "load_table",
+    "pack_int4",
+    "save_table",
+    "unpack_int4",
+]
 
 
 @dataclass(frozen=True)
@@ -146,6 +65,8 @@ class ComponentQuant:
     rewrites: Sequence[str] = ()  # exact rewrites of the float module, made before its layers were named
     sensitivity_db: Mapping[str, float] = field(default_factory=dict)  # output SQNR with only that layer quantized
     attention: Mapping[str, AttentionQuant] = field(default_factory=dict)  # by Attention module; others are float
+    # SQNR of the simulator against the float component on the table's probes, when it was made; an older table has none
+    simulator_sqnr_db: float | None = None
 
     def in_half_range(self) -> ComponentQuant:
         """The component with every layer's weight codes in half their range, as far as the table has them."""
@@ -184,62 +105,163 @@ class QuantTable:
 
 
 def save_table(table: QuantTable, path: Path) -> None:
-    """Write ``table`` to ``path`` (safetensors), atomically."""
+    """Write ``table`` to ``path`` (safetensors), atomically; TableError where it holds NaN."""
     from safetensors.numpy import save_file
 
     tensors: dict[str, NDArray] = {}
-    header: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "model": table.model,
-        "model_sha256": table.model_sha256,
-        "provenance": dict(table.provenance),
-        "components": {},
-    }
     for component, quant in table.components.items():
-        header["components"][component] = {
-            "layers": {name: _layer_header(layer, quant.macs[name]) for name, layer in quant.layers.items()},
-            "float_layers": {name: asdict(layer) for name, layer in quant.float_layers.items()},
-            "rewrites": list(quant.rewrites),
-            "sensitivity_db": dict(quant.sensitivity_db),
-            "attention": {name: asdict(attention) for name, attention in quant.attention.items()},
-        }
         for name, layer in quant.layers.items():
             tensors.update({f"{component}/{name}/{key}": array for key, array in _layer_arrays(layer).items()})
-    header["probes"] = {component: len(feeds) for component, feeds in table.probes.items()}
     for component, probes in table.probes.items():
         for number, feeds in enumerate(probes):
             tensors.update({f"probe/{component}/{number}/{name}": np.asarray(x) for name, x in feeds.items()})
-    header["noise_correction"] = table.noise_correction is not None
     if table.noise_correction is not None:
         tensors.update({NOISE_CORRECTION + name: x for name, x in table.noise_correction.arrays().items()})
+    try:
+        header = json.dumps(_header_from_table(table), allow_nan=False)
+    except ValueError as exc:
+        raise TableError(
+            f"the table for {path} holds NaN or infinity ({exc}); the model or its data are broken"
+        ) from exc
     with stage_file(path) as scratch:
-        save_file(tensors, scratch, metadata={"qdeploy_table": json.dumps(header)})
+        save_file(tensors, scratch, metadata={"qdeploy_table": header})
 
 
 def load_table(path: Path) -> QuantTable:
-    """Read a table; TableError when the file is not one, is truncated, or is from a newer qdeploy."""
+    """Read a table, checked as a whole; TableError naming file and field when it is none, cut, or not to be used."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})["qdeploy_table"])
-            if header["schema_version"] != SCHEMA_VERSION:
-                raise TableError(
-                    f"{path} has table schema {header['schema_version']}, this qdeploy reads {SCHEMA_VERSION}"
-                )
-            components = {
-                name: _component_from_header(name, entry, file.get_tensor)
-                for name, entry in header["components"].items()
-            }
-            probes = {name: _read_probes(file, name, count) for name, count in header["probes"].items()}
-            correction = _read_noise_correction(file) if header["noise_correction"] else None
-            return QuantTable(
-                components, header["model"], header["model_sha256"], header["provenance"], probes, correction
-            )
+            header = parse_header((file.metadata() or {}).get("qdeploy_table"), str(path), REMEDY)
+            return _TableReader(file, header).read()
+    except TableError as exc:
+        raise TableError(f"{path}: {exc}; {REMEDY}" if str(path) not in str(exc) else str(exc)) from exc
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
-        raise TableError(
-            f"{path} is not a readable qdeploy table ({exc}); make it again with `qdeploy quantize`"
-        ) from exc
+        raise TableError(f"{path} is not a readable qdeploy table ({exc}); {REMEDY}") from exc
+
+
+class _TableReader:
+    """Reads the tensors that a header lists from an opened safetensors file, and refuses all others in it."""
+
+    def __init__(self, file: Any, header: TableHeader) -> None:
+        self._file = file
+        self._header = header
+        self._unread = set(file.keys())
+
+    def read(self) -> QuantTable:
+        header = self._header
+        for name in header.components:
+            try:
+                get_kind(name)
+            except KeyError as exc:
+                raise TableError(f"it has a component {name!r:.60}, which this qdeploy does not know") from exc
+        components = {name: self._read_component(name, entry) for name, entry in header.components.items()}
+        probes = {name: self._read_probes(name, count) for name, count in header.probes.items()}
+        correction = self._read_noise_correction() if header.noise_correction else None
+        if self._unread:
+            raise TableError(f"it holds tensors that its header does not list: {join_names(sorted(self._unread))}")
+        return QuantTable(components, header.model, header.model_sha256, header.provenance, probes, correction)
+
+    def _tensor(self, name: str) -> NDArray:
+        if name not in self._unread:
+            raise TableError(f"it holds no tensor {name}, which its header lists")
+        self._unread.remove(name)
+        return self._file.get_tensor(name)
+
+    def _read_component(self, component: str, entry: ComponentHeader) -> ComponentQuant:
+        layers = {name: self._read_layer(f"{component}/{name}", layer) for name, layer in entry.layers.items()}
+        return ComponentQuant(
+            layers=layers,
+            float_layers=entry.float_layers,
+            macs={name: layer.macs for name, layer in entry.layers.items()},
+            rewrites=entry.rewrites,
+            sensitivity_db={name: _restore_db(db) for name, db in entry.sensitivity_db.items()},
+            attention=entry.attention,
+            simulator_sqnr_db=None if entry.simulator_sqnr_db is None else _restore_db(entry.simulator_sqnr_db),
+        )
+
+    def _read_layer(self, path: str, header: LayerHeader) -> LayerQuant:
+        try:
+            weight = self._tensor(f"{path}/weight")
+            if header.weight_bits <= 4:
+                weight = unpack_int4(_check_packed(weight, header.shape), header.shape)
+            if weight.shape != header.shape:
+                raise TableError(f"weight {list(weight.shape)} does not match {list(header.shape)}")
+            layer = LayerQuant(
+                weight=weight,
+                weight_scale=self._tensor(f"{path}/weight_scale"),
+                weight_bits=header.weight_bits,
+                input=header.input,
+                output=header.output,
+                passes=header.passes,
+                symmetric_scale=header.symmetric_scale,
+                first_token_float=header.first_token_float,
+                half_weight=self._tensor(f"{path}/{HALF_WEIGHT}") if header.half_weight else None,
+                **{name: self._tensor(f"{path}/{name}") for name in header.arrays},
+            )
+            check_values(layer)
+        except TableError as exc:
+            raise TableError(f"{path}: {exc}") from exc
+        return layer
+
+    def _read_probes(self, component: str, count: int) -> list[dict[str, NDArray]]:
+        probes: list[dict[str, NDArray]] = [{} for _ in range(count)]
+        start = f"probe/{component}/"
+        for name in sorted(name for name in self._unread if name.startswith(start)):
+            number, _, feed = name.removeprefix(start).partition("/")
+            if not (number.isdecimal() and len(number) < 5 and int(number) < count and feed):
+                raise TableError(f"the tensor {name} belongs to none of the {count} probes")
+            probes[int(number)][feed] = self._tensor(name)
+            array = probes[int(number)][feed]
+            if array.dtype not in (np.float32, np.int64) or not np.isfinite(array).all():
+                raise TableError(f"the probe {name} is {array.dtype} or holds NaN, expected float32 or int64")
+        if any(set(probe) != set(probes[0]) or not probe for probe in probes):
+            raise TableError(f"the {count} probes of {component} are incomplete")
+        return probes
+
+    def _read_noise_correction(self) -> NoiseCorrection:
+        names = sorted(name for name in self._unread if name.startswith(NOISE_CORRECTION))
+        return NoiseCorrection.from_arrays({name.removeprefix(NOISE_CORRECTION): self._tensor(name) for name in names})
+
+
+def _header_from_table(table: QuantTable) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": table.model,
+        "model_sha256": table.model_sha256,
+        "provenance": dict(table.provenance),
+        "components": {name: _component_header(quant) for name, quant in table.components.items()},
+        "probes": {component: len(feeds) for component, feeds in table.probes.items()},
+        "noise_correction": table.noise_correction is not None,
+    }
+
+
+def _component_header(quant: ComponentQuant) -> dict[str, Any]:
+    return {
+        "layers": {name: _layer_header(layer, quant.macs[name]) for name, layer in quant.layers.items()},
+        "float_layers": {name: asdict(layer) for name, layer in quant.float_layers.items()},
+        "rewrites": list(quant.rewrites),
+        "sensitivity_db": {name: _limit_db(db) for name, db in quant.sensitivity_db.items()},
+        "attention": {name: asdict(attention) for name, attention in quant.attention.items()},
+        "simulator_sqnr_db": None if quant.simulator_sqnr_db is None else _limit_db(quant.simulator_sqnr_db),
+    }
+
+
+def _limit_db(decibels: float) -> float:
+    """Infinity, of equal outputs, as the largest number that the file holds."""
+    return decibels if math.isnan(decibels) else min(max(decibels, -MAX_DB), MAX_DB)
+
+
+def _restore_db(decibels: float) -> float:
+    return math.copysign(math.inf, decibels) if abs(decibels) >= MAX_DB else decibels
+
+
+def _check_packed(packed: NDArray, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    expected = (math.prod(shape) + 1) // 2
+    if packed.dtype != np.uint8 or packed.shape != (expected,):
+        raise TableError(f"4-bit weight is {packed.dtype}{list(packed.shape)}, expected uint8[{expected}]")
+    return packed
 
 
 def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -279,56 +301,3 @@ def _layer_header(layer: LayerQuant, macs: int) -> dict[str, Any]:
         HALF_WEIGHT: layer.half_weight is not None,
         "macs": macs,
     }
-
-
-def _read_noise_correction(file: Any) -> NoiseCorrection:
-    names = [name for name in file.keys() if name.startswith(NOISE_CORRECTION)]  # noqa: SIM118 - not a dict
-    return NoiseCorrection.from_arrays({name.removeprefix(NOISE_CORRECTION): file.get_tensor(name) for name in names})
-
-
-def _read_probes(file: Any, component: str, count: int) -> list[dict[str, NDArray]]:
-    names = list(file.keys())
-    return [
-        {name.removeprefix(start): file.get_tensor(name) for name in names if name.startswith(start)}
-        for start in (f"probe/{component}/{number}/" for number in range(count))
-    ]
-
-
-def _component_from_header(component: str, entry: Any, tensor: Any) -> ComponentQuant:
-    layers = {
-        name: _layer_from_header(f"{component}/{name}", header, tensor) for name, header in entry["layers"].items()
-    }
-    return ComponentQuant(
-        layers=layers,
-        float_layers={name: FloatLayer(**header) for name, header in entry["float_layers"].items()},
-        macs={name: header["macs"] for name, header in entry["layers"].items()},
-        rewrites=tuple(map(str, entry["rewrites"])),
-        sensitivity_db={str(name): float(value) for name, value in entry["sensitivity_db"].items()},
-        attention={
-            name: AttentionQuant(**{part: Affine(**affine) for part, affine in header.items()})
-            for name, header in entry.get("attention", {}).items()
-        },
-    )
-
-
-def _layer_from_header(path: str, header: Any, tensor: Any) -> LayerQuant:
-    weight = tensor(f"{path}/weight")
-    if header["weight_bits"] <= 4:
-        weight = unpack_int4(weight, tuple(header["shape"]))
-    if list(weight.shape) != header["shape"]:
-        raise TableError(f"{path}: weight {list(weight.shape)} does not match {header['shape']}")
-    unknown = set(header["arrays"]) - set(OPTIONAL_ARRAYS)
-    if unknown:
-        raise TableError(f"{path}: this qdeploy knows no {', '.join(sorted(unknown))}")
-    return LayerQuant(
-        weight=weight,
-        weight_scale=tensor(f"{path}/weight_scale"),
-        weight_bits=header["weight_bits"],
-        input=Affine(**header["input"]),
-        output=None if header["output"] is None else Affine(**header["output"]),
-        passes=header["passes"],
-        symmetric_scale=header["symmetric_scale"],
-        first_token_float=header.get("first_token_float", False),
-        half_weight=tensor(f"{path}/{HALF_WEIGHT}") if header.get(HALF_WEIGHT, False) else None,
-        **{name: tensor(f"{path}/{name}") for name in header["arrays"]},
-    )

@@ -3,6 +3,9 @@
 Nothing that a document says is used before it has the type, range and size that its schema declares: a dataclass, a
 ``msgspec.Struct`` or a ``dict[str, ...]`` with ``Annotated[int, Meta(ge=1)]`` and the like. Files are read at the edge
 by :func:`read_bytes`; the functions on bytes are pure.
+
+A schema has no union of a fixed tuple with constrained text (``tuple[Short, Short] | Short``): msgspec 0.23 reads the
+constraint as the tuple's length and crashes.
 """
 
 from __future__ import annotations
@@ -125,9 +128,9 @@ def read_json_as(path: Path, schema: type[T], *, error: type[QdeployError], reme
     return parse_json(data, str(path), schema, error=error, remedy=remedy, **limits)
 
 
-def convert(value: Any, schema: type[T], allow_unknown: bool = False) -> T:
+def convert(value: Any, schema: type[T], allow_unknown: bool = False, allow_infinite: bool = False) -> T:
     """``value``, of plain objects and lists, as ``schema``; ValueError naming the field."""
-    _check_values(value)
+    _check_values(value, allow_infinite)
     try:
         converted = msgspec.convert(value, schema)
     except msgspec.ValidationError as exc:
@@ -181,10 +184,10 @@ def _check_yaml_events(data: bytes, max_depth: int) -> None:
             raise ValueError(f"it nests more than the {max_depth} deep that are allowed")
 
 
-def _check_values(document: Any) -> None:
+def _check_values(document: Any, allow_infinite: bool) -> None:
     """ValueError for what 64-bit numbers and text cannot hold: NaN, infinity, larger integers, lone surrogates."""
     for keys, value in _walk(document):
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not (math.isfinite(value) or allow_infinite):
             raise ValueError(f"{_format_path(keys)} is {value}, expected a finite number")
         if isinstance(value, int) and not INT_RANGE[0] <= value <= INT_RANGE[1]:
             raise ValueError(f"{_format_path(keys)} is an integer of more than 64 bits")

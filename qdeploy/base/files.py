@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qdeploy.base.documents import read_json_as
+from qdeploy.base.errors import QdeployError
+
 MAX_JSON_BYTES = 64 * 2**20  # far above any manifest or config; a guard against hostile files
 
 
@@ -67,7 +70,6 @@ def read_json(path: Path) -> Any:
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON object in a state file of ours; empty where there is no readable one."""
     try:
-        state = read_json(path)
-    except (OSError, ValueError, RecursionError):
+        return read_json_as(path, dict[str, Any], error=QdeployError)
+    except QdeployError:
         return {}
-    return state if isinstance(state, dict) else {}

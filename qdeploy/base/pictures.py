@@ -15,6 +15,7 @@ from typing import Protocol
 from PIL import Image
 
 from qdeploy.base.errors import PictureError, UsageError
+from qdeploy.base.lmdb_file import check_lmdb_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -71,6 +72,7 @@ class LmdbPictures:
             raise UsageError(f"{data} is an lmdb; to read it run `pip install 'qdeploy[lsun]'`") from exc
         if not (data / LMDB_FILE).resolve().is_relative_to(data.resolve()):
             raise PictureError(f"{data / LMDB_FILE} is a link out of its folder; copy the file itself there")
+        check_lmdb_file(data / LMDB_FILE)
         self._data = data
         self._lmdb = lmdb
         with self._open() as environment:

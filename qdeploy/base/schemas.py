@@ -66,6 +66,8 @@ def _format_mismatch(path: str, value: Any, schema: Any, message: str) -> str:
         return f"{place} has no field `{missing[1]}`"
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
         return f"{_quote_path(f'{path}.{unknown[1]}')} is a field that this qdeploy does not know"
+    if named := re.fullmatch(r"Invalid value '(.*)'", reason):
+        return f"{place} is of the type {named[1][:MAX_SHOWN]!r}, which is not one that this qdeploy reads"
     member = _choose_member(value, schema)
     if get_origin(member) is Literal:
         return f"{place} is {format_value(value)}, expected one of {', '.join(map(str, get_args(member)))}"
@@ -93,9 +95,9 @@ def _list_children(value: Any, schema: Any) -> Iterator[tuple[str, Any, Any]]:
     fields, arguments = _get_fields(schema), get_args(schema)
     if isinstance(value, dict) and fields is not None:
         yield from ((f".{key}", item, fields[key]) for key, item in value.items() if key in fields)
-    elif isinstance(value, dict) and len(arguments) == 2:
+    elif isinstance(value, dict) and get_origin(schema) in (dict, Mapping):
         yield from ((f".{key}", item, arguments[1]) for key, item in value.items())
-    elif isinstance(value, list) and arguments:
+    elif isinstance(value, list) and get_origin(schema) in (list, tuple, Sequence):
         is_fixed = get_origin(schema) is tuple and arguments[-1] is not Ellipsis
         kinds = arguments if is_fixed else (arguments[0],) * len(value)
         yield from ((f"[{n}]", item, kind) for n, (item, kind) in enumerate(zip(value, kinds, strict=False)))
@@ -114,15 +116,25 @@ def _choose_member(value: Any, schema: Any) -> Any:
 def _has_shape(value: Any, schema: Any) -> bool:
     origin = get_origin(schema) or schema
     if isinstance(value, dict):
-        return _get_fields(schema) is not None or origin in (dict, Mapping)
+        return _has_tag(value, schema) or origin in (dict, Mapping)
     if isinstance(value, list):
         return origin in (list, tuple, Sequence)
     return origin is Literal and isinstance(value, str)
 
 
+def _has_tag(value: dict[str, Any], schema: Any) -> bool:
+    """Whether ``schema`` is a class that may be meant: of tagged ones the one that the value names."""
+    tag = schema.__struct_config__.tag if _is_struct(schema) else None
+    return _get_fields(schema) is not None and (tag is None or value.get(schema.__struct_config__.tag_field) == tag)
+
+
+def _is_struct(schema: Any) -> bool:
+    return isinstance(schema, type) and issubclass(schema, msgspec.Struct)
+
+
 def _get_fields(schema: Any) -> dict[str, Any] | None:
     """Names and types of a dataclass' or Struct's fields; None for another type."""
-    is_class = isinstance(schema, type) and (is_dataclass(schema) or issubclass(schema, msgspec.Struct))
+    is_class = isinstance(schema, type) and (is_dataclass(schema) or _is_struct(schema))
     return _resolve_fields(schema) if is_class else None
 
 
@@ -130,4 +142,5 @@ def _get_fields(schema: Any) -> dict[str, Any] | None:
 def _resolve_fields(schema: type) -> dict[str, Any]:
     names: Iterable[str] = getattr(schema, "__dataclass_fields__", ()) or getattr(schema, "__struct_fields__", ())
     hints = get_type_hints(schema, include_extras=True)
-    return {name: hints[name] for name in names}
+    tag_field = schema.__struct_config__.tag_field if _is_struct(schema) else None  # type: ignore[attr-defined]
+    return {name: hints[name] for name in names} | ({} if tag_field is None else {tag_field: str})

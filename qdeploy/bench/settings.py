@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qdeploy.base.errors import UsageError
 
+MAX_COUNT = 10**6  # of rounds, pictures, steps
+
 
 @dataclass(frozen=True)
 class BenchSettings:
@@ -38,8 +40,10 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("pictures", 0), ("warmup", 1), ("fresh_starts", 0), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least {least}")
+            if not least <= getattr(self, name) <= MAX_COUNT:
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected {least} to {MAX_COUNT}"
+                )
         if any(level < 1 for level in self.concurrency):
             raise UsageError(f"--concurrency: got {min(self.concurrency)}, expected at least 1")
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
+
+from qdeploy.base.documents import Natural, Positive, Share, parse_json, read_bytes
 from qdeploy.base.errors import UsageError
-from qdeploy.base.files import read_json, stage_file
-from qdeploy.bench.results import STAGES, BenchRun, ContenderResult, FreshStart, StageSamples
+from qdeploy.base.files import stage_file
+from qdeploy.bench.results import BenchRun, ContenderResult, FreshStart, StageSamples
 from qdeploy.bench.settings import BenchSettings
 from qdeploy.reporting.fidelity import Fidelity
 
 SCHEMA = "qdeploy bench"
 SCHEMA_VERSION = 1
-MAX_SAMPLES, MAX_CONTENDERS, MAX_TEXT = 100_000, 100, 1000
+MAX_SAMPLES, MAX_CONTENDERS, MAX_BYTES = 100_000, 100, 64 * 2**20
+WHAT = "is not a measurement of `qdeploy bench --json`"
 
 
 def write_bench_run(path: Path, run: BenchRun) -> None:
@@ -32,74 +36,105 @@ def write_bench_run(path: Path, run: BenchRun) -> None:
 
 def read_bench_run(path: Path) -> BenchRun:
     """The measurement in ``path``; UsageError saying what is wrong with another file."""
+    remedy = "measure again"
+    data = read_bytes(path, error=UsageError, remedy=remedy, max_bytes=MAX_BYTES)
+    document = parse_json(data, f"{path} {WHAT}", RunDocument, error=UsageError, remedy=remedy, max_bytes=MAX_BYTES)
     try:
-        return _run_from_document(read_json(path))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError) as exc:
-        problem = f"no {exc}" if isinstance(exc, KeyError) else str(exc)
-        raise UsageError(f"{path} is not a measurement of `qdeploy bench --json`: {problem}; measure again") from exc
+        return document.run
+    except ValueError as exc:
+        raise UsageError(f"{path} {WHAT}: {exc}; {remedy}") from exc
 
 
-def _run_from_document(document: Mapping[str, Any]) -> BenchRun:
-    if document["schema"] != SCHEMA or document["schema_version"] != SCHEMA_VERSION:
-        schema = f"{str(document['schema'])[:40]!r} {str(document['schema_version'])[:10]}"
-        raise ValueError(f"its schema is {schema}, this qdeploy reads {SCHEMA!r} {SCHEMA_VERSION}")
-    settings = dict(document["settings"])
-    settings |= {name: tuple(settings[name]) for name in ("concurrency", "compared")}
-    contenders = _check_list(document["contenders"], _contender_from_document, MAX_CONTENDERS)
-    if not contenders:
-        raise ValueError("it holds no contenders")
-    if len({contender.key for contender in contenders}) < len(contenders):
-        raise ValueError("two of its contenders are one bundle on one engine")
-    return BenchRun(
-        settings=BenchSettings(**settings),
-        environment={_check_text(name): _check_text(value) for name, value in document["environment"].items()},
-        started=_check_text(document["started"]),
-        contenders=contenders,
-        complete=document["complete"] is True,
-    )
+Text = Annotated[str, Meta(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Milliseconds = Annotated[list[Positive], Meta(max_length=MAX_SAMPLES)]
+Level = Annotated[str, Meta(pattern="^[1-9][0-9]{0,4}$")]  # of concurrency
 
 
-def _contender_from_document(entry: Mapping[str, Any]) -> ContenderResult:
-    stages = {name: values for name, values in entry["samples"].items() if name in STAGES}
-    fidelity = entry["fidelity"]
-    return ContenderResult(
-        **{name: _check_text(entry[name]) for name in ("name", "bundle", "engine", "precision")},
-        size_bytes=_check_count(entry["size_bytes"]),
-        integer_mac_share=_check_number(entry["integer_mac_share"]),
-        bundle_sha256=_check_text(entry["bundle_sha256"]),
-        model_sha256=_check_text(entry["model_sha256"]),
-        samples={
-            name: StageSamples(
-                _check_list(values["warmup_ms"], _check_positive), _check_list(values["steady_ms"], _check_positive)
-            )
-            for name, values in stages.items()
-        },
-        pictures_per_s={
-            int(level): _check_list(values, _check_positive) for level, values in entry["pictures_per_s"].items()
-        },
-        fresh_starts=_check_list(entry["fresh_starts"], _fresh_start_from_document),
-        fidelity=None if fidelity is None else _fidelity_from_document(fidelity),
-    )
+@dataclass(frozen=True)
+class StageDocument:
+    """One stage's samples."""
+
+    warmup_ms: Milliseconds
+    steady_ms: Milliseconds
 
 
-def _fresh_start_from_document(entry: Mapping[str, Any]) -> FreshStart:
-    read, device = entry["read_bytes"], entry["device_peak_bytes"]
-    return FreshStart(
-        dropped=entry["dropped"] is True,
-        load_ms=_check_positive(entry["load_ms"]),
-        read_bytes=None if read is None else _check_count(read),
-        peak_bytes=_check_count(entry["peak_bytes"]),
-        device_peak_bytes=None if device is None else _check_count(device),
-    )
+@dataclass(frozen=True)
+class FreshStartDocument:
+    """One new process."""
+
+    dropped: bool
+    load_ms: Positive
+    read_bytes: Natural | None
+    peak_bytes: Natural
+    device_peak_bytes: Natural | None = None
 
 
-def _fidelity_from_document(entry: Mapping[str, Any]) -> Fidelity:
-    return Fidelity(
-        step_sqnr_db=tuple(_check_list(entry["step_sqnr_db"], _decibels_from_json)),
-        timesteps=tuple(_check_list(entry["timesteps"], _check_count)),
-        image_psnr_db=_decibels_from_json(entry["image_psnr_db"]),
-        latent_psnr_db=_decibels_from_json(entry["latent_psnr_db"]),
-    )
+@dataclass(frozen=True)
+class FidelityDocument:
+    """A comparison; null is infinite."""
+
+    step_sqnr_db: Annotated[list[float | None], Meta(max_length=MAX_SAMPLES)]
+    timesteps: Annotated[list[Natural], Meta(max_length=MAX_SAMPLES)]
+    image_psnr_db: float | None
+    latent_psnr_db: float | None
+
+    @property
+    def fidelity(self) -> Fidelity:
+        image, latent, *steps = (
+            math.inf if db is None else db for db in (self.image_psnr_db, self.latent_psnr_db, *self.step_sqnr_db)
+        )
+        return Fidelity(tuple(steps), tuple(self.timesteps), image, latent)
+
+
+@dataclass(frozen=True)
+class ContenderDocument:
+    """One contender."""
+
+    name: Text
+    bundle: Text
+    engine: Text
+    precision: Text
+    size_bytes: Natural
+    integer_mac_share: Share
+    bundle_sha256: Text
+    model_sha256: Text
+    samples: Mapping[Literal["text encoder", "unet step", "vae decode", "picture"], StageDocument]
+    pictures_per_s: Mapping[Level, Milliseconds]
+    fresh_starts: Annotated[list[FreshStartDocument], Meta(max_length=MAX_SAMPLES)]
+    fidelity: FidelityDocument | None
+
+    @property
+    def result(self) -> ContenderResult:
+        own = {name: getattr(self, name) for name in (
+            "name", "bundle", "engine", "precision", "size_bytes", "integer_mac_share", "bundle_sha256", "model_sha256"
+        )}  # fmt: skip
+        return ContenderResult(
+            **own,
+            samples={name: StageSamples(stage.warmup_ms, stage.steady_ms) for name, stage in self.samples.items()},
+            pictures_per_s={int(level): rates for level, rates in self.pictures_per_s.items()},
+            fresh_starts=[FreshStart(**asdict(start)) for start in self.fresh_starts],
+            fidelity=None if self.fidelity is None else self.fidelity.fidelity,
+        )
+
+
+@dataclass(frozen=True)
+class RunDocument:
+    """The whole file."""
+
+    schema: Literal["qdeploy bench"]
+    schema_version: Literal[1]
+    settings: BenchSettings
+    environment: Annotated[Mapping[Text, Text], Meta(max_length=1000)]
+    started: Text
+    contenders: Annotated[list[ContenderDocument], Meta(min_length=1, max_length=MAX_CONTENDERS)]
+    complete: bool
+
+    @property
+    def run(self) -> BenchRun:
+        contenders = [contender.result for contender in self.contenders]
+        if len({contender.key for contender in contenders}) < len(contenders):
+            raise ValueError("two of its contenders are one bundle on one engine")
+        return BenchRun(self.settings, dict(self.environment), self.started, contenders, self.complete)
 
 
 def _replace_infinity(value: Any) -> Any:
@@ -109,37 +144,3 @@ def _replace_infinity(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_replace_infinity(part) for part in value]
     return None if isinstance(value, float) and math.isinf(value) else value
-
-
-def _check_list(values: Any, read: Callable[[Any], Any], limit: int = MAX_SAMPLES) -> list[Any]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) > limit:
-        raise ValueError(f"expected a list of at most {limit}, got {str(values)[:40]}")
-    return [read(value) for value in values]
-
-
-def _check_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"expected a finite number, got {str(value)[:40]!r}")
-    return float(value)
-
-
-def _check_positive(value: Any) -> float:
-    if _check_number(value) <= 0:
-        raise ValueError(f"expected a number above 0, got {value}")
-    return float(value)
-
-
-def _check_count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"expected a whole number, got {str(value)[:40]!r}")
-    return value
-
-
-def _decibels_from_json(value: Any) -> float:
-    return math.inf if value is None else _check_number(value)
-
-
-def _check_text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError(f"expected a printable text of at most {MAX_TEXT} characters, got {str(value)[:40]!r}")
-    return value

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qdeploy.base.files import read_json, stage_file
+from qdeploy.base.files import read_state, stage_file
 
 KEY = "key.json"
 
@@ -66,10 +66,7 @@ def batch_path(folder: Path, number: int) -> Path:
 
 
 def _read_key(folder: Path) -> Any:
-    try:
-        return read_json(folder / KEY)
-    except (OSError, ValueError):
-        return None
+    return read_state(folder / KEY) or None
 
 
 def _remove_batches(folder: Path) -> None:

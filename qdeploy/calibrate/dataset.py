@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.base.errors import CalibrationError
+from qdeploy.base.documents import parse_json
+from qdeploy.base.errors import CalibrationError, join_names
 from qdeploy.base.files import stage_file
 
 SCHEMA_VERSION = 1
@@ -19,6 +20,9 @@ BATCH_LATENT_PIXELS = (
     2**13
 )  # of a batch; half of it for the decoder, whose maps are largest: one Stable Diffusion picture
 MAX_ROWS = 16
+
+MAX_TIMESTEP = 2**20  # schedulers are trained on 1000
+REMEDY = "make it again with `qdeploy calibrate`"
 
 Feeds = Mapping[str, Tensor]  # a component's inputs by name
 
@@ -141,21 +145,35 @@ def load_calibration(path: Path) -> CalibrationSet:
 
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["qdeploy_calibration"])
-            if header["schema_version"] != SCHEMA_VERSION:
-                raise CalibrationError(
-                    f"{path} has calibration schema {header['schema_version']}, this qdeploy reads {SCHEMA_VERSION}"
-                )
+            header = _parse_header((file.metadata() or {})["qdeploy_calibration"], path)
+            unknown = sorted(set(file.keys()) - {*REQUIRED, *OPTIONAL})
+            if unknown:
+                raise ValueError(f"it holds tensors that no set has: {join_names(unknown)}")
             present = [*REQUIRED, *(name for name in OPTIONAL if name in file.keys())]  # noqa: SIM118 - not a dict
             calibration = CalibrationSet(
-                **{name: file.get_tensor(name) for name in present}, provenance=dict(header["provenance"])
+                **{name: file.get_tensor(name) for name in present}, provenance=header.provenance
             )
         _check_tensors(calibration)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
-        raise CalibrationError(
-            f"{path} is not a readable calibration set ({exc}); make it again with `qdeploy calibrate`"
-        ) from exc
+        raise CalibrationError(f"{path} is not a readable calibration set ({exc}); {REMEDY}") from exc
     return calibration
+
+
+@dataclass(frozen=True)
+class CalibrationHeader:
+    """The JSON document in the file's header."""
+
+    schema_version: int
+    provenance: Mapping[str, Any]
+
+
+def _parse_header(text: str, path: Path) -> CalibrationHeader:
+    header = parse_json(text.encode(), str(path), CalibrationHeader, error=CalibrationError, remedy=REMEDY)
+    if header.schema_version != SCHEMA_VERSION:
+        raise CalibrationError(
+            f"{path} has calibration schema {header.schema_version}, this qdeploy reads {SCHEMA_VERSION}"
+        )
+    return header
 
 
 def check_shapes(
@@ -171,10 +189,32 @@ def check_shapes(
             f"calibration set was recorded for latents {list(shapes[0])} and {_format_text_shape(shapes[1])}, the "
             f"model has {list(latent_shape)} and {_format_text_shape(context_shape)}; calibrate this model"
         )
+    if calibration.latents is not None and tuple(calibration.latents.shape[1:]) != latent_shape:
+        raise CalibrationError(
+            f"calibration set holds decoder latents {list(calibration.latents.shape[1:])}, the model has "
+            f"{list(latent_shape)}; calibrate this model"
+        )
     for name in ("sample", "contexts", "latents"):
         tensor = getattr(calibration, name)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise CalibrationError(f"calibration set holds NaN or infinity in {name!r}; calibrate again")
+
+
+def check_numbers(calibration: CalibrationSet, train_steps: int, vocabulary: int) -> None:
+    """CalibrationError for timesteps that the model was not trained on, or tokens that it has no row for.
+
+    vocabulary: rows of the text encoder's embedding, 0 without one.
+    """
+    for name, numbers, end in (("timestep", calibration.timestep, train_steps), ("input_ids", calibration.input_ids,
+                                                                                 vocabulary)):  # fmt: skip
+        if numbers is None or not numbers.numel():
+            continue
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0 or high >= end:
+            raise CalibrationError(
+                f"calibration set holds `{name}` {low if low < 0 else high}, expected 0 to {end - 1} of this model; "
+                "calibrate this model"
+            )
 
 
 def check_model(calibration: CalibrationSet, model_sha256: str) -> None:
@@ -210,6 +250,11 @@ def _check_tensors(calibration: CalibrationSet) -> None:
     samples, contexts, prompt = len(calibration.sample), calibration.contexts, calibration.prompt
     if samples == 0 or len(calibration.timestep) != samples:
         raise ValueError(f"{samples} samples but {len(calibration.timestep)} timesteps")
+    if calibration.timestep.min() < 0 or calibration.timestep.max() >= MAX_TIMESTEP:
+        low, high = int(calibration.timestep.min()), int(calibration.timestep.max())
+        raise ValueError(f"`timestep` holds {low if low < 0 else high}, expected 0 to {MAX_TIMESTEP - 1}")
+    if calibration.input_ids is not None and calibration.input_ids.numel() and calibration.input_ids.min() < 0:
+        raise ValueError(f"`input_ids` holds {int(calibration.input_ids.min())}, expected tokens from 0 up")
     if contexts is None or prompt is None:
         if contexts is not None or prompt is not None or calibration.input_ids is not None:
             raise ValueError("`prompt`, `contexts` and `input_ids` go together")

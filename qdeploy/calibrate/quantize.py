@@ -19,7 +19,7 @@ from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.calibrate.allocate.knapsack import WIDTHS, allocate_widths, check_budget, move_layers_to_float
 from qdeploy.calibrate.allocate.sensitivity import measure_sensitivity
-from qdeploy.calibrate.dataset import CalibrationSet, check_model, check_shapes
+from qdeploy.calibrate.dataset import CalibrationSet, check_model, check_numbers, check_shapes
 from qdeploy.calibrate.noise_correction import measure_noise_correction
 from qdeploy.calibrate.ranges.attention import observe_attention
 from qdeploy.calibrate.ranges.equalize import search_ratio
@@ -42,6 +42,7 @@ from qdeploy.calibrate.spec import READ_TEXT, QuantSpec
 from qdeploy.models.components import LayerCall, TorchComponent, trace_layers
 from qdeploy.models.rewrites import apply_rewrite, copy_module
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.simulate.compare import measure_sqnr
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import CALIBRATION_NUMERICS
 
@@ -64,6 +65,7 @@ def quantize_model(
     """
     check_shapes(calibration, model.latents.shape, model.context_shape)
     check_model(calibration, model.sha256)
+    check_numbers(calibration, int(model.scheduler_config.get("num_train_timesteps", 1000)), model.vocabulary)
     names = [name for name in spec.components if calibration.count(name)]
     components = {name: quantize_component(model, name, calibration, spec, on_progress, work) for name in names}
     provenance = {
@@ -74,11 +76,21 @@ def quantize_model(
         "calibration": dict(calibration.provenance),
     }
     probes = {name: choose_probes(calibration, name) for name in names}
+    components = {name: record_sqnr(model, name, quant, probes[name]) for name, quant in components.items()}
     correction = None
     if spec.noise_correction and "unet" in components:
         simulator = build_simulator(model.unet, components["unet"], CALIBRATION_NUMERICS)
         correction = measure_noise_correction(model.unet, simulator, calibration, on_progress)
     return QuantTable(components, model.source, model.sha256, provenance, probes, correction)
+
+
+def record_sqnr(
+    model: LatentDiffusion, name: str, quant: ComponentQuant, probes: Sequence[Mapping[str, NDArray]]
+) -> ComponentQuant:
+    """``quant`` with the SQNR that it has on its probes now; an export that has much less is refused."""
+    component = model.component(name)
+    simulator = build_simulator(component, quant, CALIBRATION_NUMERICS)
+    return replace(quant, simulator_sqnr_db=measure_sqnr(component, simulator, probes))
 
 
 def choose_probes(calibration: CalibrationSet, component: str) -> list[dict[str, NDArray]]:

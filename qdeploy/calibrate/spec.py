@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -52,8 +53,8 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "samples", "batch", "cache_gb"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"reconstruction {name}: got {getattr(self, name)}, expected more than 0")
+            if not 0 < getattr(self, name) < math.inf:  # NaN too, which no comparison would ever stop
+                raise UsageError(f"reconstruction {name}: got {getattr(self, name)}, expected a number above 0")
 
 
 EFFORTS = {
@@ -107,8 +108,8 @@ class QuantSpec:
             raise UsageError(f"share of MACs in float: got {self.float_macs}, expected 0 or more and less than 1")
         if self.attention_bits not in ATTENTION_BITS:
             raise UsageError(f"attention bits: got {self.attention_bits}, expected 0 (float), 8 or 16")
-        if self.max_mb is not None and self.max_mb <= 0:
-            raise UsageError(f"--max-mb: got {self.max_mb:g}, expected more than 0")
+        if self.max_mb is not None and not 0 < self.max_mb < math.inf:
+            raise UsageError(f"--max-mb: got {self.max_mb:g}, expected a number above 0")
         if self.max_mb is not None and self.float_macs:
             raise UsageError("--max-mb and --float-macs spend the same sensitivities in two ways; give one of them")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,18 +48,28 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Weight codes up to ±127 where CPU targets take those within ±64: slow or refused on CPUs without VNNI.",
 )
+@click.option(
+    "--min-sqnr",
+    "min_sqnr_db",
+    type=float,
+    metavar="DB",
+    help="Least SQNR against the float model that a quantized component is exported with. Default: 20 dB less than its "
+    "table had when it was made, and 3 at least.",
+)
 @add_model_options
 @click.pass_obj
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
-    dynamic: str | None, build: bool, profile: str | None, full_range: bool, model_options: ModelOptions,
+    dynamic: str | None, build: bool, profile: str | None, full_range: bool, min_sqnr_db: float | None,
+    model_options: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
     A quantized export is gated: every layer of the table must run as an integer kernel, and the
-    engine must agree with the simulator on recorded inputs. Where a target's engine does not run (no
-    NVIDIA GPU), ONNX Runtime's CPU provider computes its graphs in the gate; TensorRT-RTX, where it
-    is installed, builds those of tensorrt, which needs no GPU.
+    engine must agree with the simulator on recorded inputs; a component whose output is mostly error
+    is refused (--min-sqnr). Where a target's engine does not run (no NVIDIA GPU), ONNX Runtime's CPU
+    provider computes its graphs in the gate; TensorRT-RTX, where it is installed, builds those of
+    tensorrt, which needs no GPU.
 
     Native TensorRT builds an engine when a graph is first loaded, in minutes, and keeps it in the
     user's cache; --build puts it into the bundle instead, for GPUs and TensorRT of this machine's kind.
@@ -79,6 +90,8 @@ def export(
     from qdeploy.inspection.describe import format_gate
     from qdeploy.models.source import load_model
 
+    if min_sqnr_db is not None and not math.isfinite(min_sqnr_db):
+        raise UsageError(f"--min-sqnr: got {min_sqnr_db}, expected a number of decibels")
     open_dims = OpenDims.from_text(dynamic)
     chosen = load_target(target).in_full_range() if full_range else load_target(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
@@ -93,7 +106,7 @@ def export(
     with show_progress(show) as on_progress:
         manifest = export_bundle(
             loaded, table, chosen, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
-            build=build,
+            build=build, min_sqnr_db=min_sqnr_db,
         )  # fmt: skip
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qdeploy.artifacts.bundle import Manifest
+from qdeploy.base.documents import convert, parse_json, read_bytes
 from qdeploy.base.errors import PictureError
-from qdeploy.base.files import read_json, stage_file
+from qdeploy.base.files import stage_file
 from qdeploy.evaluate.extractors import ExtractorInfo
 
 SCHEMA_VERSION = 2
+MAX_BYTES = 64 * 2**20  # figures of each of 50,000 pictures take a few
 BASELINE, WITHOUT, WITH = "baseline", "W/O", "W"  # names of the experiments for how a bundle was calibrated
 FLOAT = "W32A32"
 
@@ -120,28 +122,18 @@ def write_result(path: Path, result: EvaluationResult) -> None:
 
 def read_result(path: Path) -> EvaluationResult:
     """The result in the file at ``path``; PictureError for another file."""
+    remedy, what = "make it again", f"{path} is no result of `qdeploy evaluate`"
+    data = read_bytes(path, error=PictureError, remedy=remedy, max_bytes=MAX_BYTES)
+    document = parse_json(data, what, dict[str, Any], error=PictureError, remedy=remedy, max_bytes=MAX_BYTES)
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise PictureError(f"{path} has schema {document.get('schema_version')!r}, this qdeploy reads {SCHEMA_VERSION}")
     try:
-        document = _restore_numbers(read_json(path))
-        if document["schema_version"] != SCHEMA_VERSION:
-            raise PictureError(f"{path} has schema {document['schema_version']!r}, this qdeploy reads {SCHEMA_VERSION}")
-        reference, extractor = document.pop("reference"), document.pop("extractor")
-        contenders = tuple(
-            BundleResult(
-                **{
-                    **entry,
-                    "comparison": None if entry["comparison"] is None else ReferenceComparison(**entry["comparison"]),
-                }
-            )
-            for entry in document.pop("contenders")
-        )
-        return EvaluationResult(
-            reference=None if reference is None else Reference(**reference),
-            extractor=None if extractor is None else ExtractorInfo(**extractor),
-            contenders=contenders,
-            **document,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise PictureError(f"{path} is no result of `qdeploy evaluate` ({exc!r}); make it again") from exc
+        result = convert(_restore_numbers(document), EvaluationResult, allow_infinite=True)
+    except ValueError as exc:
+        raise PictureError(f"{what}: {exc}; {remedy}") from exc
+    return replace(result, settings=_freeze_lists(result.settings), contenders=tuple(
+        replace(entry, provenance=_freeze_lists(entry.provenance)) for entry in result.contenders
+    ))  # fmt: skip
 
 
 def _replace_nonfinite(value: Any) -> Any:
@@ -154,9 +146,16 @@ def _replace_nonfinite(value: Any) -> Any:
 
 
 def _restore_numbers(value: Any) -> Any:
-    """The way back, lists as tuples."""
+    """The way back."""
     if isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     if isinstance(value, Mapping):
         return {key: _restore_numbers(item) for key, item in value.items()}
-    return tuple(_restore_numbers(item) for item in value) if isinstance(value, list) else value
+    return [_restore_numbers(item) for item in value] if isinstance(value, list) else value
+
+
+def _freeze_lists(value: Any) -> Any:
+    """Lists as the tuples that were written, where the schema leaves the type open."""
+    if isinstance(value, Mapping):
+        return {key: _freeze_lists(item) for key, item in value.items()}
+    return tuple(_freeze_lists(item) for item in value) if isinstance(value, list) else value

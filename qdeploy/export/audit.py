@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
+from qdeploy.artifacts.graph_file import read_graph_file
 from qdeploy.artifacts.table import ComponentQuant
 from qdeploy.base.errors import AuditError, ExportError, join_names
 from qdeploy.engines.base import EngineOptions, Kernel, load_engine
@@ -120,7 +121,7 @@ def audit_graph(
         for name in kernel.constants:
             by_constant.setdefault(name, []).append(kernel)
     findings = []
-    for product in find_products(ir.load(path)):
+    for product in find_products(load_graph(path)):
         ran = by_name.get(product.name) or by_name.get(product.output) or find_kernels(product, by_constant)
         slowest = next((kernel for kernel in ran if not kernel.integer), ran[0] if ran else None)
         op_type = "" if slowest is None else slowest.op_type
@@ -129,9 +130,19 @@ def audit_graph(
     return Audit(tuple(findings), tuple(kernels))
 
 
+def load_graph(path: Path) -> ir.Model:
+    """The graph in the file at ``path``; ExportError where there is none."""
+    try:
+        read_graph_file(path)
+        return ir.load(path)
+    except Exception as exc:  # a garbage file may fail anywhere in protobuf or onnx-ir
+        reason = (str(exc) or type(exc).__name__).splitlines()[0]
+        raise ExportError(f"{path} is not a readable ONNX graph ({reason[:200]}); get the file again") from exc
+
+
 def audit_file(path: Path) -> Audit:
     """The audit of the file at ``path`` without an engine: a product of two DequantizeLinear counts as integer."""
-    products = find_products(ir.load(path))
+    products = find_products(load_graph(path))
     return Audit(
         tuple(Finding(product.name, "QDQ", product.macs, product.quantized, product.quantized) for product in products),
         (),

@@ -36,7 +36,7 @@ from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC, OpenDims
-from qdeploy.export.parity import ExpectedOutputs, compute_expected, measure_parity
+from qdeploy.export.parity import ExpectedOutputs, choose_least_sqnr, compute_expected, measure_parity
 from qdeploy.export.plans import check_buildable, check_profile, grid_from_model
 from qdeploy.export.release import release_memory
 from qdeploy.models.source import LatentDiffusion
@@ -59,12 +59,14 @@ def export_bundle(
     open_dims: OpenDims = STATIC,
     sizes: ProfileSizes | None = None,
     build: bool = False,
+    min_sqnr_db: float | None = None,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
     ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``open_dims`` says which
     dimensions the graphs leave open, and ``sizes`` TensorRT's profile of those. ``build`` adds TensorRT's engines for
-    this machine's GPU. ``out`` appears only when everything, gates included, has passed. Raises ExportError
+    this machine's GPU. ``min_sqnr_db`` replaces the least SQNR of a quantized component that the gate asks for.
+    ``out`` appears only when everything, gates included, has passed. Raises ExportError
     (AuditError, ParityError) and TableError, and EngineUnavailableError at once where engines cannot be built here.
     """
     target.check_open_dims(open_dims.names)
@@ -75,6 +77,7 @@ def export_bundle(
     target.check_precision(precision)
     if table is not None:
         check_weights(table, model)
+        check_probes(table, model)
         check_exportable(table)
     names = (*model.components, *([VAE_ENCODER.name] if with_encoder else []))
     with stage_folder(out) as folder:
@@ -83,7 +86,9 @@ def export_bundle(
             on_progress(f"export: {target.name} {precision}", done, len(names))
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
-            infos[name] = export_component(model, name, quant, probes, target, folder / name, open_dims, sizes)
+            infos[name] = export_component(
+                model, name, quant, probes, target, folder / name, open_dims, sizes, min_sqnr_db
+            )
         if build and target.plans is not None:
             target.plans.build([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
@@ -115,6 +120,7 @@ def export_component(
     folder: Path,
     open_dims: OpenDims = STATIC,
     sizes: ProfileSizes | None = None,
+    min_sqnr_db: float | None = None,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
@@ -155,7 +161,8 @@ def export_component(
     expected = [compute_expected(float_component, component, probes) for probes in feed_sets]
     del component
     release_memory()  # the simulator's memory, before the engine needs as much
-    return check_parity(info, path, target, quant is not None, expected)
+    least_db = None if quant is None else choose_least_sqnr(quant.simulator_sqnr_db, min_sqnr_db)
+    return check_parity(info, path, target, least_db, expected)
 
 
 def choose_stand_in(target: Target) -> str | None:
@@ -179,9 +186,11 @@ def run_audit(info: ComponentInfo, path: Path, target: Target, quant: ComponentQ
 
 
 def check_parity(
-    info: ComponentInfo, path: Path, target: Target, is_quantized: bool, expected: Sequence[ExpectedOutputs]
+    info: ComponentInfo, path: Path, target: Target, least_db: float | None, expected: Sequence[ExpectedOutputs]
 ) -> ComponentInfo:
     """``info`` with the engine's distance from simulator and float model; ParityError where it is too large.
+
+    least_db: of the simulator against the float model; None for a float graph.
 
     Every one of ``expected``, of a shape each, must pass; the manifest records the first one.
     """
@@ -196,11 +205,12 @@ def check_parity(
         session.close()
     name = path.parent.name
     for parity in parities:
-        if is_quantized:
+        if least_db is not None:
+            parity.check_quality(name, least_db)
             parity.check(name, target.parity)
         else:
             parity.check_float(name, target.numerics.float_type, target.parity)
-    if not is_quantized:
+    if least_db is None:
         return replace(info, engine_sqnr_db=parities[0].engine_db)
     return replace(
         info,
@@ -219,6 +229,24 @@ def check_weights(table: QuantTable, model: LatentDiffusion) -> None:
             f"the table was made for other weights than {model.source} holds now{fused}; load the same model "
             "or quantize this one again"
         )
+
+
+def check_probes(table: QuantTable, model: LatentDiffusion) -> None:
+    """TableError unless every component has recorded inputs, of the model's names, types and shapes, for the gate."""
+    for name in table.components:
+        probes = table.probes.get(name)
+        if not probes:
+            raise TableError(f"the table holds no probes for {name}; make it again with `qdeploy quantize`")
+        example = {key: value.numpy() for key, value in model.make_example(name, batch=1).items()}
+        expected = {key: (value.dtype, value.shape[1:]) for key, value in example.items()}
+        for probe in probes:
+            actual = {key: (value.dtype, value.shape[1:]) for key, value in probe.items()}
+            if actual != expected:
+                shown = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in probe.items())
+                raise TableError(
+                    f"the table's probes for {name} are {shown[:300]}, which this model does not take; make it again "
+                    "with `qdeploy quantize`"
+                )
 
 
 def check_exportable(table: QuantTable) -> None:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from qdeploy.base.errors import ParityError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.engines.base import Session
+from qdeploy.simulate.compare import Probes, compute_outputs
 from qdeploy.targets.base import ParityLimits
 
-Probes = Sequence[Mapping[str, NDArray]]
-MIN_VALUES = 1_000_000  # two pictures of 512 x 512, which take a decoder a minute; every probe of smaller outputs
+# The absolute side. An output of zeros is at 0 dB, an unrelated one of the same power at -3: below the floor the error
+# is more than half of the output's power, whatever the table says of itself.
+QUALITY_FLOOR_DB = 3.0
+# What a target may lose against the table's own simulation, which has neither signed codes nor a Q after convolutions:
+# that Q by itself cost 12 dB in a UNet of random weights.
+TARGET_LOSS_MAX_DB = 20.0
+CLEAR_DB = 60.0  # a component that had more was hardly quantized; it is not held to that
+
+
+def choose_least_sqnr(recorded_db: float | None, requested_db: float | None) -> float:
+    """Least SQNR in dB of a component that is exported: the user's, or by what the table's own probes gave."""
+    if requested_db is not None:
+        return requested_db
+    recorded = -math.inf if recorded_db is None else min(recorded_db, CLEAR_DB)
+    return max(QUALITY_FLOOR_DB, recorded - TARGET_LOSS_MAX_DB)
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,15 @@ class Parity:
                 f"and {engine_min_db:.1f} dB. Report the graph with this message"
             )
 
+    def check_quality(self, component: str, least_db: float) -> None:
+        """ParityError when the table itself is too far from the float model (NaN counts as too far)."""
+        if not self.simulator_db >= least_db:
+            raise ParityError(
+                f"{component}: as the table says it, its output is {self.simulator_db:.1f} dB from the float model's, "
+                f"expected at least {least_db:.1f} dB. The table is broken or too coarse: quantize again, with more "
+                f"bits or --adaround, or export it as it is with --min-sqnr {min(0.0, self.simulator_db) - 1:.0f}"
+            )
+
     def check_float(self, component: str, float_type: str, limits: ParityLimits) -> None:
         """ParityError when a float graph is further from the float32 model than rounding explains."""
         if not self.engine_db >= limits.float_min_db:
@@ -60,10 +83,10 @@ class ExpectedOutputs:
 
 def compute_expected(float_component: nn.Module, simulator: nn.Module, probes: Probes) -> ExpectedOutputs:
     """Run both on the probes, until there are enough output values; ``simulator`` may be ``float_component``."""
-    reference = _compute_outputs(float_component, probes)
+    reference = compute_outputs(float_component, probes)
     used = probes[: len(reference)]
     return ExpectedOutputs(
-        used, reference, reference if simulator is float_component else _compute_outputs(simulator, used)
+        used, reference, reference if simulator is float_component else compute_outputs(simulator, used)
     )
 
 
@@ -74,14 +97,3 @@ def measure_parity(expected: ExpectedOutputs, session: Session) -> Parity:
         np.concatenate(outputs) for outputs in (expected.reference, expected.simulator, engine)
     )
     return Parity(sqnr_db(simulator, engine_output), sqnr_db(reference, simulator), sqnr_db(reference, engine_output))
-
-
-def _compute_outputs(component: nn.Module, probes: Probes) -> list[NDArray[np.float32]]:
-    """Outputs for the first probes, as many as give MIN_VALUES."""
-    outputs: list[NDArray[np.float32]] = []
-    with torch.no_grad():
-        for feeds in probes:
-            if sum(output.size for output in outputs) >= MIN_VALUES:
-                break
-            outputs.append(component(**{name: torch.from_numpy(np.asarray(x)) for name, x in feeds.items()}).numpy())
-    return outputs

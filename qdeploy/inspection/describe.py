@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from qdeploy.artifacts.bundle import MANIFEST, ComponentInfo, open_bundle
+from qdeploy.artifacts.graph_file import read_graph_file
 from qdeploy.artifacts.table import QuantTable, load_table
 from qdeploy.base.errors import UsageError
 from qdeploy.inspection.table import FactRows, describe_table, format_widths
@@ -27,8 +28,11 @@ def describe(path: str, show_all: bool = False) -> FactRows:
         return describe_calibration(Path(path))
     if Path(path).is_file() and is_checkpoint(path):
         return describe_single_file(Path(path))
+    if Path(path).is_file() and Path(path).suffix == ".onnx":
+        return describe_graph(Path(path))
     raise UsageError(
-        f"{path} is neither a model folder or checkpoint file, builtin:NAME, a calibration set, a table nor a bundle"
+        f"{path} is neither a model folder or checkpoint file, builtin:NAME, a calibration set, a table, a bundle nor "
+        "an ONNX graph"
     )
 
 
@@ -100,6 +104,21 @@ def format_gate(info: ComponentInfo) -> list[str]:
     texts += [f"SQNR {', '.join(measured)}"] if measured else []
     texts += [f"computed by {ran} instead of the engine"] if measured and info.parity_engine is not None else []
     return texts + ([info.acceptance] if info.acceptance else [])
+
+
+def describe_graph(path: Path) -> FactRows:
+    """An ONNX file's signature; what it computes is for ``--audit``."""
+    try:
+        graph = read_graph_file(path)
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"{path} is not a readable ONNX graph ({exc}); get the file again") from exc
+    tensors = {**graph.inputs, **graph.outputs}
+    return [
+        ("graph", str(path)),
+        ("size", f"{path.stat().st_size / 1e6:.1f} MB"),
+        ("weights in", ", ".join(sorted(graph.external_files - {""})) or "the file itself"),
+        *((f"  {name}", f"{dtype}{list(shape)}") for name, (dtype, shape) in tensors.items()),
+    ]
 
 
 def describe_calibration(path: Path) -> FactRows:

@@ -92,6 +92,14 @@ class LatentDiffusion:
         return int(self.unet.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the text encoder's embedding, 0 without one: tokens are below it."""
+        if self.text_encoder is None:
+            return 0
+        modules = self.text_encoder.inner.modules()  # of several embeddings that of tokens is the first
+        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), 0)
+
+    @property
     def unet_channels(self) -> int:
         """Channels that the UNet reads: C of the latents, or 2 C + 1 (x, mask, masked picture)."""
         return int(self.unet.inner.config.in_channels)  # type: ignore[union-attr, arg-type]

@@ -7,13 +7,13 @@ own defaults. Paths are relative to the folder that the command runs in, as on t
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from qdeploy.base.documents import parse_toml, read_bytes
 from qdeploy.base.errors import UsageError
 from qdeploy.calibrate.record.modes import CalibrationRequest, check_request
 from qdeploy.calibrate.spec import QuantSpec, spec_from_options
@@ -144,8 +144,11 @@ SECTIONS: Mapping[str, Mapping[str, Any]] = {
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in the TOML file at ``path``; UsageError names it, the section and key, and what is known there."""
+    remedy = "give a recipe, such as the files in recipes/"
+    data = read_bytes(path, error=UsageError, remedy=remedy, max_bytes=MAX_BYTES)
+    document = parse_toml(data, str(path), dict[str, Any], error=UsageError, remedy=remedy, max_bytes=MAX_BYTES)
     try:
-        return recipe_from_document(str(path), _read_document(path))
+        return recipe_from_document(str(path), document)
     except UsageError as exc:
         raise UsageError(f"{path}: {exc}") from exc
 
@@ -168,20 +171,6 @@ def recipe_from_document(name: str, document: Mapping[str, Any]) -> Recipe:
         sample=SampleSettings(**options["sample"]),
         with_encoder=options["export"].get("with_encoder", False),
     )
-
-
-def _read_document(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as exc:
-        raise UsageError(f"cannot be read ({exc.strerror}); give a recipe, such as the files in recipes/") from exc
-    if len(raw) > MAX_BYTES:
-        raise UsageError(f"is larger than {MAX_BYTES >> 10} KiB, which no recipe is")
-    try:
-        return tomllib.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as exc:
-        raise UsageError(f"is not a readable TOML file: {exc}") from exc
 
 
 def _check_options(section: str, values: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import Bundle, ComponentInfo
 from qdeploy.artifacts.components import VAE_ENCODER, get_kind
+from qdeploy.artifacts.graph_file import OPEN
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.engines.base import Engine, EngineOptions, Session
 from qdeploy.runtime.results import Clock
@@ -91,9 +92,9 @@ class BundleComponent:
             for start in range(0, count, batch):
                 piece = self._cut_batch(feeds, start, batch, pad=not is_open)
                 with clock.measure(self.name):
-                    pieces.append(session.run(piece))
-        (output,) = self.info.outputs
-        joined = np.concatenate([piece[output] for piece in pieces])[:count]
+                    outputs = session.run(piece)
+                pieces.append(self._check_output(outputs, batch if not is_open else min(batch, count - start)))
+        joined = np.concatenate(pieces)[:count]
         if not np.isfinite(joined).all():
             raise NonFiniteError(
                 f"the output of {self.name} holds NaN or infinity; the bundle or its inputs are broken"
@@ -125,6 +126,22 @@ class BundleComponent:
         if self._holders == 0 and self._session is not None:
             self._session.close()
             self._session = None
+
+    def _check_output(self, outputs: Mapping[str, NDArray], rows: int) -> NDArray:
+        """The graph's output; EngineError when it is not what the manifest says, which NumPy would broadcast."""
+        ((name, expected),) = self.info.outputs.items()
+        output = outputs.get(name)
+        if not isinstance(output, np.ndarray):
+            raise EngineError(f"{self.name} put out no array {name!r}; export the bundle again")
+        sides = zip(output.shape[1:], expected.shape[1:], strict=False)
+        fits = output.ndim == len(expected.shape) and output.shape[:1] == (rows,)
+        fits = fits and all(stated in (side, OPEN) for side, stated in sides)
+        if not fits or output.dtype != np.dtype(expected.dtype):
+            raise EngineError(
+                f"{self.name} put out {name} {output.dtype}{list(output.shape)}, the manifest says "
+                f"{expected.dtype}{list(expected.shape)}; export the bundle again"
+            )
+        return output
 
     def _list_batched_inputs(self) -> list[str]:
         return [name for name, info in self.info.inputs.items() if len(info.shape) > 0]

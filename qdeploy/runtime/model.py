@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,8 @@ from qdeploy.artifacts.bundle import SCHEDULER, Bundle, tokenizer_file
 from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
 from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction
+from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import BundleError, TableError, UsageError
-from qdeploy.base.files import read_json
 from qdeploy.runtime.components import BundleComponent, LoadedBundle
 from qdeploy.runtime.image import pixels_from_decoded
 from qdeploy.runtime.results import Clock
@@ -40,7 +41,8 @@ class BundleModel:
             name: Tokenizer(bundle.path(tokenizer_file(name)), self.latents.tokens)
             for name in bundle.manifest.text_encoders
         }
-        self.scheduler_config = read_json(bundle.path(SCHEDULER))
+        remedy = "export the bundle again"
+        self.scheduler_config = read_json_as(bundle.path(SCHEDULER), dict[str, Any], error=BundleError, remedy=remedy)
         self._noise_correction = load_bundle_correction(bundle)
 
     def component(self, name: str) -> BundleComponent:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.documents import read_bytes
 from qdeploy.base.errors import BundleError
+from qdeploy.runtime.tokenizer_file import REMEDY, open_backend
 from qdeploy.runtime.weighting import WeightedText
 
 if TYPE_CHECKING:
@@ -38,15 +40,8 @@ class Tokenizer:
     """The bundle's ``tokenizer.json``, which pads and truncates to the text encoder's length."""
 
     def __init__(self, path: Path, length: int) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as exc:  # the library raises bare Exception
-            raise BundleError(f"{path} is not a readable tokenizer ({exc})") from exc
-        padding = self._backend.padding
-        if padding is None or padding["length"] != length:
-            raise BundleError(f"{path} does not pad to the text encoder's {length} tokens; export the bundle again")
+        data = read_bytes(path, error=BundleError, remedy=REMEDY)
+        self._backend = open_backend(data, str(path), length)
         self._length = length
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:

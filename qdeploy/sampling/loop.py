@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.base.errors import CancelledError
+from qdeploy.base.errors import CancelledError, NonFiniteError
 from qdeploy.sampling import Scheduler
 
 Array = NDArray[np.float32]
@@ -83,7 +83,8 @@ def denoise(
 
     ``cond`` and ``uncond`` are ``float32[B, T, D]``; without ``uncond`` the model runs once a
     step and ``guidance_scale`` and ``guidance_rescale`` are ignored; an unconditional model has neither.
-    Steps are counted from the first one that is made. Raises CancelledError when ``on_step`` returns False.
+    Steps are counted from the first one that is made. Raises CancelledError when ``on_step`` returns False, and
+    NonFiniteError for latents that are not finite: the Q of an integer model would make numbers of them again.
     """
     begin = 0 if source is None or source.begin is None else source.begin
     start = None if source is None else source.make_first(scheduler, noise)
@@ -99,9 +100,15 @@ def denoise(
             if is_guided
             else predict(model_input, int(t), cond)
         )
-        x = scheduler.step(noise_pred, index, x)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
+            x = scheduler.step(noise_pred, index, x)
         if source is not None:
             x = source.blend(scheduler, noise, index, x)
+        if not np.isfinite(x).all():
+            raise NonFiniteError(
+                f"the latents hold NaN or infinity after step {index - begin + 1} of {count} (timestep {int(t)}); "
+                f"guidance_scale {guidance_scale:g} or the scheduler's settings drive them out of range"
+            )
         if on_step is not None and on_step(index - begin, int(t), x) is False:
             raise CancelledError(f"stopped by the callback after step {index - begin + 1} of {count}")
     return x
@@ -121,7 +128,8 @@ def apply_guidance(
     """
     both = predict(np.concatenate([x, x]), t, text)
     without, with_text = np.split(both, 2)
-    noise_pred = without + np.float32(guidance_scale) * (with_text - without)
+    with np.errstate(over="ignore", invalid="ignore"):  # the loop refuses latents that are not finite
+        noise_pred = without + np.float32(guidance_scale) * (with_text - without)
     return rescale_guidance(noise_pred, with_text, guidance_rescale) if guidance_rescale else noise_pred
 
 

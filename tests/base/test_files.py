@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Never
 
 import pytest
 
-from qdeploy.base.files import stage_file, stage_folder
+from qdeploy.base.files import read_state, stage_file, stage_folder
 
 
 def test_a_folder_appears_only_when_complete(tmp_path: Path) -> Never:
@@ -59,3 +60,18 @@ def test_a_disk_that_fills_during_export_is_one_paragraph_and_leaves_nothing(tmp
     assert "Traceback" not in done.stderr
     assert "MB are free there" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 10**6, b'{"a": NaN}', b'{"a": 1e999}'])
+def test_an_unreadable_state_is_empty(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+    assert read_state(path) == {}
+    path.write_text('{"key": "k"}')
+    assert read_state(path) == {"key": "k"}
+
+
+def test_a_state_that_is_no_file_is_empty(tmp_path: Path) -> None:
+    assert read_state(tmp_path) == {}
+    os.mkfifo(tmp_path / "pipe")
+    assert read_state(tmp_path / "pipe") == {}  # and does not wait for a writer

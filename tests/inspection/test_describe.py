@@ -147,3 +147,15 @@ def test_layers_without_any_error_are_drawn(known_table: QuantTable, tmp_path: P
     assert compute_bar_lengths([20.0, float("inf"), 30.0]) == [20.0, 30.0, 30.0]
     with pytest.raises(UsageError, match="--sensitivity"):
         plot_sensitivity(drop_sensitivity(known_table), tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", b"\xff" * 300, b"\x3a\x02\x08"])
+@pytest.mark.parametrize("options", [[], ["--audit"]])
+def test_a_garbage_graph_is_named(tmp_path: Path, content: bytes, options: list[str]) -> None:
+    path = tmp_path / "garbage.onnx"
+    path.write_bytes(content)
+    result = run("inspect", path, *options)
+    assert result.exit_code in (1, 2)
+    assert "garbage.onnx" in result.output
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)

@@ -408,10 +408,10 @@ MODEL = '[model]\nfile = "builtin:emoji"\n'
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[model]\nfile = ", "not a readable TOML file"),
-        (b"\xff\xfe", "not a readable TOML file"),
-        ("x = " + "[" * 5000, "not a readable TOML file"),
-        ("#" * 2**17, "larger than 64 KiB"),
+        ("[model]\nfile = ", "not readable as TOML"),
+        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        ("x = " + "[" * 5000, "nests 5000 deep"),
+        ("#" * 2**17, "more than the 65,536 bytes"),
         ("", "names no `file`"),
         (MODEL + "[sampel]\n", "unknown section [sampel]; known: [model], [calibrate]"),
         ("model = 3\n", "[model]: got 3, expected a section"),

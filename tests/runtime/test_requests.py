@@ -12,7 +12,7 @@ from PIL import Image
 
 import qdeploy
 from qdeploy.artifacts.bundle import MANIFEST, open_bundle, write_manifest
-from qdeploy.base.errors import BundleError, NonFiniteError, RequestError, UsageError
+from qdeploy.base.errors import BundleError, EngineError, NonFiniteError, RequestError, UsageError
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling.loop import rescale_guidance
 
@@ -160,6 +160,42 @@ def test_with_guidance_one_two_pictures_share_a_call(pipe: Pipeline, monkeypatch
     assert (unet_calls(5.0), unet_calls(1.0)) == (12, 6)
 
 
+@pytest.mark.parametrize("bundle", ["float_bundle", "int8_bundle"])
+def test_latents_that_are_not_finite_are_named_on_every_engine(bundle: str, request: pytest.FixtureRequest) -> None:
+    """The Q of an int8 graph makes numbers of NaN, so its pictures would come without an error."""
+    with qdeploy.load(request.getfixturevalue(bundle)) as loaded:
+        with pytest.raises(NonFiniteError, match=r"NaN or infinity after step 1 of 4 .*guidance_scale 1e\+39"):
+            loaded("a cat", steps=3, guidance_scale=1e39)
+        assert loaded("a cat", steps=1).pixels.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("put_out", "words"),
+    [
+        (np.array(1, np.float32), r"float32\[\]"),
+        (np.ones((2, 1, 8, 8), np.float32), r"float32\[2, 1, 8, 8\]"),
+        (np.ones((1, 4, 8, 8), np.float32), r"float32\[1, 4, 8, 8\]"),
+        (np.ones((2, 4, 8, 8), bool), r"bool\[2, 4, 8, 8\]"),
+        (np.full((2, 4, 8, 8), "x"), r"<U1\[2, 4, 8, 8\]"),
+        (None, "no array 'noise_pred'"),
+    ],
+)
+def test_an_output_that_is_not_the_manifests_is_an_engine_error(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, put_out: object, words: str
+) -> None:
+    """A graph may say one shape and compute another; one channel would be broadcast."""
+    from qdeploy.engines.ort_cpu import OrtSession
+
+    whole_run = OrtSession.run
+
+    def run(self: OrtSession, feeds: dict) -> dict:
+        return {"noise_pred": put_out} if "sample" in feeds else whole_run(self, feeds)
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    with pytest.raises(EngineError, match=words):
+        pipe("a cat", steps=1)
+
+
 def test_a_graph_with_open_batch_runs_at_one_without_guidance(pipe: Pipeline) -> None:
     """What an exporter that leaves the UNet's batch open gets: one row a call with guidance 1, else two."""
     from dataclasses import replace
@@ -203,5 +239,6 @@ def test_old_bundles_still_load(encoder_bundle: Path, tmp_path: Path) -> None:
     del document["components"]["vae_encoder"]
     document["files"] = [one for one in document["files"] if not one["path"].startswith("vae_encoder/")]
     (bundle / MANIFEST).write_text(json.dumps(document))
+    shutil.rmtree(bundle / "vae_encoder")
     with qdeploy.load(bundle) as old:
         assert old("a cat", steps=1).pixels.shape[0] == 1

@@ -101,6 +101,7 @@ def _check_parts(loaded: Any, path: Path) -> dict[str, list[Tensor]]:
     for name, dimensions in (("ts", 1), ("xs", 4), ("cs", 3), ("ucs", 3)):
         if name in parts:
             _check_part(parts[name], name, dimensions, (len(parts["ts"]), *parts["ts"][0].shape[:1]), path)
+    _check_storage(parts, path)
     if "cs" in parts and parts["cs"][0].shape != parts["ucs"][0].shape:
         raise CalibrationError(f"{path}: `cs` and `ucs` have different shapes; {REMEDY}")
     return parts
@@ -136,6 +137,16 @@ def _check_part(part: list[Tensor], name: str, dimensions: int, expected: tuple[
         raise CalibrationError(f"{path}: `{name}` has more than {MAX_ELEMENTS} numbers; save fewer samples")
 
 
+def _check_storage(parts: dict[str, list[Tensor]], path: Path) -> None:
+    """A small file can describe huge tensors, by strides of 0; of `ucs`, stored once, only a row counts."""
+    for name, steps in parts.items():
+        described = steps[0][0].nbytes if name == "ucs" else sum(step.nbytes for step in steps)
+        if described > 2 * path.stat().st_size:
+            raise CalibrationError(
+                f"{path}: `{name}` describes {described:,} bytes, far more than the file holds; {REMEDY}"
+            )
+
+
 def _choose_steps(available: int, steps: int | None) -> range:
     """Q-Diffusion's choice among the recorded steps."""
     if steps is None:
@@ -166,7 +177,8 @@ def _collect_contexts(cond: list[Tensor], uncond: list[Tensor], chosen: range, c
     contexts = [half_from_float(uncond[0][0], "`ucs`")]
     row_by_bytes = {_bytes_from_tensor(contexts[0]): 0}
     for step in chosen:
-        for row in uncond[step][:count]:
+        rows = uncond[step][:count]
+        for row in rows[:1] if rows.stride(0) == 0 else rows:  # stored once: the same row every time
             if _bytes_from_tensor(half_from_float(row, "`ucs`")) not in row_by_bytes:
                 raise CalibrationError(
                     "`ucs` holds several unconditional embeddings (negative prompts?); expected one, the empty "

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from qdeploy.artifacts.bundle import MANIFEST
+from qdeploy.artifacts.bundle_files import FileEntry
+from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import EngineError
-from qdeploy.base.files import hash_file, read_json, stage_file
+from qdeploy.base.files import hash_file, stage_file
 from qdeploy.engines.nvidia.profiles import Profile
 
 PLAN_SUFFIX = ".plan"
@@ -63,6 +65,20 @@ class PlanKey:
                 f"{where} was built for {' and '.join(built_for)}, but here is {here}; export the bundle again, with "
                 "--build on this machine or without it"
             )
+
+
+@dataclass(frozen=True)
+class StoredPlanKey(PlanKey):
+    """The key as it lies next to a plan, with the plan's own hash."""
+
+    plan_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class ListedFiles:
+    """What a plan needs of a manifest, which was checked as a whole when the bundle was opened."""
+
+    files: tuple[FileEntry, ...]
 
 
 def build_key(graph: Path, profile: Profile, tensorrt: str, sm: tuple[int, int]) -> PlanKey:
@@ -129,18 +145,12 @@ def write_plan(plan: Path, key: PlanKey, content: bytes) -> Path:
 
 def _read_checked(plan: Path, key: PlanKey, listed_sha256: str | None) -> bytes:
     """The plan's bytes when its key agrees with ``key`` and its hash with its key's, and the manifest's where given."""
-    try:
-        document = dict(read_json(plan.with_suffix(KEY_SUFFIX)))
-        digest = str(document.pop("plan_sha256"))
-        stored = PlanKey(**document)
-    except (OSError, KeyError, TypeError, ValueError) as exc:
-        raise EngineError(
-            f"{plan} has no readable key next to it ({exc!r}); remove it, it will be built again"
-        ) from exc
+    remedy = f"remove {plan.name}, it will be built again"
+    stored = read_json_as(plan.with_suffix(KEY_SUFFIX), StoredPlanKey, error=EngineError, remedy=remedy)
     key.check(stored, plan)
     content = plan.read_bytes()
     actual = hashlib.sha256(content).hexdigest()
-    if actual != digest or (listed_sha256 is not None and actual != listed_sha256):
+    if actual != stored.plan_sha256 or (listed_sha256 is not None and actual != listed_sha256):
         raise EngineError(f"{plan} was changed: its SHA-256 is not the one it was written with; remove it")
     return content
 
@@ -149,9 +159,7 @@ def _read_listed_sha256(bundle: Path, plan: Path) -> str | None:
     """What the bundle's manifest says of the plan."""
     if not (bundle / MANIFEST).is_file():
         return None
-    try:
-        entries = read_json(bundle / MANIFEST)["files"]
-        listed = {str(entry["path"]): str(entry["sha256"]) for entry in entries}
-    except (KeyError, TypeError, ValueError) as exc:
-        raise EngineError(f"{bundle / MANIFEST} is not a readable manifest ({exc!r}); export the bundle again") from exc
+    remedy = "export the bundle again"
+    document = read_json_as(bundle / MANIFEST, ListedFiles, error=EngineError, remedy=remedy, allow_unknown=True)
+    listed = {entry.path: entry.sha256 for entry in document.files}
     return listed.get(plan.relative_to(bundle).as_posix())

@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from msgspec import Meta
+
+from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import EngineError, UsageError
-from qdeploy.base.files import read_json
 from qdeploy.engines.base import OPEN_DIM, Port
 from qdeploy.engines.nvidia.graph_inputs import read_inputs
 
@@ -112,6 +114,19 @@ def format_provider_shapes(profile: Profile, ports: Sequence[Port], prefix: str)
     }
 
 
+Side = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Sides = Annotated[tuple[Side, ...], Meta(max_length=8)]
+
+
+@dataclass(frozen=True)
+class ShapesEntry:
+    """One input's shapes in the file."""
+
+    min: Sides
+    opt: Sides
+    max: Sides
+
+
 def write_profile(folder: Path, profile: Profile) -> None:
     document = {name: shapes._asdict() for name, shapes in profile.items()}
     (folder / PROFILE_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -128,13 +143,11 @@ def read_profile(path: Path) -> dict[str, Shapes]:
             f"{path} has open shapes and no {PROFILE_FILE} next to it, which TensorRT needs to build; export it "
             f"again with --profile, such as --profile {EXAMPLE}"
         )
-    try:
-        profile = {name: Shapes(*(tuple(map(int, entry[which])) for which in Shapes._fields))
-                 for name, entry in read_json(file).items()}  # fmt: skip
-        fits = all(_fits_port(port, profile[port.name]) for port in ports)
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise EngineError(f"{file} is not a readable profile ({exc!r}); export the bundle again") from exc
-    if not fits:
+    document = read_json_as(file, dict[str, ShapesEntry], error=EngineError, remedy="export the bundle again")
+    profile = {name: Shapes(entry.min, entry.opt, entry.max) for name, entry in document.items()}
+    ranks = {port.name: {len(port.dims)} for port in ports}
+    has_ranks = all({len(sides) for sides in profile.get(name, ())} == rank for name, rank in ranks.items())
+    if not has_ranks or not all(_fits_port(port, profile[port.name]) for port in ports):
         raise EngineError(f"{file} is not the profile of {path}: its shapes do not fit; export the bundle again")
     return profile
 

@@ -16,7 +16,7 @@ from qdeploy.calibrate.allocate.knapsack import allocate_widths, check_budget, c
 from qdeploy.calibrate.allocate.sensitivity import measure_sensitivity
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
-from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.calibrate.spec import QuantSpec, Reconstruction
 from qdeploy.models.source import LatentDiffusion
 
 
@@ -96,3 +96,12 @@ def test_a_quantized_model_keeps_its_budget(
         assert db == pytest.approx(quant.sensitivity_db[name], abs=0.5)
     with pytest.raises(UsageError, match="give that or more"):
         quantize_model(tiny_model, calibration, dataclasses.replace(spec, max_mb=0.1 * full))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_budgets_that_are_no_numbers_are_refused(value: float) -> None:
+    """NaN hung: no comparison with it ever ends a search."""
+    with pytest.raises(UsageError, match="--max-mb"):
+        QuantSpec(max_mb=value)
+    with pytest.raises(UsageError, match="cache_gb"):
+        Reconstruction(cache_gb=value)

@@ -164,6 +164,12 @@ def change_parts(**changes: Any) -> dict[str, Any]:
         (change_parts(cs=torch.full((S, N, *TEXT), float("inf"))), "`cs` holds NaN"),
         (change_parts(ts=torch.full((S, N), -1)), "whole timesteps"),
         (change_parts(ucs=torch.randn(S, N, *TEXT)), "several unconditional"),
+        (change_parts(xs=torch.zeros(1).expand(S, N, 4, 2**10, 2**10)), "`xs` describes"),
+        (change_parts(ts=torch.zeros(1).expand(S, N), xs=torch.zeros(1).expand(S, N, 4, 512, 512)), "`xs` describes"),
+        (
+            change_parts(cs=torch.zeros(1).expand(S, N, 2**10, 2**10), ucs=torch.zeros(1).expand(S, N, 2**10, 2**10)),
+            "`cs` describes",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, content: Any, words: str) -> None:

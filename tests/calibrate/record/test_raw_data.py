@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from qdeploy.base.errors import PictureError, UsageError
-from qdeploy.base.pictures import list_picture_files
+from qdeploy.base.pictures import list_picture_files, open_picture_set
 from qdeploy.calibrate.record.pictures import read_pictures
 from qdeploy.calibrate.record.raw_data import RawDataSettings, calibration_from_pictures
 from qdeploy.models.source import LatentDiffusion
@@ -176,3 +176,18 @@ def test_a_folder_without_pictures(tmp_path: Path) -> None:
         list(read_pictures(tmp_path, 1, 0, SIDE, SIDE))
     with pytest.raises(UsageError, match="not a folder"):
         list(read_pictures(tmp_path / "none", 1, 0, SIDE, SIDE))
+
+
+def read_all(data: Path) -> int:
+    pictures = open_picture_set(data)
+    return sum(len(encoded) for _, encoded in pictures.read_encoded(range(len(pictures))))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.99])
+def test_a_cut_lmdb_is_refused_before_it_is_mapped(tmp_path: Path, share: float) -> None:
+    """Its C library would read pages beyond the file, which ends the process (SIGBUS)."""
+    data = write_lmdb(tmp_path / "lsun", {str(n).encode(): bytes(3000) for n in range(200)})
+    assert read_all(data) == 600_000
+    os.truncate(data / "data.mdb", int((data / "data.mdb").stat().st_size * share))
+    with pytest.raises(PictureError, match=r"is cut; copy it again|no header of one"):
+        open_picture_set(data)

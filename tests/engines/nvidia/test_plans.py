@@ -66,7 +66,7 @@ def test_a_changed_plan_is_refused(tmp_path: Path) -> None:
 def test_a_plan_without_a_readable_key_is_refused(tmp_path: Path, content: str) -> None:
     cache_plan(tmp_path, KEY, b"machine code")
     (tmp_path / f"{KEY.digest}.key.json").write_text(content)
-    with pytest.raises(EngineError, match="no readable key"):
+    with pytest.raises(EngineError, match=r"\.key\.json.*it will be built again"):
         read_cached_plan(tmp_path, KEY)
 
 

@@ -1,0 +1,101 @@
+"""What an ONNX file says of itself, without the package ``onnx``: its signature, and the files that it reads.
+
+The fields followed (onnx.proto3): ModelProto.graph 7 and .functions 25; GraphProto.node 1, .initializer 5, .input 11,
+.output 12 and .sparse_initializer 15; NodeProto.op_type 4 and .attribute 5; AttributeProto.t 5, .g 6, .tensors 10,
+.graphs 11, .sparse_tensor 22 and .sparse_tensors 23; SparseTensorProto.values 1 and .indices 2; TensorProto.name 8 and
+.external_data 13; FunctionProto.node 7; ValueInfoProto, TypeProto.Tensor, TensorShapeProto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.base.protobuf import check_bytes, decode_text, get_message, get_number, iter_fields, list_messages
+
+GRAPH, FUNCTION = 7, 25
+INITIALIZER, INPUT, OUTPUT = 5, 11, 12
+NAME, TYPE, TENSOR_TYPE, ELEMENT, SHAPE, DIMENSION, VALUE = 1, 2, 1, 1, 2, 1, 1
+OP_TYPE, TENSOR_NAME, EXTERNAL, KEY, TEXT, LOCATION = 4, 8, 13, 1, 2, "location"
+OPEN = -1
+
+# Kind of message -> field -> kind of the messages in it, on every way to a tensor.
+WAYS: Mapping[str, Mapping[int, str]] = {
+    "model": {GRAPH: "graph", FUNCTION: "function"},
+    "function": {7: "node"},
+    "graph": {1: "node", INITIALIZER: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+MAX_BYTES = 2**31
+MAX_DEPTH = 64  # messages in one another: a graph in a graph takes three
+DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 8: "string", 9: "bool", 10: "float16",
+          11: "float64", 16: "bfloat16"}  # TensorProto.DataType  # fmt: skip
+
+Signature = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> element type and shape, OPEN for an open dimension
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One ONNX file; ``external_files`` are the names of the files next to it that its tensors are read from."""
+
+    inputs: Signature
+    outputs: Signature
+    external_files: frozenset[str]
+
+
+def read_graph_file(path: Path) -> GraphFile:
+    """Read ``path``; ValueError or OSError where it is no ONNX graph."""
+    data = path.read_bytes()
+    if not 0 < len(data) < MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, expected 1 to {MAX_BYTES}, what one message can have")
+    return _parse(memoryview(data))
+
+
+def _parse(model: memoryview) -> GraphFile:
+    graph = get_message(model, GRAPH)
+    constants = {_get_text(tensor, TENSOR_NAME) for tensor in list_messages(graph, INITIALIZER)}
+    inputs = dict(map(_read_value, list_messages(graph, INPUT)))
+    outputs = dict(map(_read_value, list_messages(graph, OUTPUT)))
+    locations = frozenset(_iter_locations(model))
+    return GraphFile({name: value for name, value in inputs.items() if name not in constants}, outputs, locations)
+
+
+def _get_text(message: memoryview, field: int) -> str:
+    """The text in ``field``, empty where there is none."""
+    return next((decode_text(check_bytes(value)) for number, value in iter_fields(message) if number == field), "")
+
+
+def _read_value(value: memoryview) -> tuple[str, tuple[str, tuple[int, ...]]]:
+    """Name, element type and shape of a graph's input or output."""
+    name, tensor = decode_text(get_message(value, NAME)), get_message(get_message(value, TYPE), TENSOR_TYPE)
+    element = get_number(tensor, ELEMENT)
+    shapes = list_messages(tensor, SHAPE)
+    if not shapes:
+        raise ValueError(f"{name!r} has no shape")
+    sides = tuple(OPEN if (side := get_number(d, VALUE)) is None else side for d in list_messages(shapes[0], DIMENSION))
+    return name, (DTYPES.get(element or 0, f"element type {element}"), sides)
+
+
+def _iter_locations(model: memoryview) -> Iterator[str]:
+    pending = [("model", model, 0)]
+    while pending:
+        kind, message, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"its graphs nest more than {MAX_DEPTH} messages deep")
+        if kind == "tensor":
+            yield from map(_get_location, list_messages(message, EXTERNAL))
+            continue
+        if kind == "node" and _get_text(message, OP_TYPE) == "EPContext":
+            raise ValueError("it has a node EPContext, which runs an engine's compiled file")
+        ways = WAYS[kind]
+        pending += [
+            (ways[number], check_bytes(value), depth + 1) for number, value in iter_fields(message) if number in ways
+        ]
+
+
+def _get_location(entry: memoryview) -> str:
+    """The file that an entry of ``external_data`` names; "" for offset, length and the like."""
+    return _get_text(entry, TEXT) if _get_text(entry, KEY) == LOCATION else ""
