@@ -15,7 +15,6 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator
 from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -31,6 +30,7 @@ T = TypeVar("T")
 
 MAX_BYTES = 16 * 2**20  # a tokenizer of 50,000 words takes 4 MB
 MAX_DEPTH = 32  # ours and diffusers' have 8
+MAX_VALUES = 2**21  # each takes up to 100 bytes when parsed; figures of 50,000 pictures are half as many
 INT_RANGE = (-(2**63), 2**64 - 1)  # what 64 bits hold, seeds included
 
 # For schemas. Ranges are what arithmetic after them can hold, not what is sensible: a schema narrows them.
@@ -57,8 +57,11 @@ def parse_json(
     allow_unknown: fields that the schema's classes do not declare are skipped (documents of others) and not refused.
     """
     try:
-        check_depth(check_text(data, max_bytes), max_depth)
-        return convert(msgspec.json.decode(data), schema, allow_unknown)
+        text = check_text(data, max_bytes)
+        bare = STRINGS.sub(b"", text)
+        check_depth(bare, max_depth)
+        check_integers(bare)
+        return convert(msgspec.json.decode(text), schema, allow_unknown)
     except (ValueError, RecursionError) as exc:
         raise error(_format_error(name, "JSON", exc, remedy)) from exc
 
@@ -80,7 +83,9 @@ def parse_yaml(
     try:
         check_text(data, max_bytes)
         _check_yaml_events(data, max_depth)
-        return convert(yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), schema, allow_unknown)
+        document = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        _check_values(document)
+        return convert(document, schema, allow_unknown)
     except yaml.YAMLError as exc:
         raise error(_format_error(name, "YAML", ValueError(" ".join(str(exc).split())), remedy)) from exc
     except (ValueError, RecursionError) as exc:
@@ -101,8 +106,10 @@ def parse_toml(
     """As :func:`parse_json`, of TOML."""
     try:
         text = check_text(data, max_bytes)
-        check_depth(text, max_depth)
-        return convert(tomllib.loads(text.decode()), schema, allow_unknown)
+        check_depth(STRINGS.sub(b"", text), max_depth)
+        document = tomllib.loads(text.decode())
+        _check_values(document)
+        return convert(document, schema, allow_unknown)
     except (ValueError, RecursionError) as exc:
         raise error(_format_error(name, "TOML", exc, remedy)) from exc
 
@@ -128,9 +135,8 @@ def read_json_as(path: Path, schema: type[T], *, error: type[QdeployError], reme
     return parse_json(data, str(path), schema, error=error, remedy=remedy, **limits)
 
 
-def convert(value: Any, schema: type[T], allow_unknown: bool = False, allow_infinite: bool = False) -> T:
+def convert(value: Any, schema: type[T], allow_unknown: bool = False) -> T:
     """``value``, of plain objects and lists, as ``schema``; ValueError naming the field."""
-    _check_values(value, allow_infinite)
     try:
         converted = msgspec.convert(value, schema)
     except msgspec.ValidationError as exc:
@@ -153,16 +159,31 @@ def check_text(data: bytes, max_bytes: int) -> bytes:
 
 # Possessive, so that an unterminated string is passed over once and not from each of its quotes.
 STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+NO_MARKS = bytes(set(range(256)) - set(b"[]{},"))
 
 
-def check_depth(text: bytes, max_depth: int) -> None:
-    """ValueError where brackets outside strings nest deeper than ``max_depth``; nothing is parsed."""
-    brackets = np.frombuffer(STRINGS.sub(b"", text).translate(None, NO_BRACKETS), np.uint8)
-    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1).astype(np.int8)
-    depth = int(np.cumsum(steps, dtype=np.int32).max(initial=0))
+def check_depth(bare: bytes, max_depth: int) -> None:
+    """ValueError where the brackets of a text without its strings nest too deep, or hold too many values."""
+    marks = np.frombuffer(bare.translate(None, NO_MARKS), np.uint8)
+    if marks.size > MAX_VALUES:
+        raise ValueError(f"it holds more than the {MAX_VALUES:,} values allowed")
+    opens, closes = ((marks == ord(first)) | (marks == ord(second)) for first, second in ("[{", "]}"))
+    depth = int(np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32).max(initial=0))
     if depth > max_depth:
         raise ValueError(f"it nests {depth} deep, more than the {max_depth} allowed")
+
+
+LONG_INTEGERS = re.compile(rb"(?<![\w.+-])-?(\d{20,})(?![\d.eE])")
+
+
+def check_integers(bare: bytes) -> None:
+    """ValueError for an integer of more than 64 bits in a text without its strings.
+
+    msgspec itself refuses NaN, infinity and lone surrogates.
+    """
+    for match in LONG_INTEGERS.finditer(bare):
+        if len(match[1]) > 20 or not INT_RANGE[0] <= int(match[0]) <= INT_RANGE[1]:
+            raise ValueError(f"it holds {match[0][:24].decode()}…, an integer of more than 64 bits")
 
 
 def _check_size(size_bytes: int, max_bytes: int) -> None:
@@ -175,7 +196,9 @@ def _check_yaml_events(data: bytes, max_depth: int) -> None:
     import yaml
 
     depth = 0
-    for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for number, event in enumerate(yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+        if number > MAX_VALUES:
+            raise ValueError(f"it holds more than the {MAX_VALUES:,} values allowed")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             line = event.start_mark.line + 1
             raise ValueError(f"line {line} has an anchor or alias, which are not read; write the value out")
@@ -184,36 +207,33 @@ def _check_yaml_events(data: bytes, max_depth: int) -> None:
             raise ValueError(f"it nests more than the {max_depth} deep that are allowed")
 
 
-def _check_values(document: Any, allow_infinite: bool) -> None:
-    """ValueError for what 64-bit numbers and text cannot hold: NaN, infinity, larger integers, lone surrogates."""
-    for keys, value in _walk(document):
-        if isinstance(value, float) and not (math.isfinite(value) or allow_infinite):
-            raise ValueError(f"{_format_path(keys)} is {value}, expected a finite number")
-        if isinstance(value, int) and not INT_RANGE[0] <= value <= INT_RANGE[1]:
-            raise ValueError(f"{_format_path(keys)} is an integer of more than 64 bits")
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise ValueError(f"{_format_path(keys)} is {format_value(value)}, which is no Unicode text")
-        if not (value is None or isinstance(value, bool | int | float | str | dict | list | date | time)):
-            raise ValueError(f"{_format_path(keys)} is of the type {type(value).__name__}, expected plain values")
-
-
 Keys = tuple[str | int, ...]
 
 
-def _walk(document: Any) -> Iterator[tuple[Keys, Any]]:
-    """Every value of a document of bounded depth, an object's keys included, with the keys that lead to it."""
-    stack: list[tuple[Keys, Any]] = [((), document)]
-    while stack:
-        keys, value = stack.pop()
-        yield keys, value
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    raise ValueError(f"{_format_path(keys)} has the key {format_value(key)}, expected text")
-                stack += [((*keys, key), item)]
-                yield (*keys, key), key
-        elif isinstance(value, list):
-            stack += [((*keys, position), item) for position, item in enumerate(value)]
+def _check_values(value: Any, keys: Keys = ()) -> None:
+    """ValueError for what JSON could not hold: NaN, infinity, integers of more than 64 bits, lone surrogates."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{_format_path(keys)} has the key {format_value(key)}, expected text")
+            _check_scalar(key, (*keys, key))
+            _check_values(item, (*keys, key))
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            _check_values(item, (*keys, position))
+    else:
+        _check_scalar(value, keys)
+
+
+def _check_scalar(value: Any, keys: Keys) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{_format_path(keys)} is {value}, expected a finite number")
+    if isinstance(value, int) and not INT_RANGE[0] <= value <= INT_RANGE[1]:
+        raise ValueError(f"{_format_path(keys)} is an integer of more than 64 bits")
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f"{_format_path(keys)} is {format_value(value)}, which is no Unicode text")
+    if not (value is None or isinstance(value, bool | int | float | str | date | time)):
+        raise ValueError(f"{_format_path(keys)} is of the type {type(value).__name__}, expected plain values")
 
 
 def _format_path(keys: Keys) -> str:

@@ -93,6 +93,8 @@ def _list_children(value: Any, schema: Any) -> Iterator[tuple[str, Any, Any]]:
     """The parts of an object or list with their types: path, value, type."""
     schema = _choose_member(value, schema)
     fields, arguments = _get_fields(schema), get_args(schema)
+    if arguments[-1:] == (Any,):
+        return  # anything fits
     if isinstance(value, dict) and fields is not None:
         yield from ((f".{key}", item, fields[key]) for key, item in value.items() if key in fields)
     elif isinstance(value, dict) and get_origin(schema) in (dict, Mapping):

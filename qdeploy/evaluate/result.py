@@ -128,7 +128,7 @@ def read_result(path: Path) -> EvaluationResult:
     if document.get("schema_version") != SCHEMA_VERSION:
         raise PictureError(f"{path} has schema {document.get('schema_version')!r}, this qdeploy reads {SCHEMA_VERSION}")
     try:
-        result = convert(_restore_numbers(document), EvaluationResult, allow_infinite=True)
+        result = convert(_restore_numbers(document), EvaluationResult)
     except ValueError as exc:
         raise PictureError(f"{what}: {exc}; {remedy}") from exc
     return replace(result, settings=_freeze_lists(result.settings), contenders=tuple(

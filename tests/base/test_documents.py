@@ -60,7 +60,10 @@ def test_a_good_document_gets_its_types() -> None:
         "missing": ('{"kind": "text"}', ["the document has no field `parts`"]),
         "unknown": ('{"kind": "text", "parts": {"u": {"bits": 8, "bitz": 4}}}', ["`parts.u.bitz`", "does not know"]),
         "null": ("null", ["the document is None", "an object"]),
-        "huge": ('{"kind": "text", "parts": {}, "count": ' + "9" * 400 + "}", ["`count`", "more than 64 bits"]),
+        "huge": (
+            '{"kind": "text", "parts": {}, "count": ' + "9" * 400 + "}",
+            ["999999999999999999999999…, an integer of more than 64 bits"],
+        ),
         "infinite": ('{"kind": "text", "parts": {"u": {"bits": 8, "share": 1e999}}}', ["out of range"]),
         "nan": ('{"kind": NaN}', ["not readable as JSON"]),
         "cut": ('{"kind": "te', ["not readable as JSON", "truncated"]),
@@ -68,6 +71,8 @@ def test_a_good_document_gets_its_types() -> None:
         "utf-8": (b'{"kind": "\xff"}', ["byte 10 is not UTF-8"]),
         "deep": ("[" * 10**6, ["it nests 1000000 deep", "32"]),
         "unterminated": ('"' + '\\"' * 10**6, ["not readable as JSON"]),
+        "many": ('{"kind": [' + "[]," * 10**6, ["more than the 2,097,152 values"]),
+        "digits": ("9" * 10**6, ["more than 64 bits"]),
         "empty": ("", ["not readable as JSON"]),
     }.values(),
 )
@@ -80,6 +85,10 @@ def test_what_does_not_fit_is_named(text: str | bytes, parts: list[str]) -> None
     assert all(part in message for part in parts), message
     assert "\n" not in message
     assert len(message) < 300
+
+
+def test_a_byte_order_mark_is_passed_over() -> None:
+    assert parse(b"\xef\xbb\xbf" + GOOD) == parse(GOOD)
 
 
 def test_brackets_in_text_are_no_depth_and_fields_of_others_may_be_allowed() -> None:
