@@ -31,6 +31,8 @@ OUTPUTS: Mapping[str, Pattern] = {
     "vae_decoder": {"image": ("float32", ("batch", 3, "H", "W"))},
     "vae_encoder": {"latents": ("float32", ("batch", "C", "h", "w"))},
 }
+# The embedding of the guidance scale, which a UNet that was distilled with guidance reads.
+OPTIONAL_INPUTS: Mapping[str, Pattern] = {"unet": {"timestep_cond": ("float32", ("batch", "G"))}}
 MAY_BE_OPEN = {"batch", "h", "w", "H", "W"}
 TEXT_INPUT = "encoder_hidden_states"
 
@@ -50,6 +52,9 @@ def find_mismatches(
             known.pop("D", None)  # each has its own; the UNet reads all of them, one after another
         for pattern, signature, kind in zip((INPUTS, OUTPUTS), signatures[name], ("input", "output"), strict=True):
             expected = dict(pattern[kind_name])
+            if kind == "input":
+                optional = OPTIONAL_INPUTS.get(kind_name, {})
+                expected |= {key: value for key, value in optional.items() if key in signature}
             if not reads_text:
                 expected.pop(TEXT_INPUT, None)
             if set(signature) != set(expected):
