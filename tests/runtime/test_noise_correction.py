@@ -44,10 +44,10 @@ def test_a_listed_correction_is_applied_at_each_timestep(bundle: Path, float_bun
         assert not np.array_equal(plain("a cat", steps=2).latents, corrected("a cat", steps=2).latents)
 
 
-def test_a_file_that_the_manifest_does_not_list_is_not_read(bundle: Path, float_bundle: Path) -> None:
+def test_a_correction_that_the_manifest_does_not_list_is_refused(bundle: Path) -> None:
     (bundle / BUNDLE_FILE).write_bytes(b"anything")
-    with qdeploy.load(float_bundle) as plain, qdeploy.load(bundle) as unlisted:
-        assert np.array_equal(predict(unlisted, 500), predict(plain, 500))
+    with pytest.raises(BundleError, match=r"holds 'unet/noise_correction\.safetensors', which manifest\.json does not"):
+        qdeploy.load(bundle)
 
 
 def test_a_correction_of_other_channels_is_refused(bundle: Path) -> None:
