@@ -7,7 +7,7 @@ from pathlib import Path
 import qdeploy
 from qdeploy.base.errors import RequestError
 
-bundle, prompts, out = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8").splitlines(), Path(sys.argv[3])
+bundle, prompts, out = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8-sig").splitlines(), Path(sys.argv[3])
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 out.mkdir(parents=True, exist_ok=True)
 with qdeploy.load(bundle) as pipe:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.artifacts.outputs import BENCH_RUN, BUNDLE, CALIBRATION, DEMO_REPORT, PICTURE, TABLE
 from qdeploy.artifacts.table import save_table
+from qdeploy.base.encode import save_png
 from qdeploy.base.files import stage_file
+from qdeploy.base.outputs import Output, check_outputs
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.bench.measure import run_bench
 from qdeploy.bench.report import build_overview_table
@@ -39,6 +42,8 @@ SEED = 0
 GUIDANCE = 5.0
 STEPS = 25
 ROUNDS = 15
+CALIBRATION_FILE, TABLE_FILE = "calibration.safetensors", "w8a8.safetensors"
+GRID_FILE, BENCH_FILE, REPORT_FILE = "grid.png", "bench.json", "report.md"
 GAIN = 8  # of the differences in the grid
 
 
@@ -49,6 +54,15 @@ class DemoResult:
     folder: Path
     header: Row
     rows: Sequence[Row]
+
+
+def list_outputs(folder: Path) -> list[Output]:
+    """What the demo writes and, from an earlier one, replaces."""
+    files = {
+        CALIBRATION_FILE: CALIBRATION, TABLE_FILE: TABLE, "fp32": BUNDLE, "w8a8": BUNDLE, GRID_FILE: PICTURE,
+        BENCH_FILE: BENCH_RUN, REPORT_FILE: DEMO_REPORT,
+    }  # fmt: skip
+    return [Output(folder / name, kind) for name, kind in files.items()]
 
 
 def run_demo(
@@ -65,14 +79,15 @@ def run_demo(
     samples: trajectories to calibrate on. steps: of denoising, in calibration, pictures and measurement. rounds: of
     the measurement.
     """
+    check_outputs(list_outputs(folder))
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(source)
     recording = TimestepAwareSettings(samples=samples, guidance_scale=GUIDANCE, steps=steps, record=steps)
     prompts = draw_prompts(read_prompts(None, model.folder), recording.samples, recording.seed)
     calibration = record_trajectories(model, prompts, recording, on_progress)
-    save_calibration(calibration, folder / "calibration.safetensors")
+    save_calibration(calibration, folder / CALIBRATION_FILE)
     table = quantize_model(model, calibration, QuantSpec(), on_progress)
-    save_table(table, folder / "w8a8.safetensors")
+    save_table(table, folder / TABLE_FILE)
     target = load_target(DEFAULT_TARGET)
     bundles = {"fp32": folder / "fp32", "w8a8": folder / "w8a8"}
     export_bundle(model, None, target, bundles["fp32"], on_progress)
@@ -85,8 +100,8 @@ def run_demo(
             results = [pipe(prompt, seed=SEED, guidance_scale=GUIDANCE, steps=steps) for prompt in PROMPTS]
             pixels[name] = [result.pixels[0] for result in results]
             on_progress("generate: pictures", done, 2)
-        with stage_file(folder / "grid.png") as scratch:
-            draw_picture_grid(pixels["FP32"], pixels["W8A8"]).save(scratch, format="PNG")
+        with stage_file(folder / GRID_FILE) as scratch:
+            save_png(draw_picture_grid(pixels["FP32"], pixels["W8A8"]), scratch)
     settings = BenchSettings(
         prompt=PROMPTS[0],
         steps=steps,
@@ -100,8 +115,8 @@ def run_demo(
     if not run.complete:
         raise KeyboardInterrupt  # an incomplete demo is not kept
     header, rows = build_overview_table(run)
-    write_bench_run(folder / "bench.json", run)
-    write_report(folder / "report.md", header, rows, run.environment)
+    write_bench_run(folder / BENCH_FILE, run)
+    write_report(folder / REPORT_FILE, header, rows, run.environment)
     return DemoResult(folder, header, rows)
 
 

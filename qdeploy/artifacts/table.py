@@ -123,7 +123,7 @@ def save_table(table: QuantTable, path: Path) -> None:
         raise TableError(
             f"the table for {path} holds NaN or infinity ({exc}); the model or its data are broken"
         ) from exc
-    with stage_file(path) as scratch:
+    with stage_file(path, sum(array.nbytes for array in tensors.values())) as scratch:
         save_file(tensors, scratch, metadata={"qdeploy_table": header})
 
 

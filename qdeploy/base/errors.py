@@ -8,6 +8,7 @@
     ├── CalibrationError             a calibration set is wrong or does not fit the model
     ├── PictureError                 a picture, or a set of them, cannot be read or used
     ├── TableError                   a QuantTable is wrong or does not fit the model
+    ├── DiskFullError                an output does not fit on its disk
     ├── ExportError                  a graph could not be made
     │   ├── AuditError               a layer that should run in integers does not
     │   └── ParityError              engine and simulator disagree
@@ -53,6 +54,10 @@ class PictureError(QdeployError):
 
 class TableError(QdeployError):
     """A QuantTable is wrong or does not fit the model."""
+
+
+class DiskFullError(QdeployError):
+    """An output does not fit on its disk; notes say what of the work is kept."""
 
 
 class ExportError(QdeployError):

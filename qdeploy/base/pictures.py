@@ -1,27 +1,26 @@
-"""Sets of pictures in a folder or an LSUN lmdb, read one at a time; both are untrusted data.
+"""Sets of pictures in a folder or an LSUN lmdb, read one at a time; both are untrusted data. ``decode`` reads one.
 
-Sizes are bounded, only PNG, JPEG and WebP are decoded, and no link is followed out of the folder. An lmdb's
-pages are read by its C library, which trusts them: use one only from people you would let run code on your machine.
+Links are followed within the folder, and from a hub cache's snapshot to that cache's ``blobs``, where its files are;
+the others are counted and named. An lmdb's pages are read by its C library, which trusts them: use one only from
+people you would let run code on your machine.
 """
 
 from __future__ import annotations
 
-import io
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
-
-from qdeploy.base.errors import PictureError, UsageError
+from qdeploy.base.decode import MAX_FILE_BYTES
+from qdeploy.base.errors import PictureError, UsageError, join_names
 from qdeploy.base.lmdb_file import check_lmdb_file
 
+log = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
 LMDB_FILE = "data.mdb"
-MAX_PIXELS = 64 * 10**6
-MAX_FILE_BYTES = 256 * 2**20
+SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of a hub cache: REPOSITORY/snapshots/REVISION links into REPOSITORY/blobs
 MAX_PICTURES = 20 * 10**6  # LSUN's largest category has 10 million
 
 
@@ -31,7 +30,7 @@ class PictureSet(Protocol):
     def __len__(self) -> int: ...
 
     def read_encoded(self, positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-        """Name and image file of each position; :func:`decode_picture` reads one."""
+        """Name and image file of each position; :func:`decode.decode_picture` reads one."""
 
 
 def open_picture_set(data: Path) -> PictureSet:
@@ -40,9 +39,13 @@ def open_picture_set(data: Path) -> PictureSet:
         raise UsageError(f"{data} is not a folder; give one of pictures or an LSUN lmdb")
     if (data / LMDB_FILE).is_file():
         return LmdbPictures(data)
-    files = list_picture_files(data)
+    files, left_out = find_picture_files(data)
+    links = describe_left_out(left_out, data)
     if not files:
-        raise UsageError(f"no {', '.join(SUFFIXES)} and no {LMDB_FILE} in {data}; give a folder of pictures")
+        more = f". {links}" if links else ""
+        raise UsageError(f"no {', '.join(SUFFIXES)} and no {LMDB_FILE} in {data}; give a folder of pictures{more}")
+    if links:
+        log.warning("%s", links)
     return FolderPictures(files)
 
 
@@ -70,7 +73,7 @@ class LmdbPictures:
             import lmdb
         except ModuleNotFoundError as exc:
             raise UsageError(f"{data} is an lmdb; to read it run `pip install 'qdeploy[lsun]'`") from exc
-        if not (data / LMDB_FILE).resolve().is_relative_to(data.resolve()):
+        if not is_inside(data / LMDB_FILE, list_allowed_roots(data)):
             raise PictureError(f"{data / LMDB_FILE} is a link out of its folder; copy the file itself there")
         check_lmdb_file(data / LMDB_FILE)
         self._data = data
@@ -104,30 +107,48 @@ class LmdbPictures:
         return PictureError(f"{self._data} is not a readable lmdb ({exc}); copy it again")
 
 
-def list_picture_files(data: Path) -> list[Path]:
-    """Every picture below ``data``, sorted; links that lead out of it are left out."""
-    root = data.resolve()
+def find_picture_files(data: Path) -> tuple[list[Path], list[Path]]:
+    """Every picture below ``data``, sorted, and the links to pictures or folders that are not followed."""
+    root, allowed = data.resolve(), list_allowed_roots(data)
     files: list[Path] = []
-    for folder, _, names in os.walk(root):
-        paths = (Path(folder, name) for name in names if name.lower().endswith(SUFFIXES))
-        files += [path for path in paths if path.is_file() and path.resolve().is_relative_to(root)]
+    left_out: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        left_out += [
+            path for name in inner if (path := Path(folder, name)).is_symlink() and not is_inside(path, [root])
+        ]
+        for path in (Path(folder, name) for name in names if name.lower().endswith(SUFFIXES)):
+            if path.is_file() and is_inside(path, allowed):
+                files.append(path)
+            elif path.is_symlink():
+                left_out.append(path)
         check_count(len(files), data)
-    return sorted(files)
+    return sorted(files), sorted(left_out)
 
 
-def decode_picture(encoded: bytes, name: str) -> Image.Image:
-    """An RGB picture, checked for its size before its pixels are read; PictureError calls it ``name``."""
-    if len(encoded) > MAX_FILE_BYTES:
-        raise PictureError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; remove it")
+def list_allowed_roots(data: Path) -> list[Path]:
+    """Folders that links in ``data`` may lead into: itself and, of a hub cache's snapshot, the cache's blobs."""
+    root = data.resolve()
+    blobs = (path.parent.parent / BLOBS for path in (root, *root.parents) if path.parent.name == SNAPSHOTS)
+    return [root, *(folder for folder in blobs if folder.is_dir() and not folder.is_symlink())]
+
+
+def is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether ``path``, its links followed, lies in one of ``roots``; a loop of links lies nowhere."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height <= MAX_PIXELS:
-                return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
-        raise PictureError(f"{name} cannot be read as PNG, JPEG or WebP ({exc}); repair it or remove it") from exc
-    raise PictureError(
-        f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS // 10**6} million allowed; shrink it"
+        resolved = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return False
+    return any(resolved.is_relative_to(root) for root in roots)
+
+
+def describe_left_out(links: Sequence[Path], data: Path) -> str:
+    """How many links were not followed, which and why; empty where all were."""
+    if not links:
+        return ""
+    names = [f"{path.relative_to(data.resolve())} -> {os.readlink(path)}" for path in links]
+    return (
+        f"{len(links)} links in {data} were left out because they lead out of it or nowhere ({join_names(names)}); "
+        "copy the files themselves there"
     )
 
 

@@ -11,17 +11,38 @@ from typing import Any
 
 from torch import Tensor
 
+from qdeploy.base.disk import note_kept
 from qdeploy.base.files import read_state, stage_file
+from qdeploy.base.staging import get_progress_folder, remove_leftovers_below
 
 KEY = "key.json"
 
 
 @contextmanager
 def checkpoint_folder(out: Path) -> Iterator[Path]:
-    """The scratch folder of ``out``; it stays when the block fails and goes when it succeeds."""
-    folder = out.with_name(f".{out.name}.part")
-    yield folder
+    """The folder of finished parts of ``out``; it goes when the block succeeds, or when it fails with none finished."""
+    folder = get_progress_folder(out)
+    try:
+        with note_kept(lambda: describe_kept(folder)):
+            yield folder
+    except BaseException:
+        if not count_batches(folder):
+            _remove_batches(folder)
+        raise
     _remove_batches(folder)
+
+
+def count_batches(folder: Path) -> int:
+    """Finished parts in ``folder`` and below."""
+    return sum(1 for _ in folder.rglob("batch-*.safetensors"))
+
+
+def describe_kept(folder: Path) -> str:
+    """What an interrupted run leaves."""
+    count = count_batches(folder)
+    if not count:
+        return "nothing is kept: the same command starts anew"
+    return f"{count} finished parts are kept in {folder}: the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -73,10 +94,11 @@ def _remove_batches(folder: Path) -> None:
     """Remove our own files, folders of them included, and then the folder, unless it holds something else."""
     if not folder.is_dir():
         return
+    remove_leftovers_below(folder)
     for inner in folder.iterdir():
         if not inner.is_symlink():
             _remove_batches(inner)
-    for path in (*folder.glob("batch-*.safetensors"), *folder.glob(".batch-*.part"), folder / KEY):
+    for path in (*folder.glob("batch-*.safetensors"), folder / KEY):
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -130,13 +130,10 @@ def save_calibration(calibration: CalibrationSet, path: Path) -> None:
     from safetensors.torch import save_file
 
     header = json.dumps({"schema_version": SCHEMA_VERSION, "provenance": dict(calibration.provenance)})
-    tensors = {name: getattr(calibration, name) for name in (*REQUIRED, *OPTIONAL)}
-    with stage_file(path) as scratch:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
-            scratch,
-            metadata={"qdeploy_calibration": header},
-        )
+    fields = {name: getattr(calibration, name) for name in (*REQUIRED, *OPTIONAL)}
+    tensors = {name: tensor.contiguous() for name, tensor in fields.items() if tensor is not None}
+    with stage_file(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
+        save_file(tensors, scratch, metadata={"qdeploy_calibration": header})
 
 
 def load_calibration(path: Path) -> CalibrationSet:

@@ -48,7 +48,14 @@ from qdeploy.targets.base import CALIBRATION_NUMERICS
 
 PROBES = 6
 TIMESTEP_TABLE = "timestep_table"
+TABLE_BYTES_PER_WEIGHT = 2  # 8-bit codes of both ranges
 CENTER = 128  # zero point of an equalized output before each channel's own offset
+
+
+def estimate_table_bytes(model: LatentDiffusion) -> int:
+    """About what a table of the model takes on disk, at most."""
+    weights = sum(weight.numel() for name in model.components for weight in model.component(name).parameters())
+    return TABLE_BYTES_PER_WEIGHT * weights
 
 
 def quantize_model(

@@ -7,15 +7,71 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+if TYPE_CHECKING:
+    from qdeploy.base.outputs import Output
+
 PATH = click.Path(path_type=Path)
+INTERRUPTED = 130  # the exit code that a shell makes of Ctrl-C
+MILLION = 10**6
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 1000.0
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds; NaN and infinity, which click's own types take, are refused."""
+
+    name = "number"
+
+    def __init__(self, minimum: float, maximum: float, *, min_open: bool = False) -> None:
+        super().__init__(minimum, maximum, min_open)
+        self.bounds = minimum, maximum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number, (minimum, maximum) = click.FLOAT.convert(value, param, ctx), self.bounds
+        if not math.isfinite(number):
+            self.fail(f"got {value}, expected a finite number, {self._describe_range()}.", param, ctx)
+        if number > maximum:
+            self.fail(
+                f"{value} is not in the range {self._describe_range()}; expected at most {maximum:g}.", param, ctx
+            )
+        if number < minimum or (number == minimum and self.min_open):
+            least = f"more than {minimum:g}" if self.min_open else f"at least {minimum:g}"
+            self.fail(f"{value} is not in the range {self._describe_range()}; expected {least}.", param, ctx)
+        return number
+
+
+class Whole(click.IntRange):
+    """A whole number within bounds; every option has some, so that a slip of the finger is no day of work."""
+
+    name = "whole number"
+
+    def __init__(self, minimum: int, maximum: int = MILLION) -> None:
+        super().__init__(minimum, maximum)
+        self.bounds = minimum, maximum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number, (minimum, maximum) = click.INT.convert(value, param, ctx), self.bounds
+        if not minimum <= number <= maximum:
+            bound = f"at least {minimum}" if number < minimum else f"at most {maximum}"
+            self.fail(f"{value} is not in the range {self._describe_range()}; expected {bound}.", param, ctx)
+        return number
+
+
+GUIDANCE = Number(-MAX_GUIDANCE, MAX_GUIDANCE)
+SHARE = Number(0, 1)
+STEPS = Whole(1, 10_000)
+SEED = Whole(0, MAX_SEED)
+THREADS = Whole(1, 100_000)  # the engine's own check knows the machine
+PIXELS = Whole(1, 10**5)
 
 
 def find_commands() -> list[str]:
@@ -50,6 +106,18 @@ def add_model_options(command: Callable[..., None]) -> Callable[..., None]:
         command(*args, model_options=ModelOptions(lora_files, config, ema, allow_download), **kwargs)
 
     return wrapper
+
+
+def prepare_outputs(*outputs: Output, folder: Path | None = None) -> None:
+    """Check every place that the command will write to, before any work; name what killed runs left there.
+
+    ``folder``: where the command adds files.
+    """
+    from qdeploy.base.outputs import check_outputs, check_working_folder
+
+    leftovers = [] if folder is None else check_working_folder(folder)
+    for leftover in [*leftovers, *check_outputs(outputs)]:
+        click.echo(str(leftover), err=True)
 
 
 def is_typed(name: str) -> bool:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import click
 
-from qdeploy.commands import PATH
-
-INTERRUPTED = 130  # what a shell makes of Ctrl-C
+from qdeploy.commands import INTERRUPTED, PATH, STEPS, THREADS, Number, Whole, prepare_outputs
 
 
 @click.command()
@@ -20,16 +18,34 @@ INTERRUPTED = 130  # what a shell makes of Ctrl-C
     multiple=True,
     help="Every bundle on this engine; may be repeated. Default: each bundle's own.",
 )
-@click.option("--threads", type=int, help="Default: all cores.")
-@click.option("--steps", default=25, show_default=True, help="Denoising steps of a picture.")
-@click.option("--rounds", default=30, show_default=True, help="In each, every contender runs each component once.")
-@click.option("--pictures", default=5, show_default=True, help="Rounds of whole pictures.")
+@click.option("--threads", type=THREADS, help="Default: all cores.")
+@click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps of a picture.")
+@click.option(
+    "--rounds",
+    type=Whole(1, 100_000),
+    default=30,
+    show_default=True,
+    help="In each, every contender runs each component once.",
+)
+@click.option("--pictures", type=Whole(0, 100_000), default=5, show_default=True, help="Rounds of whole pictures.")
 @click.option("--concurrency", default="1,2,4", show_default=True, help="Pictures made at once, or none.")
-@click.option("--fresh-starts", default=5, show_default=True, help="Processes that load each bundle cold, then cached.")
+@click.option(
+    "--fresh-starts",
+    type=Whole(0, 1000),
+    default=5,
+    show_default=True,
+    help="Processes that load each bundle cold, then cached.",
+)
 @click.option("--json", "json_path", type=PATH, help="Write all figures and raw samples here.")
 @click.option("--html", "html_path", type=PATH, help="Write one page with charts here.")
 @click.option("--compare", "old_path", type=PATH, metavar="OLD.json", help="Fail where figures are worse than there.")
-@click.option("--tolerance", default=5.0, show_default=True, help="Percent that --compare lets pass at least.")
+@click.option(
+    "--tolerance",
+    type=Number(0, 10_000),
+    default=5.0,
+    show_default=True,
+    help="Percent that --compare lets pass at least.",
+)
 @click.pass_context
 def bench(
     ctx: click.Context, bundles: Sequence[Path], engines: Sequence[str], threads: int | None, steps: int, rounds: int,
@@ -56,7 +72,9 @@ def bench(
     and --tolerance; 0.5 dB for SQNR and PSNR, 1 % for the size.
     """
     from qdeploy.artifacts.bundle import open_bundle
+    from qdeploy.artifacts.outputs import BENCH_RUN, PAGE
     from qdeploy.base.cpu import explain_slow_weights
+    from qdeploy.base.outputs import Output
     from qdeploy.base.progress import show_progress
     from qdeploy.bench.compare import compare_runs
     from qdeploy.bench.measure import run_bench
@@ -67,6 +85,8 @@ def bench(
     from qdeploy.reporting.page import check_packages, write_page
     from qdeploy.reporting.tables import print_table
 
+    places = ((json_path, BENCH_RUN, "--json"), (html_path, PAGE, "--html"))
+    prepare_outputs(*(Output(path, kind, option) for path, kind, option in places if path is not None))
     settings = BenchSettings(
         steps=steps, rounds=rounds, pictures=pictures, concurrency=levels_from_text(concurrency),
         fresh_starts=fresh_starts, threads=threads,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdeploy.commands import PATH, add_model_options, is_typed
+from qdeploy.commands import GUIDANCE, PATH, SEED, SHARE, STEPS, Whole, add_model_options, is_typed, prepare_outputs
 
 if TYPE_CHECKING:
     from qdeploy.models.options import ModelOptions
@@ -22,17 +22,21 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--data", type=PATH, help="raw_data: folder of pictures (PNG, JPEG, WebP) or LSUN lmdb.")
 @click.option("--prompts", type=PATH, help="Text file, one prompt a line. Default: the model's own or a general list.")
-@click.option("--samples", default=32, show_default=True, help="Trajectories or pictures, one prompt each.")
-@click.option("--steps", default=25, show_default=True, help="Denoising steps of each.")
-@click.option("--record", default=25, show_default=True, help="Steps of each to keep, evenly spaced.")
-@click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale.")
+@click.option(
+    "--samples", type=Whole(1), default=32, show_default=True, help="Trajectories or pictures, one prompt each."
+)
+@click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps of each.")
+@click.option("--record", type=STEPS, default=25, show_default=True, help="Steps of each to keep, evenly spaced.")
+@click.option("--guidance", type=GUIDANCE, default=7.5, show_default=True, help="Classifier-free guidance scale.")
 @click.option("--scheduler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: the model's own.")
-@click.option("--eta", default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--batch", default=8, show_default=True, help="Trajectories or pictures run at once.")
+@click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option(
+    "--batch", type=Whole(1, 4096), default=8, show_default=True, help="Trajectories or pictures run at once."
+)
 @click.option("--from-qdiffusion", type=PATH, help="Convert this Q-Diffusion .pt file instead of recording.")
-@click.option("--cali-st", type=int, help="Steps to take from it, evenly spaced. Default: all.")
-@click.option("--cali-n", type=int, help="Samples of each step to take from it. Default: all.")
+@click.option("--cali-st", type=Whole(1), help="Steps to take from it, evenly spaced. Default: all.")
+@click.option("--cali-n", type=Whole(1), help="Samples of each step to take from it. Default: all.")
 @add_model_options
 @click.pass_obj
 def calibrate(show: bool, model: str, out: Path, model_options: ModelOptions, **options: Any) -> None:
@@ -42,8 +46,11 @@ def calibrate(show: bool, model: str, out: Path, model_options: ModelOptions, **
 
     Example: qdeploy calibrate builtin:emoji -o calibration.safetensors --samples 32
     """
+    from qdeploy.artifacts.outputs import CALIBRATION, QDIFFUSION
+    from qdeploy.base.outputs import Output
     from qdeploy.base.progress import show_progress
     from qdeploy.calibrate.record.modes import (
+        QDIFFUSION_SUFFIX,
         CalibrationRequest,
         calibrate_to_file,
         check_request,
@@ -51,6 +58,7 @@ def calibrate(show: bool, model: str, out: Path, model_options: ModelOptions, **
     )
     from qdeploy.models.source import load_model
 
+    prepare_outputs(Output(out, QDIFFUSION if out.suffix == QDIFFUSION_SUFFIX else CALIBRATION))
     typed = {name for name in options if is_typed(name)}
     request = CalibrationRequest(**options)
     check_request(request, typed, out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qdeploy.base.errors import UsageError
-from qdeploy.commands import PATH
+from qdeploy.commands import GUIDANCE, PATH, SEED, STEPS, THREADS, Whole, prepare_outputs
 
 
 @click.command()
@@ -19,15 +19,17 @@ from qdeploy.commands import PATH
     help="Some of fid, kid, is, pr (precision and recall), clip, psnr, ssim, lpips, sqnr (of each step).",
 )  # fmt: skip
 @click.option("--reference", type=PATH, help="Folder of pictures, LSUN lmdb, or a bundle (fp32: the reference bundle).")
-@click.option("--reference-count", type=click.IntRange(2), help="Its pictures to use, by the seed. Default: all.")
+@click.option("--reference-count", type=Whole(2, 2 * 10**7), help="Its pictures to use, by the seed. Default: all.")
 @click.option("--fit", is_flag=True, help="Cut and scale the reference's pictures to the bundles' size (bicubic).")
-@click.option("--count", default=256, show_default=True, help="Pictures a bundle.")
+@click.option("--count", type=Whole(2), default=256, show_default=True, help="Pictures a bundle.")
 @click.option("--prompts", type=PATH, help="Text file, one a line: picture i has line i, starting over at the end.")
-@click.option("--steps", default=25, show_default=True)
-@click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance scale.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", type=STEPS, default=25, show_default=True)
+@click.option("--guidance", type=GUIDANCE, default=7.5, show_default=True, help="Classifier-free guidance scale.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--scheduler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: each bundle's own.")
-@click.option("--batch", default=8, show_default=True, help="Pictures made together; changes none of them.")
+@click.option(
+    "--batch", type=Whole(1, 4096), default=8, show_default=True, help="Pictures made together; changes none of them."
+)
 @click.option("--extractor", help="inception, open-nsfw or rgb8. Default: inception if its weights are given.")
 @click.option("--inception", type=PATH, help="FID's Inception weights (weights-inception-2015-12-05-6726825d.pth).")
 @click.option("--lpips", type=PATH, help="torchvision's AlexNet weights, for lpips.")
@@ -39,7 +41,7 @@ from qdeploy.commands import PATH
     help="Make pictures on a Ray cluster: at ADDRESS, or without one on this machine's own.",
 )  # fmt: skip
 @click.option("--engine", help="Default: each bundle's own.")
-@click.option("--threads", type=int, help="Of one picture. Default: all cores; on Ray 1.")
+@click.option("--threads", type=THREADS, help="Of one picture. Default: all cores; on Ray 1.")
 @click.option("--html", "html_path", type=PATH, help="Write one page to look at here: pictures, curves, layers.")
 @click.option(
     "--table", "tables", multiple=True, metavar="[BUNDLE=]TABLE",
@@ -80,18 +82,24 @@ def evaluate(
       qdeploy evaluate bedroom/bundle --reference data/lsun/bedroom_train_lmdb --fit --count 50000 \\
         --reference-count 50000 --inception weights-inception-2015-12-05-6726825d.pth -o figures --ray
     """
+    from qdeploy.artifacts.outputs import PAGE
+    from qdeploy.base.disk import note_kept
     from qdeploy.base.lists import read_prompt_file
+    from qdeploy.base.outputs import Output
     from qdeploy.base.progress import show_progress
     from qdeploy.evaluate.extractors import ExtractorOptions
     from qdeploy.evaluate.layer_figures import match_tables
     from qdeploy.evaluate.layers import check_models, measure_layers
     from qdeploy.evaluate.page import build_page
     from qdeploy.evaluate.report import build_calibration_table, build_table, list_notes, write_tables
+    from qdeploy.evaluate.run import list_outputs
     from qdeploy.evaluate.run import run_evaluation as run
     from qdeploy.evaluate.settings import EvaluationSettings
     from qdeploy.reporting.page import check_packages, write_page
     from qdeploy.reporting.tables import print_table
 
+    page = [] if html_path is None else [Output(html_path, PAGE, "--html")]
+    prepare_outputs(*list_outputs(out), *page, folder=out)
     if tables and html_path is None:
         raise UsageError("--table goes with --html FILE, the page that shows the layers")
     if html_path is not None:
@@ -118,7 +126,8 @@ def evaluate(
         threads=threads,
         ray=ray,
     )
-    with show_progress(show) as on_progress:
+    kept = f"pictures and features made so far are kept in {out}: the same command goes on from there"
+    with show_progress(show) as on_progress, note_kept(lambda: kept):
         result = run(bundles, reference, settings, out, on_progress)
         layers = measure_layers(matched_tables, [contender.name for contender in result.contenders], on_progress)
     print_table(*build_table(result), title="")

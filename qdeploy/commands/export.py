@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from qdeploy.base.errors import UsageError
-from qdeploy.commands import PATH, add_model_options
+from qdeploy.commands import PATH, Number, add_model_options, prepare_outputs
 from qdeploy.targets.base import DEFAULT_TARGET, describe_targets, load_target
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--min-sqnr",
     "min_sqnr_db",
-    type=float,
+    type=Number(-1000, 1000),
     metavar="DB",
     help="Least SQNR against the float model that a quantized component is exported with. Default: 20 dB less than its "
     "table had when it was made, and 3 at least.",
@@ -81,7 +80,10 @@ def export(
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt --build
     """
+    from qdeploy.artifacts.outputs import BUNDLE
     from qdeploy.artifacts.table import load_table
+    from qdeploy.base.disk import note_kept
+    from qdeploy.base.outputs import Output
     from qdeploy.base.progress import show_progress
     from qdeploy.engines.nvidia.profiles import sizes_from_text
     from qdeploy.export.exporter import export_bundle
@@ -90,8 +92,7 @@ def export(
     from qdeploy.inspection.describe import format_gate
     from qdeploy.models.source import load_model
 
-    if min_sqnr_db is not None and not math.isfinite(min_sqnr_db):
-        raise UsageError(f"--min-sqnr: got {min_sqnr_db}, expected a number of decibels")
+    prepare_outputs(Output(out, BUNDLE))
     open_dims = OpenDims.from_text(dynamic)
     chosen = load_target(target).in_full_range() if full_range else load_target(target)
     table = load_table(Path(source)) if source.endswith(".safetensors") else None
@@ -103,7 +104,7 @@ def export(
     if build:
         check_buildable(chosen)
     loaded = load_model(model or (source if table is None else table.model), model_options)
-    with show_progress(show) as on_progress:
+    with show_progress(show) as on_progress, note_kept(lambda: f"nothing is kept: {out} is as it was"):
         manifest = export_bundle(
             loaded, table, chosen, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
             build=build, min_sqnr_db=min_sqnr_db,

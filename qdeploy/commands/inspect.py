@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qdeploy.commands import PATH
+from qdeploy.commands import PATH, THREADS, prepare_outputs
 
 
 @click.command()
@@ -17,7 +17,7 @@ from qdeploy.commands import PATH
     "--audit", is_flag=True, help="Run a bundle or .onnx file: which layers are not in integers, and the time."
 )
 @click.option("--engine", help="Engine to audit on; the bundle's own if not given.")
-@click.option("--threads", type=int, help="Threads of the engine during the audit; all cores if not given.")
+@click.option("--threads", type=THREADS, help="Threads of the engine during the audit; all cores if not given.")
 def inspect(path: str, show_all: bool, plot: Path | None, audit: bool, engine: str | None, threads: int | None) -> None:
     """Show what a model, calibration set, table or bundle holds, and with --audit how an engine runs it.
 
@@ -28,11 +28,14 @@ def inspect(path: str, show_all: bool, plot: Path | None, audit: bool, engine: s
       qdeploy inspect other/quantized.onnx --audit --engine openvino
       qdeploy inspect w8a8.safetensors --plot sensitivity.png
     """
+    from qdeploy.artifacts.outputs import PICTURE
+    from qdeploy.base.outputs import Output
     from qdeploy.inspection.audit import describe_audit
     from qdeploy.inspection.describe import describe, load_table_to_plot
     from qdeploy.inspection.plot import plot_sensitivity
 
     if plot is not None:
+        prepare_outputs(Output(plot, PICTURE, "--plot"))
         plot_sensitivity(load_table_to_plot(path), plot)
     facts = describe_audit(Path(path), engine, threads, show_all) if audit else describe(path, show_all)
     width = max(len(label) for label, _ in facts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdeploy.commands import PATH, add_model_options
+from qdeploy.commands import MILLION, PATH, SHARE, Number, Whole, add_model_options, prepare_outputs
 
 if TYPE_CHECKING:
     from qdeploy.models.options import ModelOptions
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--calib", type=PATH, required=True, help="Calibration set of `qdeploy calibrate`.")
 @click.option("-o", "--out", type=PATH, required=True, help="Table to write, .safetensors.")
-@click.option("--weight-bits", type=click.IntRange(2, 8), default=8, show_default=True)
+@click.option("--weight-bits", type=Whole(2, 8), default=8, show_default=True)
 @click.option(
     "--observer", type=click.Choice(["minmax", "percentile", "mse"]), default="mse", show_default=True,
     help="How ranges are read off the histograms.",
@@ -52,14 +52,26 @@ if TYPE_CHECKING:
     "--learn-act-scales/--no-learn-act-scales", default=False, show_default=True,
     help="Learn each layer's input scale with its rounding.",
 )  # fmt: skip
-@click.option("--cache-gb", default=8.0, show_default=True, help="Disk for the blocks' inputs and outputs.")
+@click.option(
+    "--cache-gb",
+    type=Number(0, MILLION, min_open=True),
+    default=8.0,
+    show_default=True,
+    help="Disk for the blocks' inputs and outputs.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where blocks are fitted: cpu or cuda.")
 @click.option("--sensitivity", is_flag=True, help="Measure each layer by itself; `inspect` shows it.")
 @click.option(
-    "--float-macs", default=0.0, show_default=True, help="Share of MACs to keep in float where it helps most."
+    "--float-macs",
+    type=SHARE,
+    default=0.0,
+    show_default=True,
+    help="Share of MACs to keep in float where it helps most.",
 )
 @click.option(
-    "--max-mb", type=float, help="Most MB of integer weights for the UNet: mixes 4 and 8 bits where it hurts least."
+    "--max-mb",
+    type=Number(0, MILLION, min_open=True),
+    help="Most MB of integer weights for the UNet: mixes 4 and 8 bits where it hurts least.",
 )
 @click.option(
     "--noise-correction", is_flag=True, help="PTQD: measure the UNet's mean error by step; the runtime subtracts it."
@@ -67,6 +79,7 @@ if TYPE_CHECKING:
 @click.option("--first-token-float", is_flag=True, help="Keep the text's first token in float in cross-attention.")
 @click.option(
     "--attention-bits",
+    type=Whole(0, 16),
     default=0,
     show_default=True,
     help="Bits of the attentions' own products: 0 (float), 8, or 16, which cannot be exported.",
@@ -83,20 +96,24 @@ def quantize(show: bool, model: str, calib: Path, out: Path, model_options: Mode
       qdeploy quantize builtin:emoji --calib calibration.safetensors -o w8a8.safetensors
       qdeploy quantize builtin:emoji --calib calibration.safetensors -o w4a8.safetensors --weight-bits 4 --effort fast
     """
+    from qdeploy.artifacts.outputs import TABLE
     from qdeploy.artifacts.table import save_table
     from qdeploy.base.numerics import ACT_BITS
+    from qdeploy.base.outputs import Output, check_room
     from qdeploy.base.progress import show_progress
     from qdeploy.calibrate.checkpoint import checkpoint_folder
     from qdeploy.calibrate.dataset import load_calibration
-    from qdeploy.calibrate.quantize import quantize_model
+    from qdeploy.calibrate.quantize import estimate_table_bytes, quantize_model
     from qdeploy.calibrate.spec import spec_from_options
     from qdeploy.inspection.table import format_widths
     from qdeploy.models.source import load_model
 
+    prepare_outputs(Output(out, TABLE))
     spec = spec_from_options(**options)
     calibration = load_calibration(calib)
     with show_progress(show) as on_progress, checkpoint_folder(out) as work:
         loaded = load_model(model, model_options)
+        check_room(out, estimate_table_bytes(loaded))
         table = quantize_model(loaded, calibration, spec, on_progress, work)
         save_table(table, out)
     for name in loaded.components:

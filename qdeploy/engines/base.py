@@ -12,6 +12,7 @@ An engine module has three functions::
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from qdeploy.base.errors import EngineError, EngineUnavailableError, UsageError
 
+LEAST_THREADS = 2  # allowed everywhere, so that a program written for two runs on one core too
 OPEN_DIM = -1  # a dimension that a graph leaves open
 
 
@@ -46,8 +48,12 @@ class EngineOptions:
     simulate_qdq: bool = False
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads: got {self.threads}, expected at least 1; leave it out for all cores")
+        cores = max(os.cpu_count() or 1, LEAST_THREADS)
+        if self.threads is not None and not 1 <= self.threads <= cores:
+            raise UsageError(
+                f"--threads: got {self.threads}, expected at least 1 and at most {cores}, as this machine has; "
+                "leave it out for all cores"
+            )
 
     def check_providers(self, engine: str, known: tuple[str, ...]) -> None:
         """UsageError unless ``providers`` are the ``known`` ones, all that ``engine`` runs on."""

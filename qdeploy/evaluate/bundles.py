@@ -18,7 +18,7 @@ from qdeploy.evaluate.features import PictureSource
 from qdeploy.evaluate.settings import EvaluationSettings
 from qdeploy.evaluate.timing import record_time
 from qdeploy.runtime.request import check_text
-from qdeploy.sample.folder import picture_path, sample_to_folder
+from qdeploy.sample.folder import list_pictures, picture_path, sample_to_folder
 from qdeploy.sample.job import SampleJob
 from qdeploy.sample.ray_workers import make_ray_workers
 from qdeploy.sample.work import sample_locally
@@ -43,6 +43,13 @@ class BundlePictures:
     def is_float(self) -> bool:
         """Whether it can be the reference that others are compared with."""
         return self.manifest.precision == "fp32"
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the pictures that are still to be made, at most."""
+        latents = self.manifest.latents
+        missing = max(0, self.count - len(list_pictures(self.folder)))
+        return 3 * latents.image_width * latents.image_height * missing
 
     def to_source(self) -> PictureSource:
         """Its pictures, whatever else lies there."""

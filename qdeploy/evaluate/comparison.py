@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.decode import decode_picture
 from qdeploy.base.errors import PictureError
-from qdeploy.base.pictures import decode_picture
 from qdeploy.base.progress import OnProgress
 from qdeploy.evaluate.bundles import BundlePictures
 from qdeploy.evaluate.metrics.lpips import Lpips

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from qdeploy.base.decode import decode_picture
+from qdeploy.base.disk import explain_full_disk
 from qdeploy.base.errors import PictureError
 from qdeploy.base.files import read_state, stage_file
-from qdeploy.base.pictures import PictureSet, decode_picture
+from qdeploy.base.pictures import PictureSet
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.evaluate.extractors import Array, Extractor
 
@@ -117,7 +120,9 @@ class RowFile:
         is_ours = stored.keys() == fresh.keys() and stored["key"] == key
         resumes = is_ours and _has_shape(self._file, shape)
         self.state = stored if resumes else fresh
-        self.values = open_memmap(self._file, "r+" if resumes else "w+", np.float32, shape)
+        with explain_full_disk(self._file, 4 * shape[0] * shape[1]):
+            self.values = open_memmap(self._file, "r+" if resumes else "w+", np.float32, shape)
+            reserve_file(self._file)
         self._rows, self._saved = len(self.state["positions"]), self.read
 
     @property
@@ -138,6 +143,13 @@ class RowFile:
         with stage_file(self._marker) as scratch:
             scratch.write_text(json.dumps(self.state), encoding="utf-8")
         self._saved = self.read
+
+
+def reserve_file(path: Path) -> None:
+    """Give a sparse file its room on the disk: writing to a map without room would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _read(encoded: bytes, name: str, fit: tuple[int, int] | None, rows: RowFile) -> Image.Image:

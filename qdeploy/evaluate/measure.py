@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qdeploy.base.decode import decode_picture
 from qdeploy.base.errors import UsageError
-from qdeploy.base.pictures import decode_picture
 from qdeploy.base.progress import OnProgress
 from qdeploy.evaluate.extractors import ExtractorInfo
 from qdeploy.evaluate.features import Features, PictureSource

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from qdeploy.base.decode import decode_picture
 from qdeploy.base.errors import PictureError
-from qdeploy.base.pictures import decode_picture
 from qdeploy.evaluate.bundles import PICTURES
 from qdeploy.evaluate.charts import RESULT_CHARTS, draw_histograms, draw_layers
 from qdeploy.evaluate.layer_figures import BundleLayers, LayerFigures

@@ -7,7 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qdeploy.artifacts.outputs import EVALUATION, EVALUATION_TABLE
+from qdeploy.artifacts.outputs import FEATURES as FEATURES_FILE
 from qdeploy.base.errors import UsageError
+from qdeploy.base.outputs import Output, check_room
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.engines.base import choose_engine
 from qdeploy.evaluate.bundles import PICTURES, RECEIPTS, BundlePictures, make_pictures, open_bundles
@@ -23,8 +26,16 @@ from qdeploy.evaluate.result import BundleResult, EvaluationResult, classify_cal
 from qdeploy.evaluate.settings import PAIR_METRICS, REFERENCE_METRICS, SET_METRICS, STEP_METRICS, EvaluationSettings
 from qdeploy.evaluate.timing import read_seconds_per_picture
 from qdeploy.reporting.environment import describe_environment
+from qdeploy.sample.folder import check_pictures
 
 FEATURES, RESULT = "features", "result.json"
+
+
+def list_outputs(folder: Path) -> list[Output]:
+    """What an evaluation overwrites in ``folder``; pictures have a check of their own."""
+    tables = [Output(folder / name, EVALUATION_TABLE) for name in ("table.md", "table.csv", "calibration.csv")]
+    features = [Output(path, FEATURES_FILE) for path in sorted((folder / FEATURES).glob("*.npy"))]
+    return [Output(folder / RESULT, EVALUATION), *tables, *features]
 
 
 def run_evaluation(
@@ -47,6 +58,9 @@ def run_evaluation(
     lpips = Lpips(settings.lpips, settings.weights.allow_download) if settings.has_any("lpips") else None
     extractor = open_extractor(settings.extractor_name, settings.weights) if settings.has_any(*SET_METRICS) else None
 
+    check_room(out / PICTURES, sum(pictures.missing_bytes for pictures in bundle_pictures))
+    for pictures in bundle_pictures:
+        check_pictures(pictures.folder, out / RECEIPTS / pictures.name)
     for pictures in bundle_pictures:
         make_pictures(pictures, settings, out, on_progress)
     rows, reference_features = extract_all_features(bundle_pictures, reference, extractor, settings, out, on_progress)

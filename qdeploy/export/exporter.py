@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -24,10 +23,12 @@ from qdeploy.artifacts.bundle import (
 )
 from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_ENCODER, choose_graph_batch
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correction
+from qdeploy.artifacts.outputs import BUNDLE
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.errors import EngineUnavailableError, ExportError, TableError
 from qdeploy.base.files import stage_folder
 from qdeploy.base.numerics import ACT_BITS
+from qdeploy.base.outputs import Output, check_output
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.engines.base import EngineOptions, load_engine
@@ -45,6 +46,7 @@ from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.base import Target
 
 GRAPH_FILE = "model.onnx"
+BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "int8": 1.2}  # some layers of the last stay in float
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -80,7 +82,9 @@ def export_bundle(
         check_probes(table, model)
         check_exportable(table)
     names = (*model.components, *([VAE_ENCODER.name] if with_encoder else []))
-    with stage_folder(out) as folder:
+    needed_bytes = estimate_bytes(model, names, precision)
+    check_output(Output(out, BUNDLE, needed_bytes=needed_bytes))
+    with stage_folder(out, needed_bytes) as folder:
         infos = {}
         for done, name in enumerate(names):
             on_progress(f"export: {target.name} {precision}", done, len(names))
@@ -109,6 +113,12 @@ def export_bundle(
         write_manifest(folder, manifest)
         on_progress(f"export: {target.name} {precision}", len(names), len(names))
     return manifest
+
+
+def estimate_bytes(model: LatentDiffusion, names: Sequence[str], precision: str) -> int:
+    """About what the bundle's graphs take on disk."""
+    parameters = sum(parameter.numel() for name in names for parameter in model.component(name).parameters())
+    return int(parameters * BYTES_PER_PARAMETER[precision])
 
 
 def export_component(
@@ -266,11 +276,7 @@ def check_exportable(table: QuantTable) -> None:
 
 def save_graph(graph: ir.Model, path: Path) -> None:
     """Write the graph with its weights as external data next to it, which avoids the 2 GB limit."""
-    try:
-        ir.save(graph, path, external_data=path.name + ".data")
-    except OSError as exc:  # NumPy's own, when the disk is full, has neither errno nor file name
-        free_mb = shutil.disk_usage(path.parent).free / 1e6
-        raise ExportError(f"writing {path} failed ({exc}); {free_mb:.0f} MB are free there, make room") from exc
+    ir.save(graph, path, external_data=path.name + ".data")
 
 
 def tensor_info_from_value(value: ir.Value) -> tuple[str, TensorInfo]:

@@ -6,7 +6,6 @@ own defaults. Paths are relative to the folder that the command runs in, as on t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from qdeploy.sampling import replace_scheduler
 from qdeploy.targets.base import DEFAULT_TARGET, Target, load_target
 
 MAX_BYTES = 2**16
+MAX_NUMBER = 2**63 - 1  # TOML's own limit for whole numbers; NaN and infinity are beyond it too
 MAX_PICTURES = 10**6  # their names have six digits
 CALIBRATION = "calibration.safetensors"
 
@@ -193,7 +193,7 @@ def _check_value(value: Any, hint: Any, key: str) -> Any:
         value_type in (int, float)
         and isinstance(value, (int, value_type))
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and abs(value) <= MAX_NUMBER
     ):
         return value_type(value)
     if value_type in (str, Path) and isinstance(value, str) and value.isprintable():

@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from qdeploy.artifacts import outputs
 from qdeploy.artifacts.receipt import RecipeStep, hash_path, read_receipt, run_step
 from qdeploy.artifacts.table import load_table, save_table
 from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.base.files import stage_file
+from qdeploy.base.outputs import Output, OutputKind, check_room
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import checkpoint_folder
 from qdeploy.calibrate.dataset import load_calibration
-from qdeploy.calibrate.quantize import quantize_model
+from qdeploy.calibrate.quantize import estimate_table_bytes, quantize_model
 from qdeploy.calibrate.record.conditioning import choose_scheduler_config
 from qdeploy.calibrate.record.modes import calibrate_to_file, check_text_options
 from qdeploy.export.exporter import export_bundle
 from qdeploy.models.architectures import check_architecture
 from qdeploy.models.source import LatentDiffusion, hash_model, load_model
 from qdeploy.recipe.read import CALIBRATION, Recipe
-from qdeploy.sample.folder import sample_to_folder
+from qdeploy.sample.folder import check_pictures, sample_to_folder
+from qdeploy.sample.work import STEP_NAME
 from qdeploy.sampling import make_scheduler
 
 TABLE, BUNDLE, PICTURES, RECEIPTS = "table.safetensors", "bundle", "pictures", "receipts"
 FILES = ("data", "prompts", "from_qdiffusion")  # options of `calibrate` that name files
+
+
+def list_outputs(folder: Path) -> list[Output]:
+    """What a recipe writes to ``folder`` and, from an earlier run, replaces; pictures have a check of their own."""
+    steps = {"calibrate": (CALIBRATION, outputs.CALIBRATION), "quantize": (TABLE, outputs.TABLE)}
+    files = [
+        Output(folder / file, claim_by_receipt(kind, folder / RECEIPTS / f"{step}.json"))
+        for step, (file, kind) in steps.items()
+    ]
+    receipts = (*steps, "export", STEP_NAME, "scale")
+    files += [Output(folder / RECEIPTS / f"{name}.json", outputs.RECEIPT) for name in receipts]
+    return [*files, Output(folder / BUNDLE, outputs.BUNDLE)]
+
+
+def claim_by_receipt(kind: OutputKind, receipt: Path) -> OutputKind:
+    """``kind``, also known by the receipt of the step that wrote it: a damaged file is made again."""
+    return replace(kind, is_ours=lambda path: kind.is_ours(path) or outputs.is_own_receipt(receipt))
 
 
 class FloatModel:
@@ -70,6 +90,7 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
 
     def quantize() -> None:
         with checkpoint_folder(table) as work:
+            check_room(table, estimate_table_bytes(model.load()))
             save_table(quantize_model(model.load(), load_calibration(calibration), spec, on_progress, work), table)
 
     def export() -> None:
@@ -82,6 +103,7 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
         )
 
     receipts = folder / RECEIPTS
+    check_pictures(folder / PICTURES, receipts)
     input_hashes = {name: hash_path(path) for name in FILES if (path := getattr(request, name)) is not None}
     settings = {name: value for name, value in asdict(request).items() if name not in FILES}  # at any path
     calibration_sha256 = run_one("calibrate", calibration, settings, input_hashes, calibrate)

@@ -66,6 +66,7 @@ class Pipeline:
         callback: Callable[[Step], bool | None] | None = None,
         cancel: Event | None = None,
         deadline_s: float | None = None,
+        allow_large: bool = False,
     ) -> Result:
         """Generate ``count`` pictures for each prompt, or ``count`` pictures with an unconditional bundle.
 
@@ -83,7 +84,8 @@ class Pipeline:
         same whatever is in the batch or runs concurrently; ``latents`` (``float32[B, C, h, w]``, unit noise) replaces
         the noise that it starts from. ``scheduler`` swaps the bundle's own (pndm, ddim, ...); ``eta`` 0..1 is
         ddim's share of noise, which no other takes. ``width`` and ``height`` in pixels are the bundle's own by default;
-        others take a bundle that was exported with its size open.
+        others take a bundle that was exported with its size open. ``allow_large`` lifts the limits of
+        4.2 million pixels a picture and 268 million a request, which keep a slip from taking all memory.
 
         ``callback`` is called after every step and may return False to cancel; ``cancel`` (a ``threading.Event``)
         cancels from another thread; ``deadline_s`` is seconds from now. All three are checked between steps.
@@ -98,14 +100,17 @@ class Pipeline:
         prompts = negatives = None
         if prompt is not None:
             prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        size = checks.resolve_size(width, height, self.latents)
+        pictures = checks.check_integer("count", count, 1) * len(prompts or [""])
+        size = checks.resolve_size(width, height, self.latents, pictures, allow_large)
         source = checks.build_source(image, mask, strength, len(prompts or [""]), size, self.model.reads_mask)
         seeds = checks.build_seeds(seed, first, count, len(prompts or [""]))
         request = checks.GenerationRequest(
             prompts=prompts,
             negative_prompts=negatives,
             steps=checks.check_integer("steps", steps, 1),
-            guidance_scale=checks.check_number("guidance_scale", guidance_scale),
+            guidance_scale=checks.check_number(
+                "guidance_scale", guidance_scale, -checks.MAX_GUIDANCE, checks.MAX_GUIDANCE
+            ),
             guidance_rescale=checks.check_number("guidance_rescale", guidance_rescale, 0, 1),
             weighting=weighting,
             seeds=seeds,

@@ -13,11 +13,17 @@ from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import LatentInfo, Manifest
 from qdeploy.base.errors import RequestError, UsageError
+from qdeploy.base.memory import read_available_bytes
 from qdeploy.runtime.image import PictureInput, mask_from_picture, pixels_from_picture
 
 Array = NDArray[np.float32]
 MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
 MAX_SIDE = 8192  # pixels; more would not fit a machine's memory, and is a mistake or an attack
+MAX_PIXELS = 2048 * 2048  # of one picture, without allow_large
+MAX_REQUEST_PIXELS = 2**28  # of all pictures of one request, without allow_large: 1,024 of 512 x 512
+DECODER_BYTES_PER_PIXEL = 4096  # Stable Diffusion's decoder: four maps of 256 channels in float32 at full size
+PICTURE_BYTES_PER_PIXEL = 36  # of each picture in a result: three float32[3, H, W] at the peak
+MAX_GUIDANCE = 1000.0  # far above any use; beyond float32's range latents would not be finite
 DEFAULT_STRENGTH = 0.8  # of image-to-image where none is given, as in diffusers; inpainting has 1
 
 
@@ -145,8 +151,13 @@ def build_source(
     return SourcePicture(pixels, masks, number)
 
 
-def resolve_size(width: int | None, height: int | None, latents: LatentInfo) -> LatentInfo:
-    """``latents`` of the bundle at the requested size; RequestError for one that its graphs do not take."""
+def resolve_size(
+    width: int | None, height: int | None, latents: LatentInfo, count: int = 1, allow_large: bool = False
+) -> LatentInfo:
+    """``latents`` of the bundle at the requested size; RequestError for one that its graphs do not take.
+
+    ``count`` pictures of it must stay within the limits, unless ``allow_large``.
+    """
     factor = latents.image_height // latents.height
     sizes = {}
     for name, value, default in (("width", width, latents.image_width), ("height", height, latents.image_height)):
@@ -163,13 +174,41 @@ def resolve_size(width: int | None, height: int | None, latents: LatentInfo) -> 
             )
         if sizes[name] > MAX_SIDE:
             raise RequestError(f"{name}: got {value}, expected at most {MAX_SIDE} pixels")
-    return replace(
+    size = replace(
         latents,
         height=sizes["height"] // factor,
         width=sizes["width"] // factor,
         image_height=sizes["height"],
         image_width=sizes["width"],
     )
+    if not allow_large:
+        check_pixels(size, latents, count)
+    return size
+
+
+def check_pixels(size: LatentInfo, own: LatentInfo, count: int) -> None:
+    """RequestError for more pixels than are made by default; it says about how much memory they would take."""
+    pixels, limit = size.image_height * size.image_width, max(MAX_PIXELS, own.image_height * own.image_width)
+    if pixels > limit:
+        raise RequestError(
+            f"width, height: got {size.image_width}x{size.image_height}, expected at most {limit / 1e6:.1f} million "
+            f"pixels; {describe_memory(DECODER_BYTES_PER_PIXEL * pixels)}; ask for a smaller picture, or "
+            "lift the limit with allow_large=True, --allow-large on the command line"
+        )
+    if pixels * count > max(MAX_REQUEST_PIXELS, limit):
+        raise RequestError(
+            f"count: got {count} pictures of {size.image_width}x{size.image_height}, expected at most "
+            f"{max(MAX_REQUEST_PIXELS, limit) // pixels} in one request; "
+            f"{describe_memory(PICTURE_BYTES_PER_PIXEL * pixels * count)}; ask for them in parts (first=, count=), as "
+            "`qdeploy generate` does, or lift the limit with allow_large=True"
+        )
+
+
+def describe_memory(needed_bytes: int) -> str:
+    """About how much memory would be taken, and what is available."""
+    available = read_available_bytes()
+    text = f"that would take about {needed_bytes / 1e9:,.1f} GB of memory and more"
+    return text if available is None else f"{text}, {available / 1e9:,.1f} GB are available"
 
 
 def check_integer(name: str, value: int, minimum: int) -> int:

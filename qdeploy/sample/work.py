@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from qdeploy.base.encode import save_png
 from qdeploy.base.progress import OnProgress
 from qdeploy.runtime.pipeline import Pipeline, load
 from qdeploy.runtime.results import Step
@@ -54,7 +55,7 @@ def render_batch(
     files = []
     for image in result.images:
         with io.BytesIO() as file:
-            image.save(file, format="PNG")
+            save_png(image, file)
             files.append(file.getvalue())
     return files
 

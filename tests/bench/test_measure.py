@@ -183,7 +183,7 @@ def test_levels_of_concurrency() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--rounds", 0), "--rounds: got 0"),
+        (("--rounds", 0), "0 is not in the range"),
         (("--concurrency", "0"), "--concurrency"),
         (("--compare", "nowhere.json"), "not a measurement"),
         (("--engine", "nonsense"), "unknown --engine"),

@@ -91,7 +91,7 @@ def test_pictures_in(tiny_folder: Path, float_bundle: Path, tmp_path: Path) -> N
         (["--image", picture], 1, "--with-encoder"),
         (["--image", picture, "--mask", mask], 2, "as large as the picture"),
         (["--mask", mask], 2, "without image"),
-        (["--image", broken], 2, "not a picture"),
+        (["--image", broken], 1, "cannot be read as PNG"),
         (["--image", tmp_path / "none.png"], 1, "none.png"),
     ):
         result = run("generate", float_bundle, "a cat", "-o", tmp_path / "out.png", *arguments)

@@ -126,7 +126,7 @@ def test_bundles_are_compared_with_a_float_reference(
         (["--metrics", "clip"], "--clip FOLDER"),
         (["--metrics", "lpips", "--reference", "FLOAT"], "--lpips FILE"),
         (["--metrics", "fid", "--reference", "nowhere"], "nowhere is not a folder"),
-        (["--count", "1"], "--count: got 1"),
+        (["--count", "1"], "1 is not in the range 2<=x<=1000000; expected at least 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_said(

@@ -19,6 +19,7 @@ from qdeploy.export.audit import audit_file
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.open_dims import TRACED_WITH, OpenDims, close_dims, evaluate_expression
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.runtime.request import resolve_size
 from qdeploy.targets.base import load_target
 
 
@@ -69,6 +70,34 @@ def test_a_picture_of_another_size(open_bundle: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 0, done.output
     assert Image.open(out).size == (24, 16)
+
+
+def test_a_huge_picture_is_refused_with_the_memory_that_it_would_take(open_bundle: Path, tmp_path: Path) -> None:
+    latents = opened(open_bundle).manifest.latents
+    with qdeploy.load(open_bundle) as pipe, pytest.raises(RequestError) as info:
+        pipe("a cat", steps=1, width=8192, height=8192)
+    assert "got 8192x8192, expected at most 4.2 million pixels; that would take about 274.9 GB of memory" in str(
+        info.value
+    )
+    assert "GB are available; ask for a smaller picture" in str(info.value)
+    asked = [
+        "generate",
+        str(open_bundle),
+        "a cat",
+        "-o",
+        str(tmp_path / "x.png"),
+        "--width",
+        "8192",
+        "--height",
+        "8192",
+    ]
+    refused = CliRunner().invoke(main, asked)
+    assert refused.exit_code == 1
+    assert "274.9 GB of memory" in refused.output
+    assert "--allow-large" in refused.output
+    assert list(tmp_path.iterdir()) == []
+    assert resolve_size(8192, 8192, latents, allow_large=True).image_width == 8192
+    assert resolve_size(2048, 2048, latents).image_width == 2048
 
 
 def test_a_static_bundle_says_how_to_get_other_sizes(int8_bundle: Path) -> None:

@@ -196,6 +196,8 @@ def test_providers_and_threads_are_what_was_asked_for(float_bundle: Path) -> Non
         qdeploy.load(float_bundle, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(UsageError, match="threads: got 0"):
         qdeploy.load(float_bundle, threads=0)
+    with pytest.raises(UsageError, match="threads: got 100000, expected at least 1 and at most"):
+        qdeploy.load(float_bundle, threads=100_000)
 
 
 def test_nothing_is_printed(

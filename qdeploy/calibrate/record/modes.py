@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from qdeploy.base.errors import ModelError, UsageError
+from qdeploy.base.outputs import check_room
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import checkpoint_folder
 from qdeploy.calibrate.dataset import CalibrationSet, check_shapes, save_calibration
@@ -25,6 +27,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "raw_data": COMMON | {"data", "batch"},
     "from_qdiffusion": frozenset(["from_qdiffusion", "cali_st", "cali_n"]),
 }
+MAX_CONTEXTS = 1000  # different prompts that are counted; more of them are rare
 MODES = tuple(OPTIONS)[:3]
 TEXT_OPTIONS = frozenset(["prompts", "guidance"])
 
@@ -90,12 +93,24 @@ def calibrate_to_file(
 
     An interrupted timestep_aware run leaves its finished batches next to ``out``, where the next run resumes.
     """
+    check_room(out, estimate_bytes(model, request, out))
     with checkpoint_folder(out) as checkpoint:
         calibration = run_calibration(model, request, on_progress, checkpoint)
         check_shapes(calibration, model.latents.shape, model.context_shape)
         save = save_qdiffusion if out.suffix == QDIFFUSION_SUFFIX else save_calibration
         save(calibration, out)
     return calibration
+
+
+def estimate_bytes(model: LatentDiffusion, request: CalibrationRequest, out: Path) -> int:
+    """About what the set takes on disk; nothing for a conversion, whose file says it only when it is read."""
+    if request.from_qdiffusion is not None:
+        return 0
+    kept = request.samples * (min(request.record, request.steps) if request.mode == "timestep_aware" else 1)
+    latents, context = prod(model.latents.shape), prod(model.context_shape or (0,))
+    if out.suffix == QDIFFUSION_SUFFIX:  # float32, and a text embedding with each sample
+        return 4 * kept * (latents + context)
+    return 2 * ((kept + request.samples) * latents + min(request.samples, MAX_CONTEXTS) * context)
 
 
 def run_calibration(

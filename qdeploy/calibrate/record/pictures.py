@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from qdeploy.base.decode import decode_picture
 from qdeploy.base.lists import draw_items
-from qdeploy.base.pictures import decode_picture, open_picture_set
+from qdeploy.base.pictures import open_picture_set
 from qdeploy.sampling.loop import Array
 
 

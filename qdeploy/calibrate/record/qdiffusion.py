@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdeploy.artifacts.outputs import QDIFFUSION_MARK
 from qdeploy.base.errors import CalibrationError, UsageError
 from qdeploy.base.files import stage_file
+from qdeploy.base.version import read_version
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.record.conditioning import half_from_float
 from qdeploy.models.checkpoints.file import torch_load
@@ -73,8 +75,8 @@ def save_qdiffusion(calibration: CalibrationSet, path: Path) -> None:
         contexts = calibration.contexts.float()
         parts["cs"] = contexts[calibration.prompt].unflatten(0, shape)
         parts["ucs"] = contexts[:1].clone().expand(*shape, *contexts.shape[1:])  # stored once
-    with stage_file(path) as scratch:
-        torch.save(parts, scratch)
+    with stage_file(path, sum(part.untyped_storage().nbytes() for part in parts.values())) as scratch:
+        torch.save({**parts, QDIFFUSION_MARK: f"qdeploy {read_version()}"}, scratch)
 
 
 def _load(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qdeploy.base.disk import explain_full_disk
+
+REMEDY = "make room there, lower --cache-gb"
 HALF_MAX = float(torch.finfo(torch.float16).max)
 
 
@@ -28,19 +32,22 @@ class RowCache:
     def append(self, values: Tensor) -> None:
         array = array_from_tensor(values)
         self._dtype, self._shape = array.dtype, array.shape[1:]
-        self._file.write(array.tobytes())
+        with explain_full_disk(self._path, remedy=REMEDY):
+            self._file.write(array.tobytes())
         self.count += len(array)
 
     def read(self, rows: NDArray[np.integer]) -> Tensor:
         """``[len(rows), ...]``, floating values as float32."""
         if self._map is None:
-            self._file.close()
+            with explain_full_disk(self._path, remedy=REMEDY):
+                self._file.close()  # writes what is buffered
             self._map = np.memmap(self._path, self._dtype, "r", shape=(self.count, *self._shape))
         values = torch.from_numpy(self._map[rows])
         return values.float() if values.is_floating_point() else values
 
     def remove(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what is buffered goes too
+            self._file.close()
         self._map = None
         self._path.unlink(missing_ok=True)
 

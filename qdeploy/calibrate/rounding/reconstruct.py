@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from qdeploy.artifacts.table import ComponentQuant, LayerQuant, QuantTable, load_table, save_table
 from qdeploy.base.errors import UsageError
 from qdeploy.base.progress import OnProgress
+from qdeploy.base.staging import open_scratch, remove_leftovers
 from qdeploy.calibrate.checkpoint import batch_path
 from qdeploy.calibrate.dataset import CalibrationSet, sample_feeds
 from qdeploy.calibrate.rounding.fit import build_soft_unit, fit_unit
@@ -94,18 +94,14 @@ def check_device(device: str) -> None:
 
 @contextmanager
 def open_scratch_folder(work: Path | None) -> Iterator[Path]:
-    """A scratch folder next to the finished units, on ``--work``'s disk; what a killed run left there is removed."""
+    """A scratch folder next to the finished units, on the output's disk; those of killed runs are removed."""
     if work is None:
         with tempfile.TemporaryDirectory(prefix="qdeploy-") as scratch:
             yield Path(scratch)
         return
-    folder = work / SCRATCH
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    remove_leftovers(work / SCRATCH)
+    with open_scratch(work / SCRATCH) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def hash_run(quant: ComponentQuant, settings: Reconstruction, calibration: CalibrationSet) -> str:

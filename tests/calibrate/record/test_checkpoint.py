@@ -99,8 +99,9 @@ def test_the_scratch_folder_goes_on_success_and_stays_on_failure(tmp_path: Path)
     with pytest.raises(InterruptionError), checkpoint_folder(tmp_path / "c") as folder:
         folder.mkdir()
         (folder / "key.json").write_text("{}")
+        batch_path(folder, 0).write_bytes(b"a batch")
         raise InterruptionError
-    assert folder.is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["batch-000000.safetensors", "key.json"]
     (folder / "notes.txt").write_text("the user's own")
     with checkpoint_folder(tmp_path / "c"):
         pass
@@ -109,6 +110,14 @@ def test_the_scratch_folder_goes_on_success_and_stays_on_failure(tmp_path: Path)
     with checkpoint_folder(tmp_path / "c"):
         pass
     assert not folder.exists()
+
+
+def test_a_failure_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InterruptionError), checkpoint_folder(tmp_path / "c") as folder:
+        folder.mkdir()
+        (folder / "key.json").write_text("{}")
+        raise InterruptionError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_quantization_removes_its_blocks(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_to_q_diffusion_and_back(tiny_folder: Path, tmp_path: Path) -> None:
         (("--mode", "raw_data", "--data", "x", "-o", "x.pt"), "write a .safetensors file"),
         (("--eta", 0.5, "--scheduler", "pndm"), "only ddim"),
         (("--eta", 0.5), "add --scheduler ddim"),
-        (("--eta", 1.5, "--scheduler", "ddim"), "0 (deterministic) to 1"),
+        (("--eta", 1.5, "--scheduler", "ddim"), "expected at most 1"),
         (("--cali-st", 3), "only with --from-qdiffusion"),
         (("--from-qdiffusion", "x.pt", "--samples", 3), "--samples does not go with --from-qdiffusion"),
         (("--from-qdiffusion", "x.pt", "--mode", "timestep_aware"), "--mode does not go"),

@@ -77,6 +77,7 @@ def test_there_and_back(tmp_path: Path, calibration: CalibrationSet) -> None:
     assert written["xs"].shape == (6, 3, 4, 8, 8)
     assert written["ts"].shape == (6, 3)
     assert written["cs"].shape == written["ucs"].shape == (6, 3, 16, 32)
+    assert written.pop("made_by").startswith("qdeploy ")  # by which a later run knows it for its own
     assert {part.dtype for name, part in written.items() if name != "ts"} == {torch.float32}
     converted = calibration_from_qdiffusion(tmp_path / "c.pt")
     for mine, theirs in zip(converted.batches("unet", 4), calibration.batches("unet", 4), strict=True):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from qdeploy.base.errors import PictureError, UsageError
-from qdeploy.base.pictures import list_picture_files, open_picture_set
+from qdeploy.base.pictures import find_picture_files, open_picture_set
 from qdeploy.calibrate.record.pictures import read_pictures
 from qdeploy.calibrate.record.raw_data import RawDataSettings, calibration_from_pictures
 from qdeploy.models.source import LatentDiffusion
@@ -137,18 +137,53 @@ def test_a_bad_lmdb(tmp_path: Path, content: dict[bytes, bytes] | None, words: s
         list(read_pictures(data, 1, 0, SIDE, SIDE))
 
 
-def test_links_out_of_the_folder_are_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_not_followed(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     picture(9).save(outside / "secret.png")
     os.symlink(outside / "secret.png", folder / "z.png")
     os.symlink(outside, folder / "y")
     os.symlink(folder / "a.png", folder / "inside.png")
-    assert [path.name for path in list_picture_files(folder)] == ["a.png", "b.jpg", "c.webp", "inside.png"]
+    os.symlink("nowhere.png", folder / "x.png")
+    os.symlink("loop.png", folder / "loop.png")
+    files, left_out = find_picture_files(folder)
+    assert [path.name for path in files] == ["a.png", "b.jpg", "c.webp", "inside.png"]
+    assert [path.name for path in left_out] == ["loop.png", "x.png", "y", "z.png"]
+    assert len(open_picture_set(folder)) == 4
+    assert "4 links" in caplog.text
+    assert f"z.png -> {outside / 'secret.png'}" in caplog.text
     (tmp_path / "lsun").mkdir()
     os.symlink(write_lmdb(tmp_path / "real", {b"k": b"v"}) / "data.mdb", tmp_path / "lsun" / "data.mdb")
     with pytest.raises(PictureError, match="link out of its folder"):
         list(read_pictures(tmp_path / "lsun", 1, 0, SIDE, SIDE))
+
+
+def test_a_folder_of_links_out_of_it_says_so(tmp_path: Path) -> None:
+    picture(9).save(tmp_path / "secret.png")
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "secret.png", tmp_path / "data" / "z.png")
+    with pytest.raises(UsageError, match=r"no \.png.*1 links in .* were left out .*z\.png -> .*copy the files"):
+        open_picture_set(tmp_path / "data")
+
+
+def test_a_hub_caches_snapshot_links_to_its_blobs(tmp_path: Path) -> None:
+    """Everything there is a link, by its relative path, to a file that is named by its hash."""
+    cache = tmp_path / "datasets--a--b"
+    snapshot = cache / "snapshots" / "0123abc"
+    (snapshot / "train").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number in range(3):
+        picture(number).save(cache / "blobs" / f"hash{number}", format="PNG")
+        os.symlink(f"../../../blobs/hash{number}", snapshot / "train" / f"{number}.png")
+    picture(9).save(tmp_path / "secret.png")
+    os.symlink(tmp_path / "secret.png", snapshot / "train" / "9.png")
+    for data in (snapshot, snapshot / "train"):
+        files, left_out = find_picture_files(data)
+        assert [path.name for path in files] == ["0.png", "1.png", "2.png"]
+        assert [path.name for path in left_out] == ["9.png"]
+        assert len(list(read_pictures(data, 3, 0, SIDE, SIDE))) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"text", "cut", "gif"])
@@ -158,11 +193,11 @@ def test_an_unreadable_picture_is_named(tmp_path: Path, content: bytes | str) ->
     elif content == "gif":
         content = encode_picture(picture(0), "GIF")  # renamed: only the three formats are decoded
     (tmp_path / "broken.png").write_bytes(content)
-    with pytest.raises(PictureError, match=r"broken\.png cannot be read"):
+    with pytest.raises(PictureError, match=r"broken\.png (cannot be read|is GIF by its content)"):
         list(read_pictures(tmp_path, 1, 0, SIDE, SIDE))
 
 
-@pytest.mark.parametrize("size", [(9000, 9000), (20000, 20000)])
+@pytest.mark.parametrize("size", [(9000, 9000), (13000, 13000), (20000, 20000)])
 def test_a_picture_bomb_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     header = b"IHDR" + struct.pack(">II", *size) + b"\x08\x02\0\0\0"  # says so, and holds nothing
     content = encode_picture(picture(0), "PNG")

@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     kept = sorted((tmp_path / "part").rglob("*.safetensors"))
     assert len(kept) == 3
     stamps = [path.stat().st_mtime_ns for path in kept]
-    scratch = tmp_path / "part/scratch"
+    scratch = tmp_path / "part" / ".scratch.scratch-abcdefgh.part"
     (scratch / "target-0").mkdir(parents=True)  # as a killed run leaves it
     resumed = run(ignore_progress, tmp_path / "part")
     assert not scratch.exists()
