@@ -105,9 +105,7 @@ def record_reference(
     model: LatentDiffusion, prompts: Sequence[str], protocol: Protocol, on_progress: OnProgress = ignore_progress
 ) -> Reference:
     """Run the float model on ``prompts`` (see :func:`draw_fresh_prompts`) and keep all that rows are compared with."""
-    encode = model.component("text_encoder")
-    with torch.no_grad():
-        contexts = torch.cat([encode(model.tokenize([prompt])) for prompt in ["", *prompts]]).numpy()
+    contexts = torch.cat([model.embed(model.tokenize([prompt])) for prompt in ["", *prompts]]).numpy()
     scheduler = make_scheduler(model.scheduler_config, protocol.steps)
     noise = draw_unit_noise(model.latents.shape, [(protocol.seed, i) for i in range(len(prompts))])
     float_unet = predict_from_module(model.unet)

@@ -26,13 +26,14 @@ from qdeploy.base.errors import QdeployError
 from qdeploy.base.files import read_json, stage_file, stage_folder
 from qdeploy.base.progress import show_progress
 from qdeploy.bench.memory import read_peak_bytes
+from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
-from qdeploy.calibrate.rounding.reconstruct import reconstruct
 from qdeploy.calibrate.rounding.units import Unit, group_into_units
 from qdeploy.calibrate.spec import EFFORTS, QuantSpec
+from qdeploy.calibrate.stages.reconstruct import reconstruct_units
 from qdeploy.models.source import find_model_folder, load_model
 
 HERE = Path(__file__).parent
@@ -120,15 +121,8 @@ def adaround(work: Path, device: str = "cpu") -> dict[str, Any]:
     settings = replace(standard, iterations=TIMED_ITERATIONS, samples=4 * standard.batch, device=device)
     ticks: list[float] = []
     calibration = load_calibration(work / "calibration.safetensors")
-    reconstruct(
-        model.unet,
-        block_quant,
-        calibration,
-        "unet",
-        settings,
-        lambda *_: ticks.append(time.perf_counter()),
-        work / "blocks",
-    )
+    unet = CalibratedComponent("unet", model.unet, calibration, lambda *_: ticks.append(time.perf_counter()))
+    reconstruct_units(unet, block_quant, settings, work / "blocks")
     shutil.rmtree(work / "blocks")
     iteration = float(np.median(np.diff(ticks)))
     share = count_macs(quant, largest) / sum(count_macs(quant, unit) for unit in units)

@@ -55,6 +55,11 @@ def get_kind(component: str) -> ComponentKind:
     return kind
 
 
+def name_component(kind: ComponentKind, number: int) -> str:
+    """Name of a model's component ``number`` of its kind, from 0."""
+    return kind.name if number == 0 else f"{kind.name}_{number + 1}"
+
+
 def list_text_encoders(components: Iterable[str]) -> tuple[str, ...]:
     """The text encoders among ``components``, in their order."""
     return tuple(name for name in components if get_kind(name).for_text)

@@ -11,6 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdeploy.artifacts.components import (
+    MAX_PER_KIND,
+    TEXT_ENCODER,
+    UNET,
+    VAE_DECODER,
+    get_kind,
+    name_component,
+)
 from qdeploy.base.documents import parse_json
 from qdeploy.base.errors import CalibrationError, join_names
 from qdeploy.base.files import stage_file
@@ -23,6 +31,7 @@ MAX_ROWS = 16
 
 MAX_TIMESTEP = 2**20  # schedulers are trained on 1000
 REMEDY = "make it again with `qdeploy calibrate`"
+TEXT_ENCODERS = [name_component(TEXT_ENCODER, number) for number in range(MAX_PER_KIND)]
 
 Feeds = Mapping[str, Tensor]  # a component's inputs by name
 
@@ -35,7 +44,7 @@ class CalibrationSet:
     timestep: ``int64[N]``, the t that belongs to each x_t.
     prompt: ``int64[N]``, row of ``contexts`` for the conditional half.
     contexts: ``float16[P, T, D]``, text embeddings; row 0 is the empty prompt, the unconditional half.
-    input_ids: ``int64[P, T]``, the tokens of ``contexts``.
+    input_ids: ``int64[P, T]`` for each text encoder, by its name: the tokens of ``contexts``.
     latents: ``float16[M, C, h, w]``, final latents, divided by the scaling factor: the decoder's input.
 
     A set of an unconditional model has neither ``prompt`` nor ``contexts`` nor ``input_ids``. One read from
@@ -47,7 +56,7 @@ class CalibrationSet:
     timestep: Tensor
     prompt: Tensor | None = None
     contexts: Tensor | None = None
-    input_ids: Tensor | None = None
+    input_ids: Mapping[str, Tensor] = field(default_factory=dict)
     latents: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,22 +65,25 @@ class CalibrationSet:
 
         The UNet takes one t a call, so its samples are grouped by timestep.
         """
-        if component == "text_encoder":
-            yield from ({"input_ids": chunk} for chunk in _split(self.input_ids, size))
-        elif component == "vae_decoder":
-            yield from ({"latents": chunk.float()} for chunk in _split(self.latents, size))
-        else:
-            for t in self.timestep.unique():
-                for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // self._halves)):
-                    yield self._unet_feeds(rows, t)
+        kind = get_kind(component)
+        if not kind.in_loop:
+            yield from ({kind.input: _widen(chunk)} for chunk in _split(self._get_rows(component), size))
+            return
+        for t in self.timestep.unique():
+            for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // self._halves)):
+                yield self._unet_feeds(rows, t)
 
     def count(self, component: str) -> int:
         """How many inputs :meth:`batches` will yield for ``component``, CFG halves counted twice."""
-        return {
-            "text_encoder": 0 if self.input_ids is None else len(self.input_ids),
-            "unet": self._halves * len(self.sample),
-            "vae_decoder": 0 if self.latents is None else len(self.latents),
-        }[component]
+        if get_kind(component).in_loop:
+            return self._halves * len(self.sample)
+        rows = self._get_rows(component)
+        return 0 if rows is None else len(rows)
+
+    def _get_rows(self, component: str) -> Tensor | None:
+        """Inputs of a component that runs once a picture or prompt; None where the set holds none."""
+        recorded: Mapping[str, Tensor | None] = {**self.input_ids, VAE_DECODER.name: self.latents}
+        return recorded.get(component)
 
     @property
     def _halves(self) -> int:
@@ -81,17 +93,17 @@ class CalibrationSet:
         """One UNet call for ``rows int64[B]``: B inputs, or 2 B with both CFG halves, unconditional first."""
         x = self.sample[rows].float()
         if self.contexts is None or self.prompt is None:
-            return {"sample": x, "timestep": t}
+            return dict(zip(UNET.inputs, (x, t), strict=False))
         cond = self.contexts[self.prompt[rows]].float()
         uncond = self.contexts[:1].float().expand_as(cond)
-        return {"sample": torch.cat([x, x]), "timestep": t, "encoder_hidden_states": torch.cat([uncond, cond])}
+        return dict(zip(UNET.inputs, (torch.cat([x, x]), t, torch.cat([uncond, cond])), strict=True))
 
 
 def choose_batch_size(calibration: CalibrationSet, component: str) -> int:
     """Inputs to run at once: 16 for small latents; for Stable Diffusion's 64x64 2, of the decoder 1."""
     height, width = calibration.sample.shape[-2:]
     rows = BATCH_LATENT_PIXELS // (height * width)
-    return max(1, min(MAX_ROWS, rows // 2 if component == "vae_decoder" else rows))
+    return max(1, min(MAX_ROWS, rows // get_kind(component).row_cost))
 
 
 def count_rows(feeds: Feeds) -> int:
@@ -102,7 +114,7 @@ def count_rows(feeds: Feeds) -> int:
 def sample_feeds(calibration: CalibrationSet, component: str, samples: int) -> Iterator[Feeds]:
     """About ``samples`` inputs of ``component``, evenly over the set and so over the timesteps."""
     stride = max(1, calibration.count(component) // samples)
-    if component != "unet":
+    if not get_kind(component).in_loop:
         yield from list(calibration.batches(component, choose_batch_size(calibration, component)))[::stride]
         return
     # one t a call: thin out within each timestep rather than between them
@@ -120,9 +132,9 @@ REQUIRED = {"sample": (torch.float16, 4), "timestep": (torch.int64, 1)}
 OPTIONAL = {
     "prompt": (torch.int64, 1),
     "contexts": (torch.float16, 3),
-    "input_ids": (torch.int64, 2),
     "latents": (torch.float16, 4),
 }
+INPUT_IDS = (torch.int64, 2)  # of each text encoder: `input_ids`, `input_ids_2`
 
 
 def save_calibration(calibration: CalibrationSet, path: Path) -> None:
@@ -131,6 +143,7 @@ def save_calibration(calibration: CalibrationSet, path: Path) -> None:
 
     header = json.dumps({"schema_version": SCHEMA_VERSION, "provenance": dict(calibration.provenance)})
     fields = {name: getattr(calibration, name) for name in (*REQUIRED, *OPTIONAL)}
+    fields |= {_name_ids(encoder): ids for encoder, ids in calibration.input_ids.items()}
     tensors = {name: tensor.contiguous() for name, tensor in fields.items() if tensor is not None}
     with stage_file(path, sum(tensor.nbytes for tensor in tensors.values())) as scratch:
         save_file(tensors, scratch, metadata={"qdeploy_calibration": header})
@@ -143,12 +156,18 @@ def load_calibration(path: Path) -> CalibrationSet:
     try:
         with safe_open(path, framework="pt") as file:
             header = _parse_header((file.metadata() or {})["qdeploy_calibration"], path)
-            unknown = sorted(set(file.keys()) - {*REQUIRED, *OPTIONAL})
+            held = set(file.keys())
+            unknown = sorted(held - {*REQUIRED, *OPTIONAL, *map(_name_ids, TEXT_ENCODERS)})
             if unknown:
                 raise ValueError(f"it holds tensors that no set has: {join_names(unknown)}")
-            present = [*REQUIRED, *(name for name in OPTIONAL if name in file.keys())]  # noqa: SIM118 - not a dict
             calibration = CalibrationSet(
-                **{name: file.get_tensor(name) for name in present}, provenance=header.provenance
+                **{name: file.get_tensor(name) for name in (*REQUIRED, *(held & OPTIONAL.keys()))},
+                input_ids={
+                    encoder: file.get_tensor(_name_ids(encoder))
+                    for encoder in TEXT_ENCODERS
+                    if _name_ids(encoder) in held
+                },
+                provenance=header.provenance,
             )
         _check_tensors(calibration)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
@@ -197,14 +216,17 @@ def check_shapes(
             raise CalibrationError(f"calibration set holds NaN or infinity in {name!r}; calibrate again")
 
 
-def check_numbers(calibration: CalibrationSet, train_steps: int, vocabulary: int) -> None:
+def check_numbers(calibration: CalibrationSet, train_steps: int, vocabularies: Mapping[str, int]) -> None:
     """CalibrationError for timesteps that the model was not trained on, or tokens that it has no row for.
 
-    vocabulary: rows of the text encoder's embedding, 0 without one.
+    vocabularies: rows of each text encoder's embedding, by its name.
     """
-    for name, numbers, end in (("timestep", calibration.timestep, train_steps), ("input_ids", calibration.input_ids,
-                                                                                 vocabulary)):  # fmt: skip
-        if numbers is None or not numbers.numel():
+    numbers_by_name = {"timestep": (calibration.timestep, train_steps)}
+    numbers_by_name |= {
+        _name_ids(encoder): (ids, vocabularies.get(encoder, 0)) for encoder, ids in calibration.input_ids.items()
+    }
+    for name, (numbers, end) in numbers_by_name.items():
+        if not numbers.numel():
             continue
         low, high = int(numbers.min()), int(numbers.max())
         if low < 0 or high >= end:
@@ -224,6 +246,15 @@ def check_model(calibration: CalibrationSet, model_sha256: str) -> None:
         )
 
 
+def _name_ids(text_encoder: str) -> str:
+    """The tensor in the file that holds a text encoder's tokens."""
+    return TEXT_ENCODER.input + text_encoder.removeprefix(TEXT_ENCODER.name)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def _split(tensor: Tensor | None, size: int) -> tuple[Tensor, ...]:
     return () if tensor is None else tensor.split(size)
 
@@ -238,8 +269,9 @@ def _format_text_shape(shape: tuple[int, ...] | None) -> str:
 
 def _check_tensors(calibration: CalibrationSet) -> None:
     """ValueError unless the tensors have their types and agree with one another."""
-    for name, (dtype, dimensions) in {**REQUIRED, **OPTIONAL}.items():
-        tensor = getattr(calibration, name)
+    tensors = {name: (getattr(calibration, name), form) for name, form in {**REQUIRED, **OPTIONAL}.items()}
+    tensors |= {_name_ids(encoder): (ids, INPUT_IDS) for encoder, ids in calibration.input_ids.items()}
+    for name, (tensor, (dtype, dimensions)) in tensors.items():
         if tensor is not None and (tensor.dtype, tensor.dim()) != (dtype, dimensions):
             raise ValueError(
                 f"`{name}` is {tensor.dtype}{list(tensor.shape)}, expected {dtype} of {dimensions} dimensions"
@@ -250,13 +282,15 @@ def _check_tensors(calibration: CalibrationSet) -> None:
     if calibration.timestep.min() < 0 or calibration.timestep.max() >= MAX_TIMESTEP:
         low, high = int(calibration.timestep.min()), int(calibration.timestep.max())
         raise ValueError(f"`timestep` holds {low if low < 0 else high}, expected 0 to {MAX_TIMESTEP - 1}")
-    if calibration.input_ids is not None and calibration.input_ids.numel() and calibration.input_ids.min() < 0:
-        raise ValueError(f"`input_ids` holds {int(calibration.input_ids.min())}, expected tokens from 0 up")
+    for encoder, ids in calibration.input_ids.items():
+        if ids.numel() and ids.min() < 0:
+            raise ValueError(f"`{_name_ids(encoder)}` holds {int(ids.min())}, expected tokens from 0 up")
     if contexts is None or prompt is None:
-        if contexts is not None or prompt is not None or calibration.input_ids is not None:
+        if contexts is not None or prompt is not None or calibration.input_ids:
             raise ValueError("`prompt`, `contexts` and `input_ids` go together")
         return
     if len(prompt) != samples or len(contexts) == 0 or prompt.min() < 0 or prompt.max() >= len(contexts):
         raise ValueError(f"`prompt` does not name one of the {len(contexts)} contexts for each of {samples} samples")
-    if calibration.input_ids is not None and len(calibration.input_ids) != len(contexts):
-        raise ValueError(f"{len(calibration.input_ids)} rows of tokens but {len(contexts)} contexts")
+    for ids in calibration.input_ids.values():
+        if len(ids) != len(contexts):
+            raise ValueError(f"{len(ids)} rows of tokens but {len(contexts)} contexts")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
-from qdeploy.artifacts.components import COMPONENTS
+from qdeploy.artifacts.components import COMPONENTS, TEXT_ENCODER, UNET, VAE_DECODER, get_kind
 from qdeploy.base.errors import UsageError
 from qdeploy.base.names import matches_name
 
@@ -14,21 +15,26 @@ from qdeploy.base.names import matches_name
 # fraction of a percent of the MACs (Q-Diffusion, section 4.1); a decoder's 1x1 shortcuts because the
 # transposes around their integer product cost more than it saves. Matched as the last dotted names of a module path.
 KEEP_FLOAT = {
-    "unet": ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "time_emb_proj"),
-    "vae_decoder": ("post_quant_conv", "conv_in", "conv_out", "conv_shortcut"),
-    "text_encoder": (),
-}
+    UNET.name: ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "time_emb_proj"),
+    VAE_DECODER.name: ("post_quant_conv", "conv_in", "conv_out", "conv_shortcut"),
+    TEXT_ENCODER.name: (),
+}  # by the component's kind
 
 
 # Read in two integer passes, a 16-bit activation: the 1x1 shortcuts carry x past all
 # norms, and at the least noisy steps their rounding is most of the UNet's error (benchmarks/).
-TWO_PASSES = {"unet": ("conv_shortcut", "conv_shortcut.h", "conv_shortcut.skip"), "vae_decoder": (), "text_encoder": ()}
+TWO_PASSES = {
+    UNET.name: ("conv_shortcut", "conv_shortcut.h", "conv_shortcut.skip"),
+    VAE_DECODER.name: (),
+    TEXT_ENCODER.name: (),
+}
 
 # Keys and values of the text: its first token's embedding is an outlier (MixDQ, arXiv 2405.17873, section 4.1)
 READ_TEXT = ("attn2.to_k", "attn2.to_v")
 
 OBSERVERS = ("minmax", "percentile", "mse")
 ATTENTION_BITS = (0, 8, 16)
+PLACE = {"place": True}  # marks a setting on which the result does not depend
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,13 @@ class Reconstruction:
     learn_rounding: bool = True
     gptq_start: bool = True
     learn_act_scales: bool = False
-    cache_gb: float = 8.0
+    cache_gb: float = field(default=8.0, metadata=PLACE)
     seed: int = 0
-    device: str = "cpu"
+    device: str = field(default="cpu", metadata=PLACE)
+
+    def list_result_settings(self) -> dict[str, Any]:
+        """The settings that decide the result: all but where it is computed and how much disk that may take."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if "place" not in one.metadata}
 
     def __post_init__(self) -> None:
         for name in ("iterations", "samples", "batch", "cache_gb"):
@@ -68,6 +78,7 @@ EFFORTS = {
 class QuantSpec:
     """How a model is quantized after training.
 
+    components: kinds of those to quantize; keep_float and two_passes have layers by kind too.
     observer: how activation ranges are taken from the histograms, and weight scales from the weights
         ("minmax" for both, otherwise weights take the MSE scale).
     equalize: per-channel ratios between each layer's input and weight, and per-channel output scales.
@@ -113,13 +124,18 @@ class QuantSpec:
         if self.max_mb is not None and self.float_macs:
             raise UsageError("--max-mb and --float-macs spend the same sensitivities in two ways; give one of them")
 
+    def list_result_settings(self) -> dict[str, Any]:
+        """The settings that decide the result, see :meth:`Reconstruction.list_result_settings`."""
+        learned = None if self.reconstruction is None else self.reconstruction.list_result_settings()
+        return {**asdict(self), "reconstruction": learned}
+
     def keeps_float(self, component: str, layer: str) -> bool:
         """Whether the module path ``layer`` of ``component`` stays in float."""
-        return matches_name(layer, self.keep_float[component])
+        return matches_name(layer, self.keep_float[get_kind(component).name])
 
     def takes_two_passes(self, component: str, layer: str) -> bool:
         """Whether ``layer``'s activation is read in two integer passes."""
-        return matches_name(layer, self.two_passes[component])
+        return matches_name(layer, self.two_passes[get_kind(component).name])
 
     def keeps_first_token_float(self, layer: str) -> bool:
         """Whether ``layer`` reads the text and its first token stays in float."""
@@ -158,7 +174,7 @@ def spec_from_options(
     rewrites = [name for name, on in (("split_skips", split), ("timestep_table", timestep_table)) if on]
     return QuantSpec(
         weight_bits=weight_bits,
-        keep_float=KEEP_FLOAT | {"unet": (*KEEP_FLOAT["unet"], *keep_float)},
+        keep_float=KEEP_FLOAT | {UNET.name: (*KEEP_FLOAT[UNET.name], *keep_float)},
         observer=observer,
         equalize=equalize,
         gptq=gptq,

@@ -21,7 +21,7 @@ from qdeploy.artifacts.bundle import (
     tokenizer_file,
     write_manifest,
 )
-from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_ENCODER, choose_graph_batch
+from qdeploy.artifacts.components import UNET, VAE_ENCODER, choose_graph_batch
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.artifacts.outputs import BUNDLE
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
@@ -41,6 +41,7 @@ from qdeploy.export.parity import ExpectedOutputs, choose_least_sqnr, compute_ex
 from qdeploy.export.plans import check_buildable, check_profile, grid_from_model
 from qdeploy.export.release import release_memory
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.models.tokenizing import PromptTokenizer
 from qdeploy.passes.edit import find_largest_weight_code
 from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.base import Target
@@ -97,8 +98,8 @@ def export_bundle(
             target.plans.build([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
-        if model.tokenizer is not None:
-            write_tokenizer(model, folder / tokenizer_file(TEXT_ENCODER.name))
+        for name, encoder in model.text_encoders.items():
+            write_tokenizer(encoder.tokenizer, folder / tokenizer_file(name))
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(model.scheduler_config), indent=1) + "\n", encoding="utf-8")
         manifest = Manifest(
@@ -289,13 +290,13 @@ def tensor_info_from_value(value: ir.Value) -> tuple[str, TensorInfo]:
     )
 
 
-def write_tokenizer(model: LatentDiffusion, path: Path) -> None:
+def write_tokenizer(tokenizer: PromptTokenizer, path: Path) -> None:
     """``tokenizer.json`` that pads and truncates by itself to the text encoder's length."""
-    backend = model.tokenizer.backend_tokenizer
-    length = model.latents.tokens
+    pad, backend = tokenizer.backend, tokenizer.backend.backend_tokenizer
+    length = tokenizer.length
     path.parent.mkdir()
     backend.enable_truncation(length)
-    backend.enable_padding(length=length, pad_id=model.tokenizer.pad_token_id, pad_token=model.tokenizer.pad_token)
+    backend.enable_padding(length=length, pad_id=pad.pad_token_id, pad_token=pad.pad_token)
     backend.save(str(path))
     backend.no_truncation()
     backend.no_padding()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qdeploy.artifacts.components import UNET
 from qdeploy.base.errors import UsageError
 from qdeploy.engines.base import load_engine
 from qdeploy.engines.nvidia.profiles import EXAMPLE, LatentGrid, ProfileSizes
@@ -36,4 +37,4 @@ def list_planned() -> str:
 
 def grid_from_model(model: LatentDiffusion) -> LatentGrid:
     """Pixels a latent, and the number of latents that sizes must be a multiple of."""
-    return LatentGrid(model.latents.image_height // model.latents.height, model.size_multiple("unet"))
+    return LatentGrid(model.latents.image_height // model.latents.height, model.size_multiple(UNET.name))

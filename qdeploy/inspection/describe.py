@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from qdeploy.artifacts.bundle import MANIFEST, ComponentInfo, open_bundle
+from qdeploy.artifacts.components import TEXT_ENCODER, VAE_DECODER
 from qdeploy.artifacts.graph_file import read_graph_file
 from qdeploy.artifacts.table import QuantTable, load_table
 from qdeploy.base.errors import UsageError
@@ -137,8 +138,8 @@ def describe_calibration(path: Path) -> FactRows:
             "timesteps",
             f"{len(calibration.timestep.unique())} from {calibration.timestep.min()} to {calibration.timestep.max()}",
         ),
-        ("text encoder inputs", str(calibration.count("text_encoder"))),
-        ("decoder latents", str(calibration.count("vae_decoder"))),
+        ("text encoder inputs", str(calibration.count(TEXT_ENCODER.name))),
+        ("decoder latents", str(calibration.count(VAE_DECODER.name))),
     ]
 
 
@@ -173,6 +174,7 @@ def describe_model(source: str) -> FactRows:
         ("scheduler", str(model.scheduler_config.get("_class_name"))),
     ]
     for name in model.components:
-        count = sum(parameter.numel() for parameter in model.component(name).parameters())
-        facts.append((name, f"{count / 1e6:.2f} M parameters" + (" (with encoder)" if name == "vae_decoder" else "")))
+        component = model.component(name)
+        count = sum(parameter.numel() for parameter in component.parameters())
+        facts.append((name, f"{count / 1e6:.2f} M parameters{component.remark}"))
     return facts

@@ -1,4 +1,4 @@
-"""The parts of a pipeline, each with the signature that its graph and its callers share."""
+"""The components of a model in torch, one class a kind: signature, example inputs, size multiple."""
 
 from __future__ import annotations
 
@@ -9,27 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdeploy.artifacts.bundle import LatentInfo
+from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.models.tokenizing import PromptTokenizer
+
 ForwardHook = Callable[..., None]  # (module, args, output)
 
 
 class TorchComponent(nn.Module):
-    """A traced part: the original module in ``inner``, and the names of its graph's outputs."""
+    """A traced component: the original module in ``inner``, and the names of its graph's outputs."""
 
     outputs: tuple[str, ...]
     inner: nn.Module
+    remark = ""  # on what it holds besides its own weights
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
+    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        """Inputs of the right shapes and types, for tracing and for counting."""
+        raise NotImplementedError(type(self).__name__)
+
+    def size_multiple(self, latents: LatentInfo) -> int:
+        """What the height and width of the input must be multiples of, in latents or pixels."""
+        return 1
+
 
 class TextEncoder(TorchComponent):
-    """``input_ids int64[B, T]`` -> ``hidden float32[B, T, D]``."""
+    """``input_ids int64[B, T]`` -> ``hidden float32[B, T, D]``; with the tokenizer whose ids it reads."""
 
-    outputs = ("hidden",)
+    outputs = (TEXT_ENCODER.output,)
+
+    def __init__(self, inner: nn.Module, tokenizer: PromptTokenizer) -> None:
+        super().__init__(inner)
+        self.tokenizer = tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding: tokens are below it."""
+        modules = self.inner.modules()  # of several embeddings that of tokens is the first
+        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), 0)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.inner(input_ids).last_hidden_state
+
+    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        return {TEXT_ENCODER.input: self.tokenizer([""] * batch)}
 
 
 class BertTextEncoder(TextEncoder):
@@ -39,19 +65,42 @@ class BertTextEncoder(TextEncoder):
         return self.inner(input_ids, return_dict=False)[0]
 
 
-class UNet(TorchComponent):
-    """``sample float32[B, C, h, w], timestep int64[], encoder_hidden_states float32[B, T, D]`` -> ``noise_pred``."""
+class NoisePredictor(TorchComponent):
+    """What both UNets share; the inputs of every one begin with ``sample`` and ``timestep``."""
 
-    outputs = ("noise_pred",)
+    outputs = (UNET.output,)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that it reads: C of the latents, or 2 C + 1 (x, mask, masked picture)."""
+        return int(self.inner.config.in_channels)  # type: ignore[union-attr, arg-type]
+
+    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        x = torch.randn(batch, self.in_channels, latents.height, latents.width)
+        return dict(zip(UNET.inputs, (x, torch.tensor(500)), strict=False))
+
+    def size_multiple(self, latents: LatentInfo) -> int:
+        return 2 ** (len(self.inner.config.down_block_types) - 1)  # type: ignore[union-attr, arg-type]
+
+
+class UNet(NoisePredictor):
+    """``sample float32[B, C, h, w], timestep int64[], encoder_hidden_states float32[B, T, D]`` -> ``noise_pred``."""
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         return self.inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
+    @property
+    def text_width(self) -> int:
+        """Channels D of the text embeddings that the cross-attention reads."""
+        return int(self.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
 
-class UnconditionalUNet(TorchComponent):
+    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        feeds = super().make_example(batch, latents)
+        return feeds | {UNET.inputs[2]: torch.randn(batch, latents.tokens, self.text_width)}
+
+
+class UnconditionalUNet(NoisePredictor):
     """``sample float32[B, C, h, w], timestep int64[]`` -> ``noise_pred``; diffusers' ``UNet2DModel``."""
-
-    outputs = ("noise_pred",)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         return self.inner(sample, timestep, return_dict=False)[0]
@@ -60,20 +109,30 @@ class UnconditionalUNet(TorchComponent):
 class VaeEncoder(TorchComponent):
     """``image float32[B, 3, H, W]`` in [-1, 1] -> mean ``latents float32[B, C, h, w]``, unscaled."""
 
-    outputs = ("latents",)
+    outputs = (VAE_ENCODER.output,)
 
     def forward(self, image: Tensor) -> Tensor:
         encoded = self.inner.encode(image, return_dict=False)[0]  # type: ignore[operator]
         return encoded if isinstance(encoded, Tensor) else encoded.mode()  # a VQ model has no posterior
 
+    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        return {VAE_ENCODER.input: torch.randn(batch, 3, latents.image_height, latents.image_width)}
+
+    def size_multiple(self, latents: LatentInfo) -> int:
+        return latents.image_height // latents.height
+
 
 class VaeDecoder(TorchComponent):
     """``latents float32[B, C, h, w]`` (already divided by the scaling factor) -> ``image float32[B, 3, H, W]``."""
 
-    outputs = ("image",)
+    outputs = (VAE_DECODER.output,)
+    remark = " (with encoder)"
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.inner.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+
+    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        return {VAE_DECODER.input: torch.randn(batch, *latents.shape)}
 
 
 class VqDecoder(VaeDecoder):

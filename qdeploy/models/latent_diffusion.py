@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.bundle import MODEL_KINDS, TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
-from qdeploy.artifacts.components import VAE_ENCODER
+from qdeploy.artifacts.bundle import TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
+from qdeploy.artifacts.components import UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.base.errors import ModelError
 from qdeploy.models.components import (
     BertTextEncoder,
@@ -23,6 +23,7 @@ from qdeploy.models.components import (
     VaeEncoder,
     VqDecoder,
 )
+from qdeploy.models.tokenizing import PromptTokenizer
 
 AnyComponent = TypeVar("AnyComponent", bound=TorchComponent)
 
@@ -31,23 +32,23 @@ AnyComponent = TypeVar("AnyComponent", bound=TorchComponent)
 class LatentDiffusion:
     """A latent-diffusion model in float32, ready to run, calibrate or export.
 
-    An unconditional one has neither text encoder nor tokenizer, and an ``UnconditionalUNet``.
+    text_encoders: by component name, in the order in which their embeddings are joined. An unconditional model has
+        none, and an ``UnconditionalUNet``.
     """
 
     source: str
     folder: Path
     sha256: str  # over all weight files, fused LoRA files among them
-    text_encoder: TextEncoder | None
+    text_encoders: Mapping[str, TextEncoder]
     unet: UNet | UnconditionalUNet
     vae_decoder: VaeDecoder
-    tokenizer: Any  # of transformers, or None
     scheduler_config: Mapping[str, Any]
     latents: LatentInfo
     loras: tuple[str, ...] = ()  # FILE:SCALE of each one that was fused
 
     @property
     def reads_text(self) -> bool:
-        return self.text_encoder is not None
+        return bool(self.text_encoders)
 
     @property
     def kind(self) -> str:
@@ -57,7 +58,7 @@ class LatentDiffusion:
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components that the model has."""
-        return MODEL_KINDS[self.kind]
+        return (*self.text_encoders, UNET.name, VAE_DECODER.name)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -66,83 +67,83 @@ class LatentDiffusion:
         return {"model": self.source, "model_sha256": self.sha256, **loras}
 
     def component(self, name: str) -> TorchComponent:
-        """``text_encoder``, ``unet``, ``vae_decoder`` or ``vae_encoder``; ModelError for one that the model lacks."""
-        component = getattr(self, name)
-        if component is None:
-            raise ModelError(f"{self.source} has no {name}: it is an unconditional model")
-        return component
+        """One of ``components``, or the VAE encoder; ModelError for one that the model lacks."""
+        by_name: dict[str, TorchComponent] = {
+            **self.text_encoders,
+            UNET.name: self.unet,
+            VAE_DECODER.name: self.vae_decoder,
+            VAE_ENCODER.name: self.vae_encoder,
+        }
+        if name not in by_name:
+            raise ModelError(f"{self.source} has no {name}: it is {self.kind} with {', '.join(self.components)}")
+        return by_name[name]
+
+    def with_components(self, components: Mapping[str, TorchComponent]) -> LatentDiffusion:
+        """This model with some of its components replaced, by name."""
+        new: dict[str, Any] = {name: components.get(name, self.component(name)) for name in self.components}
+        return replace(
+            self,
+            text_encoders={name: new[name] for name in self.text_encoders},
+            unet=new[UNET.name],
+            vae_decoder=new[VAE_DECODER.name],
+        )
 
     @property
     def vae_encoder(self) -> VaeEncoder:
         """The encoder of the same VAE, always in float: run to calibrate, exported on demand."""
         return VaeEncoder(self.vae_decoder.inner).eval()
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """``int64[B, T]``, padded and cut to the text encoder's length."""
-        length = self.latents.tokens
-        if self.tokenizer is None:
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``int64[B, T]`` for each text encoder; ModelError for an unconditional model."""
+        if not self.text_encoders:
             raise ModelError(f"{self.source} takes no prompts: it is an unconditional model")
-        return self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
+        return {name: encoder.tokenizer(prompts) for name, encoder in self.text_encoders.items()}
 
     @property
-    def text_width(self) -> int:
-        """Channels D of the text embeddings that the UNet's cross-attention reads."""
-        return int(self.unet.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
+    def vocabularies(self) -> dict[str, int]:
+        """Tokens that each text encoder knows."""
+        return {name: encoder.vocabulary for name, encoder in self.text_encoders.items()}
 
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the text encoder's embedding, 0 without one: tokens are below it."""
-        if self.text_encoder is None:
-            return 0
-        modules = self.text_encoder.inner.modules()  # of several embeddings that of tokens is the first
-        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), 0)
-
-    @property
-    def unet_channels(self) -> int:
-        """Channels that the UNet reads: C of the latents, or 2 C + 1 (x, mask, masked picture)."""
-        return int(self.unet.inner.config.in_channels)  # type: ignore[union-attr, arg-type]
+    @torch.no_grad()
+    def embed(self, input_ids: Mapping[str, Tensor]) -> Tensor:
+        """Text embeddings ``float32[B, T, D]`` of what :meth:`tokenize` gave: all text encoders' channels, joined."""
+        hidden = [encoder(input_ids[name]) for name, encoder in self.text_encoders.items()]
+        return torch.cat(hidden, dim=-1)
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
         """(T, D) of one prompt's text embeddings; None for an unconditional model."""
-        return None if self.text_encoder is None else (self.latents.tokens, self.text_width)
+        return (self.latents.tokens, self.unet.text_width) if isinstance(self.unet, UNet) else None
 
     def size_multiple(self, component: str) -> int:
         """What the height and width of ``component``'s input must be multiples of, in latents or pixels."""
-        if component == VAE_ENCODER.name:
-            return self.latents.image_height // self.latents.height
-        return 2 ** (len(self.unet.inner.config.down_block_types) - 1) if component == "unet" else 1  # type: ignore
+        return self.component(component).size_multiple(self.latents)
 
     def make_example(self, component: str, batch: int) -> dict[str, Tensor]:
-        """Inputs of the right shapes and types, for tracing and for counting."""
-        latent_shape = (batch, *self.latents.shape)
-        if component == "text_encoder":
-            return {"input_ids": self.tokenize([""] * batch)}
-        if component == "vae_decoder":
-            return {"latents": torch.randn(latent_shape)}
-        if component == VAE_ENCODER.name:
-            return {"image": torch.randn(batch, 3, self.latents.image_height, self.latents.image_width)}
-        feeds = {"sample": torch.randn(batch, self.unet_channels, *latent_shape[2:]), "timestep": torch.tensor(500)}
-        if self.context_shape is not None:
-            feeds["encoder_hidden_states"] = torch.randn(batch, *self.context_shape)
-        return feeds
+        """Inputs of ``component``, of the right shapes and types, for tracing and for counting."""
+        return self.component(component).make_example(batch, self.latents)
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """One text encoder and its tokenizer."""
+
+    encoder: nn.Module
+    tokenizer: Any  # a transformers tokenizer with a `backend_tokenizer`
 
 
 @dataclass(frozen=True)
 class ModelParts:
     """The float32 modules of a latent-diffusion model, as diffusers and transformers have them.
 
-    text_encoder, tokenizer: None for an unconditional model.
+    text: each text encoder with its tokenizer, by component name; empty for an unconditional model.
     scaling_factor: of the latents; the decoder is given latents divided by it.
     sample_size: height and width of the latents, or both in one number.
     """
 
     unet: nn.Module
     vae: nn.Module
-    text_encoder: nn.Module | None
-    tokenizer: Any  # a transformers tokenizer with a `backend_tokenizer`
+    text: Mapping[str, TextParts]
     scheduler_config: Mapping[str, Any]
     scaling_factor: float
     sample_size: int | tuple[int, int]
@@ -153,7 +154,7 @@ def assemble_model(parts: ModelParts, *, source: str, folder: Path, sha256: str)
     check_parts(parts, source)
     unet: Any = parts.unet
     vae: Any = parts.vae
-    text: Any = parts.text_encoder
+    text_encoders = {name: freeze(wrap_text_encoder(text)) for name, text in parts.text.items()}
     size = parts.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -164,16 +165,15 @@ def assemble_model(parts: ModelParts, *, source: str, folder: Path, sha256: str)
         image_height=height * factor,
         image_width=width * factor,
         scaling_factor=parts.scaling_factor,
-        tokens=0 if text is None else min(parts.tokenizer.model_max_length, text.config.max_position_embeddings),
+        tokens=max((encoder.tokenizer.length for encoder in text_encoders.values()), default=0),
     )
     return LatentDiffusion(
         source=source,
         folder=folder,
         sha256=sha256,
-        text_encoder=None if text is None else freeze(wrap_text_encoder(text)),
-        unet=freeze((UnconditionalUNet if text is None else UNet)(unet)),
+        text_encoders=text_encoders,
+        unet=freeze((UNet if text_encoders else UnconditionalUNet)(unet)),
         vae_decoder=freeze((VqDecoder if is_vq(vae) else VaeDecoder)(vae)),
-        tokenizer=parts.tokenizer,
         scheduler_config=parts.scheduler_config,
         latents=latents,
     )
@@ -183,8 +183,12 @@ def check_parts(parts: ModelParts, source: str) -> None:
     """ModelError unless the UNet takes and gives the VAE's latents, besides t a text or a mask at most."""
     unet: Any = parts.unet
     config, vae = unet.config, parts.vae
-    if parts.text_encoder is not None and parts.tokenizer is None:
-        raise ModelError(f"{source} has a text encoder and no tokenizer; put its tokenizer.json next to it")
+    for name, text in parts.text.items():
+        if text.tokenizer is None:
+            raise ModelError(f"{source} has a {name} and no tokenizer for it; put its tokenizer.json next to it")
+    lengths = {name: wrap_tokenizer(text).length for name, text in parts.text.items()}
+    if len(set(lengths.values())) > 1:
+        raise ModelError(f"{source}: its text encoders read {lengths} tokens, expected one length for all")
     channels = count_latent_channels(vae)
     inpaints = config.in_channels == 2 * channels + 1  # besides x a mask and the masked picture's latents
     if config.out_channels != channels or not (inpaints or config.in_channels == channels):
@@ -207,9 +211,18 @@ def count_latent_channels(vae: Any) -> int:
     return vae.config.latent_channels if embedded is None else embedded
 
 
-def wrap_text_encoder(text: Any) -> TextEncoder:
+def wrap_text_encoder(text: TextParts) -> TextEncoder:
     """``LDMBertModel`` without its unused output layer, a tenth of its weights; else the model as it is."""
-    return BertTextEncoder(text.model) if type(text).__name__ == "LDMBertModel" else TextEncoder(text)
+    encoder: Any = text.encoder
+    if type(encoder).__name__ == "LDMBertModel":
+        return BertTextEncoder(encoder.model, wrap_tokenizer(text))
+    return TextEncoder(encoder, wrap_tokenizer(text))
+
+
+def wrap_tokenizer(text: TextParts) -> PromptTokenizer:
+    """The tokenizer, which gives as many tokens as it and its encoder know."""
+    encoder: Any = text.encoder
+    return PromptTokenizer(text.tokenizer, min(text.tokenizer.model_max_length, encoder.config.max_position_embeddings))
 
 
 def freeze(component: AnyComponent) -> AnyComponent:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdeploy.artifacts.components import TEXT_ENCODER, UNET, get_kind
 from qdeploy.base.errors import ModelError, join_names
 from qdeploy.base.files import hash_file
 from qdeploy.base.names import matches_name
@@ -26,8 +27,8 @@ from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.options import LoraFile
 from qdeploy.models.rewrites.surgery import copy_module
 
-PREFIXES = {"unet": ("unet.", ""), "text_encoder": ("text_encoder.",)}
-KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+PREFIXES = {UNET.name: ("unet.", ""), TEXT_ENCODER.name: ("text_encoder.",)}
+KOHYA_PREFIXES = {UNET.name: "lora_unet_", TEXT_ENCODER.name: "lora_te_"}
 OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 OTHER_METHODS = ("hada_", "lokr_", "lora_mid", "lora_magnitude_vector", "dora_scale", "oft_", ".diff", ".bias")
 METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's LoraConfig, names prefixed by the component
@@ -87,7 +88,7 @@ def fuse_lora(model: LatentDiffusion, file: Path, scale: float = 1.0) -> LatentD
         add_update(layer, update, scale, f"{file}: {address.layer}")
     digest = hashlib.sha256(f"{model.sha256} lora {hash_file(file)} {float(scale)!r}\n".encode()).hexdigest()
     loras = (*model.loras, str(LoraFile(file, scale)))
-    return replace(model, sha256=digest, loras=loras, **components)  # type: ignore[arg-type]
+    return replace(model.with_components(components), sha256=digest, loras=loras)
 
 
 def add_update(layer: nn.Module, update: LowRankUpdate, scale: float, name: str) -> None:
@@ -202,7 +203,7 @@ def list_addresses(model: LatentDiffusion) -> dict[str, LayerAddress]:
 def list_spellings(component: str, layer: str) -> Iterator[str]:
     """The layer's name, and what older libraries called it."""
     yield layer
-    if component == "unet":
+    if get_kind(component).in_loop:
         yield re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1", layer)
         return
     parent, _, leaf = layer.rpartition(".")

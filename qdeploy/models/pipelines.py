@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdeploy.artifacts.components import TEXT_ENCODER, name_component, name_tokenizer
 from qdeploy.base.errors import ModelError, join_names
 from qdeploy.base.files import read_json
-from qdeploy.models.latent_diffusion import ModelParts, is_vq
+from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
 
 SCHEDULER = "scheduler"
-TOKENIZER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -40,12 +40,17 @@ class PipelineSpec:
     vae_folder: str
     vae: tuple[str, ...]
     unet: str
-    text: TextEncoderSpec | None = None
+    text: tuple[TextEncoderSpec, ...] = ()
+
+    @property
+    def text_encoders(self) -> dict[str, TextEncoderSpec]:
+        """By component name."""
+        return {name_component(TEXT_ENCODER, number): text for number, text in enumerate(self.text)}
 
     @property
     def folders(self) -> tuple[str, ...]:
         """Every folder that the pipeline needs."""
-        text = () if self.text is None else (self.text.folder, TOKENIZER)
+        text = [folder for name, spec in self.text_encoders.items() for folder in (spec.folder, name_tokenizer(name))]
         return (*text, "unet", self.vae_folder, SCHEDULER)
 
 
@@ -54,9 +59,9 @@ CLIP = TextEncoderSpec(
 )
 BERT = TextEncoderSpec("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
 PIPELINES: Mapping[str, PipelineSpec] = {
-    "StableDiffusionPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
-    "StableDiffusionInpaintPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", CLIP),
-    "LDMTextToImagePipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", BERT),
+    "StableDiffusionPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
+    "StableDiffusionInpaintPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
+    "LDMTextToImagePipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", (BERT,)),
     "LDMPipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DModel"),
 }
 
@@ -77,15 +82,17 @@ def parts_from_folder(folder: Path, allow_download: bool = False) -> ModelParts:
     spec = read_pipeline_spec(folder)
     unet: Any = load_diffusers_module(folder / "unet", (spec.unet,))
     vae = load_diffusers_module(folder / spec.vae_folder, spec.vae)
-    text_encoder = tokenizer = None
-    if spec.text is not None:
-        text_encoder = load_text_encoder(folder / spec.text.folder, spec.text)
-        tokenizer = load_tokenizer(folder / TOKENIZER, spec.text, allow_download)
+    text = {
+        name: TextParts(
+            load_text_encoder(folder / text_spec.folder, text_spec),
+            load_tokenizer(folder / name_tokenizer(name), text_spec, allow_download),
+        )
+        for name, text_spec in spec.text_encoders.items()
+    }
     return ModelParts(
         unet,
         vae,
-        text_encoder,
-        tokenizer,
+        text,
         scheduler_config=read_json(folder / SCHEDULER / "scheduler_config.json"),
         scaling_factor=read_scaling_factor(vae, read_json(folder / spec.vae_folder / "config.json")),
         sample_size=unet.config.sample_size,

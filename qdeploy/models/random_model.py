@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qdeploy.artifacts.components import TEXT_ENCODER, name_tokenizer
 from qdeploy.models.architectures import Architecture, get_architecture, narrow
 from qdeploy.models.builtin import find_builtin_folder
 from qdeploy.models.checkpoints.first_stage import choose_first_stage_class
@@ -14,8 +15,8 @@ from qdeploy.models.checkpoints.heads import read_heads
 from qdeploy.models.checkpoints.schedule import read_scheduler_config
 from qdeploy.models.checkpoints.text import build_clip_config
 from qdeploy.models.checkpoints.unet import build_unet
-from qdeploy.models.latent_diffusion import LatentDiffusion, ModelParts, assemble_model
-from qdeploy.models.pipelines import CLIP, TOKENIZER, load_tokenizer
+from qdeploy.models.latent_diffusion import LatentDiffusion, ModelParts, TextParts, assemble_model
+from qdeploy.models.pipelines import CLIP, load_tokenizer
 
 TOKENIZER_MODEL = "emoji"  # the built-in model whose CLIP tokenizer a random model takes
 
@@ -39,14 +40,15 @@ def make_parts(sizes: Architecture) -> ModelParts:
         vae.quantize.embedding.weight.data.normal_()
     heads = read_heads(sizes.kind, sizes.unet.channel_mult, None)
     unet = build_unet(lambda unet_class, config: unet_class(**config), sizes.unet, heads, sizes.side)
-    text = tokenizer = None
+    text = {}
     if sizes.unet.context_dim is not None:
         from transformers import CLIPTextModel
 
-        tokenizer = load_tokenizer(find_builtin_folder(TOKENIZER_MODEL) / TOKENIZER, CLIP)
+        tokenizer = load_tokenizer(find_builtin_folder(TOKENIZER_MODEL) / name_tokenizer(TEXT_ENCODER.name), CLIP)
         width = sizes.unet.context_dim
-        text = CLIPTextModel(build_clip_config(len(tokenizer), width, 4 * width, sizes.text_layers, positions=77))
-    return ModelParts(unet, vae, text, tokenizer, make_scheduler_config(sizes), sizes.scaling_factor, sizes.side)
+        clip = CLIPTextModel(build_clip_config(len(tokenizer), width, 4 * width, sizes.text_layers, positions=77))
+        text[TEXT_ENCODER.name] = TextParts(clip, tokenizer)
+    return ModelParts(unet, vae, text, make_scheduler_config(sizes), sizes.scaling_factor, sizes.side)
 
 
 def make_scheduler_config(sizes: Architecture) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def make_scheduler_config(sizes: Architecture) -> dict[str, Any]:
 def hash_weights(parts: ModelParts) -> str:
     """One hash over all weights, by name."""
     digest = hashlib.sha256()
-    for module in filter(None, (parts.text_encoder, parts.unet, parts.vae)):
+    for module in (*(text.encoder for text in parts.text.values()), parts.unet, parts.vae):
         for name, value in module.state_dict().items():
             digest.update(f"{name} ".encode() + value.numpy().tobytes())
     return digest.hexdigest()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from qdeploy.artifacts.components import name_tokenizer
 from qdeploy.base.errors import ModelError
 from qdeploy.base.files import hash_file
 from qdeploy.models.checkpoints import SUFFIXES, convert_checkpoint
-from qdeploy.models.latent_diffusion import ModelParts
+from qdeploy.models.latent_diffusion import ModelParts, TextParts
 from qdeploy.models.options import ModelOptions
-from qdeploy.models.pipelines import BERT, CLIP, TOKENIZER, load_tokenizer
+from qdeploy.models.pipelines import BERT, CLIP, load_tokenizer
 
-TEXT = {"sd1": CLIP, "ldm-text2img": BERT}
+TEXT = {"sd1": (CLIP,), "ldm-text2img": (BERT,)}  # kind of checkpoint -> its text encoders
 
 
 def is_single_file(source: str) -> bool:
@@ -23,12 +24,17 @@ def is_single_file(source: str) -> bool:
 def parts_from_file(path: Path, options: ModelOptions) -> ModelParts:
     """Every part of the checkpoint at ``path``; ModelError says what is wrong, or which tokenizer file to put where."""
     checkpoint = convert_checkpoint(path, options.config, options.ema)
-    text = TEXT.get(checkpoint.kind)
+    specs = dict(zip(checkpoint.text_encoders, TEXT.get(checkpoint.kind, ()), strict=True))
+    text = {
+        name: TextParts(
+            encoder, load_tokenizer(path.parent / name_tokenizer(name), specs[name], options.allow_download)
+        )
+        for name, encoder in checkpoint.text_encoders.items()
+    }
     return ModelParts(
         checkpoint.unet,
         checkpoint.vae,
-        checkpoint.text_encoder,
-        None if text is None else load_tokenizer(path.parent / TOKENIZER, text, options.allow_download),
+        text,
         checkpoint.scheduler_config,
         checkpoint.scaling_factor,
         checkpoint.sample_size,

@@ -107,8 +107,10 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
     input_hashes = {name: hash_path(path) for name in FILES if (path := getattr(request, name)) is not None}
     settings = {name: value for name, value in asdict(request).items() if name not in FILES}  # at any path
     calibration_sha256 = run_one("calibrate", calibration, settings, input_hashes, calibrate)
-    table_sha256 = run_one("quantize", table, asdict(spec), {"calibration": calibration_sha256}, quantize)
-    export_settings = asdict(target) | {"with_encoder": recipe.with_encoder}
+    table_sha256 = run_one(
+        "quantize", table, spec.list_result_settings(), {"calibration": calibration_sha256}, quantize
+    )
+    export_settings = {**asdict(target), "with_encoder": recipe.with_encoder}
     bundle_sha256 = run_one("export", bundle, export_settings, {"table": table_sha256}, export)
     model.unload()
     job = sample.job(bundle, bundle_sha256)

@@ -95,6 +95,6 @@ def record_stand_in(model: LatentDiffusion, recipe: Recipe) -> CalibrationSet:
     """Record the UNet's inputs for the steps and samples that the recipe takes from a Q-Diffusion set."""
     request: CalibrationRequest = recipe.calibrate
     samples, steps = request.cali_n or SAMPLES, request.cali_st or STEPS
-    prompts = [] if model.text_encoder is None else draw_prompts(read_prompts(None, model.folder), samples, 0)
+    prompts = [] if not model.reads_text else draw_prompts(read_prompts(None, model.folder), samples, 0)
     guidance, scheduler = recipe.sample.guidance, recipe.sample.scheduler
     return record_trajectories(model, prompts, TimestepAwareSettings(samples, steps, steps, guidance, scheduler))

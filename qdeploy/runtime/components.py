@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import Bundle, ComponentInfo
-from qdeploy.artifacts.components import VAE_ENCODER, get_kind
+from qdeploy.artifacts.components import get_kind
 from qdeploy.artifacts.graph_file import OPEN
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.engines.base import Engine, EngineOptions, Session
@@ -184,7 +184,7 @@ class LoadedBundle:
 
     def component(self, name: str) -> BundleComponent:
         """The component ``name``; BundleError with the remedy for an encoder that the bundle was made without."""
-        if name == VAE_ENCODER.name and name not in self.components:
+        if name not in self.components and get_kind(name).on_demand:
             raise BundleError(
                 f"{self.bundle.folder} has no VAE encoder, which image-to-image and inpainting need; export it again "
                 "with --with-encoder"

@@ -56,7 +56,7 @@ def test_a_file_with_impossible_values(
     ("change", "words"),
     [
         (lambda c: replace(c, timestep=c.timestep + 5000), "`timestep` 5"),
-        (lambda c: replace(c, input_ids=c.input_ids + 10**6), "`input_ids` 1"),
+        (lambda c: replace(c, input_ids={name: ids + 10**6 for name, ids in c.input_ids.items()}), "`input_ids` 1"),
         (lambda c: replace(c, latents=c.latents[:, :3]), r"decoder latents \[3, 8, 8\], the model has \[4, 8, 8\]"),
         (lambda c: replace(c, latents=c.latents[..., :4]), r"decoder latents \[4, 8, 4\]"),
         (lambda c: replace(c, sample=c.sample[..., :4]), r"recorded for latents \[4, 8, 4\]"),

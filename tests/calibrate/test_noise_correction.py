@@ -7,6 +7,7 @@ import torch
 
 from qdeploy.artifacts.table import QuantTable
 from qdeploy.base.numerics import sqnr_db
+from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.noise_correction import measure_noise_correction
 from qdeploy.models.components import TorchComponent
@@ -27,9 +28,8 @@ def test_the_correction_does_not_lower_the_sqnr(
 ) -> None:
     simulator = build_simulator(tiny_model.unet, table.components["unet"], Numerics(conv_output_quantized=True))
     seen: list[tuple[int, int]] = []
-    correction = measure_noise_correction(
-        tiny_model.unet, simulator, calibration, lambda _, done, total: seen.append((done, total))
-    )
+    unet = CalibratedComponent("unet", tiny_model.unet, calibration, lambda _, done, total: seen.append((done, total)))
+    correction = measure_noise_correction(unet, simulator)
     assert seen[-1] == (calibration.count("unet"),) * 2
     assert correction.timesteps.tolist() == calibration.timestep.unique().tolist()
     assert correction.channels == tiny_model.latents.channels
@@ -42,6 +42,6 @@ def test_the_correction_does_not_lower_the_sqnr(
 
 
 def test_equal_unets_need_no_correction(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> None:
-    correction = measure_noise_correction(tiny_model.unet, tiny_model.unet, calibration)
+    correction = measure_noise_correction(CalibratedComponent("unet", tiny_model.unet, calibration), tiny_model.unet)
     assert not correction.slope.any()
     assert not correction.mean.any()

@@ -262,7 +262,7 @@ def test_a_float_graph_for_cuda(tiny_model: LatentDiffusion, tmp_path: Path) -> 
 
 def test_an_overflow_in_fp16_is_found(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_model(str(tiny_folder))
-    model.text_encoder.inner.encoder.layers[0].mlp.fc2.weight.data *= 1e6
+    model.text_encoders["text_encoder"].inner.encoder.layers[0].mlp.fc2.weight.data *= 1e6
     with pytest.raises(ExportError, match=r"text_encoder: values beyond fp16's 65504 are output by .*mlp\.fc2"):
         export_bundle(model, None, load_target("ort-cuda"), tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -90,7 +90,7 @@ def run_original(source: LatentDiffusion, inputs: dict[str, Tensor]) -> dict[str
 
 @torch.no_grad()
 def run_converted(model: ConvertedCheckpoint, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    parts = (part for part in (model.unet, model.vae, model.text_encoder) if part is not None)
+    parts = (model.unet, model.vae, *model.text_encoders.values())
     unet, vae, *text = (nn.Module.to(part, inputs["x"].dtype) for part in parts)
     context = [inputs["context"]] if "context" in inputs else []
     encoded = vae.encode(inputs["image"], return_dict=False)[0]
@@ -116,7 +116,7 @@ def test_every_part_computes_what_the_original_does(folder: Path, name: str, suf
     source = original(name)
     model = convert_checkpoint(folder / f"{name}.{suffix}", folder / f"{name}.yaml" if yaml else None)
     assert model.kind == KINDS.get(name, "ldm-text2img")
-    assert (model.text_encoder is None) == (source.sizes.text is None)
+    assert (not model.text_encoders) == (source.sizes.text is None)
     assert_same(model, source)
 
 
@@ -173,7 +173,7 @@ def test_schedule_and_scale(
     assert (model.sample_size, model.unet.config.sample_size, model.unet.config.in_channels) == (side, side, channels)
     timesteps = make_scheduler(config, 10).timesteps
     assert sorted(timesteps)[0] == 1  # the original's steps start at 1
-    assert bool(model.missing) == (model.text_encoder is not None)
+    assert bool(model.missing) == bool(model.text_encoders)
 
 
 def test_facts_without_building(folder: Path) -> None:

@@ -86,10 +86,10 @@ def test_a_missing_vocabulary_says_which_file_to_put_where(ldm_text_folder: Path
 
 def test_only_a_vocabulary_file_is_enough(ldm_text_folder: Path, tmp_path: Path, model: LatentDiffusion) -> None:
     folder = shutil.copytree(ldm_text_folder, tmp_path / "model")
-    words = sorted(model.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    words = sorted(model.text_encoders["text_encoder"].tokenizer.backend.get_vocab().items(), key=lambda item: item[1])
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.txt").write_text("\n".join(word for word, _ in words))
     loaded = load_model(str(folder))
     assert loaded.latents.tokens == 77
-    assert torch.equal(loaded.tokenize(PROMPTS), model.tokenize(PROMPTS))
+    assert torch.equal(loaded.tokenize(PROMPTS)["text_encoder"], model.tokenize(PROMPTS)["text_encoder"])

@@ -45,7 +45,7 @@ def test_unconditional_files(name: str, decoder: type, latents: tuple[int, ...],
     assert isinstance(model.unet, UnconditionalUNet)
     assert type(model.vae_decoder) is decoder
     assert (model.latents.shape, model.latents.image_height) == (latents, 256)
-    assert model.tokenizer is None
+    assert not model.text_encoders
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_files_with_text_take_the_tokenizer_next_to_them(
         load_model(str(path), options(path))
     shutil.copytree(request.getfixturevalue(lender) / "tokenizer", tmp_path / "tokenizer")
     model = load_model(str(path), options(path))
-    assert type(model.text_encoder) is encoder
-    assert model.tokenize(["a", ""]).shape == (2, model.latents.tokens)
+    assert type(model.text_encoders["text_encoder"]) is encoder
+    assert model.tokenize(["a", ""])["text_encoder"].shape == (2, model.latents.tokens)
 
 
 def test_a_tokenizer_is_fetched_only_where_that_is_allowed(
@@ -73,7 +73,7 @@ def test_a_tokenizer_is_fetched_only_where_that_is_allowed(
 
     def fetch(name: str, **more: Any) -> Any:
         asked.append((name, more))
-        return tiny_model.tokenizer
+        return tiny_model.text_encoders["text_encoder"].tokenizer.backend
 
     monkeypatch.setattr(transformers.CLIPTokenizer, "from_pretrained", fetch)
     path = write("sd-v1-4", tmp_path)

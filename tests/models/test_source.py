@@ -110,7 +110,7 @@ def test_an_inpainting_folder(inpainting_folder: Path, tmp_path: Path) -> None:
     from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
 
     model = load_model(str(inpainting_folder))
-    assert (model.unet_channels, model.latents.channels) == (9, 4)
+    assert (model.unet.in_channels, model.latents.channels) == (9, 4)
     assert model.make_example("unet", 2)["sample"].shape == (2, 9, 8, 8)
     with pytest.raises(ModelError, match="reads a mask besides latents"):
         calibrate_to_file(model, CalibrationRequest(samples=1, steps=1), tmp_path / "c.safetensors")

@@ -6,19 +6,16 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from qdeploy.artifacts.table import AttentionQuant
-from qdeploy.base.progress import OnProgress
-from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.ranges.histogram import StreamingHistogram, affine_from_histogram
 from qdeploy.calibrate.ranges.observe import run_with_hook
 from qdeploy.calibrate.spec import QuantSpec
-from qdeploy.models.components import LayerCall, TorchComponent
+from qdeploy.models.components import LayerCall
 
 PARTS = ("q", "k", "v")
 
 
-def observe_attention(
-    component: TorchComponent, calibration: CalibrationSet, name: str, spec: QuantSpec, on_progress: OnProgress
-) -> dict[str, AttentionQuant]:
+def observe_attention(component: CalibratedComponent, spec: QuantSpec) -> dict[str, AttentionQuant]:
     """Quantization of each diffusers ``Attention`` of ``component`` (float) that the calibration data reaches.
 
     Other attention, such as a CLIP text encoder's, stays in float.
@@ -28,11 +25,13 @@ def observe_attention(
     def record(call: LayerCall, _: Tensor, y: Tensor) -> None:
         histograms.setdefault(call.name, StreamingHistogram()).add(y)
 
-    attentions = {path: module for path, module in component.inner.named_modules() if isinstance(module, Attention)}
+    attentions = {
+        path: module for path, module in component.module.inner.named_modules() if isinstance(module, Attention)
+    }
     if not attentions:
         return {}
     calls = [call for path, module in attentions.items() for call in list_operands(path, module)]
-    run_with_hook(component, calls, calibration, name, record, on_progress, f"{name}: attention")
+    run_with_hook(component, calls, record, "attention")
     observer = "minmax" if spec.attention_bits == 16 else spec.observer  # fine steps leave clipping the only error
     return {
         path: AttentionQuant(

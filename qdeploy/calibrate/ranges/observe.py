@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.base.errors import CalibrationError
-from qdeploy.base.progress import OnProgress
-from qdeploy.calibrate.dataset import CalibrationSet, choose_batch_size, count_rows
+from qdeploy.calibrate.component import CalibratedComponent
+from qdeploy.calibrate.dataset import count_rows
 from qdeploy.calibrate.ranges.histogram import StreamingHistogram
 from qdeploy.models.components import LayerCall, TorchComponent
 from qdeploy.simulate.layers import is_pointwise
@@ -79,11 +79,7 @@ def needs_output_range(layer: nn.Module) -> bool:
 
 
 def observe_channels(
-    component: TorchComponent,
-    calls: Sequence[LayerCall],
-    calibration: CalibrationSet,
-    name: str,
-    on_progress: OnProgress,
+    component: CalibratedComponent, calls: Sequence[LayerCall]
 ) -> tuple[dict[str, ChannelStats], dict[str, ChannelStats]]:
     """First pass: statistics of each layer's input, and of a spatial Conv's output."""
     inputs = {call.name: ChannelStats() for call in calls}
@@ -94,20 +90,17 @@ def observe_channels(
         if call.name in outputs:
             outputs[call.name].add(y, 1)
 
-    run_with_hook(component, calls, calibration, name, record, on_progress, f"{name}: channels")
-    check_stats(inputs, name)
-    check_stats(outputs, name)
+    run_with_hook(component, calls, record, "channels")
+    check_stats(inputs, component.name)
+    check_stats(outputs, component.name)
     return inputs, outputs
 
 
 def observe_histograms(
-    component: TorchComponent,
+    component: CalibratedComponent,
     calls: Sequence[LayerCall],
-    calibration: CalibrationSet,
-    name: str,
     normalize_input: Mapping[str, Tensor | None],
     normalize_output: Mapping[str, tuple[Tensor, Tensor]],
-    on_progress: OnProgress,
 ) -> tuple[dict[str, StreamingHistogram], dict[str, StreamingHistogram]]:
     """Second pass: histograms of ``x / ratio`` and of ``(y - center) / ratio``."""
     inputs = {call.name: StreamingHistogram() for call in calls}
@@ -121,26 +114,18 @@ def observe_histograms(
             center, spread = normalize_output[call.name]
             outputs[call.name].add((y - broadcast_along(center, y, 1)) / broadcast_along(spread, y, 1))
 
-    run_with_hook(component, calls, calibration, name, record, on_progress, f"{name}: ranges")
+    run_with_hook(component, calls, record, "ranges")
     return inputs, outputs
 
 
-def run_with_hook(
-    component: TorchComponent,
-    calls: Sequence[LayerCall],
-    calibration: CalibrationSet,
-    name: str,
-    hook: LayerHook,
-    on_progress: OnProgress,
-    label: str,
-) -> None:
-    """Run ``component`` over the whole set and call ``hook`` on every call of ``calls``."""
-    done, total = 0, calibration.count(name)
+def run_with_hook(component: CalibratedComponent, calls: Sequence[LayerCall], hook: LayerHook, task: str) -> None:
+    """Run ``component`` over all its inputs and call ``hook`` on every call of ``calls``."""
+    done = 0
     with hook_layers(calls, hook), torch.no_grad():
-        for feeds in calibration.batches(name, choose_batch_size(calibration, name)):
-            component(**feeds)
+        for feeds in component.batches():
+            component.module(**feeds)
             done += count_rows(feeds)
-            on_progress(label, done, total)
+            component.report(task, done, component.count)
 
 
 @contextmanager

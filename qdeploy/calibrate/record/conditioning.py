@@ -25,14 +25,14 @@ class Conditioning:
 
     rows: ``int64[N]``, row of ``contexts`` for each sample.
     contexts: ``float32[P, T, D]``, row 0 is the empty prompt.
-    input_ids: ``int64[P, T]``, the tokens of ``contexts``.
+    input_ids: ``int64[P, T]`` for each text encoder, the tokens of ``contexts``.
     """
 
     rows: NDArray[np.int64]
     contexts: Tensor
-    input_ids: Tensor
+    input_ids: Mapping[str, Tensor]
 
-    def to_tensors(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+    def to_fields(self, rows: NDArray[np.int64]) -> dict[str, Any]:
         """The text's part of a calibration set whose samples have the contexts ``rows int64[N]``."""
         return {
             "prompt": torch.from_numpy(rows).long(),
@@ -43,7 +43,7 @@ class Conditioning:
 
 def encode_prompts(model: LatentDiffusion, prompts: Sequence[str], count: int) -> Conditioning | None:
     """Encode the prompts of ``count`` samples, repeating them when fewer; None for an unconditional model."""
-    if model.text_encoder is None:
+    if not model.reads_text:
         if prompts:
             raise UsageError(f"prompts: got {len(prompts)}, expected none: {model.source} is unconditional")
         return None
@@ -52,8 +52,8 @@ def encode_prompts(model: LatentDiffusion, prompts: Sequence[str], count: int) -
     chosen = [prompts[i % len(prompts)] for i in range(count)]
     unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(["", *chosen]))}
     input_ids = model.tokenize(list(unique))
-    with torch.no_grad():
-        contexts = torch.cat([model.text_encoder(ids) for ids in input_ids.split(TEXT_BATCH)])
+    pieces = zip(*(ids.split(TEXT_BATCH) for ids in input_ids.values()), strict=True)
+    contexts = torch.cat([model.embed(dict(zip(input_ids, piece, strict=True))) for piece in pieces])
     return Conditioning(np.array([unique[prompt] for prompt in chosen]), contexts, input_ids)
 
 

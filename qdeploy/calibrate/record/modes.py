@@ -120,7 +120,7 @@ def run_calibration(
     checkpoint: Path | None = None,
 ) -> CalibrationSet:
     """Run the mode that ``request`` names; ModelError for a UNet that reads a mask, which no mode provides."""
-    if model.unet_channels != model.latents.channels:
+    if model.unet.in_channels != model.latents.channels:
         raise ModelError(
             f"{model.source}: its UNet inpaints: it reads a mask besides latents, which calibration does not record "
             "yet; export it in fp32"
@@ -152,7 +152,7 @@ def settings_from_request(request: CalibrationRequest) -> TimestepAwareSettings 
 
 def _draw_prompts(model: LatentDiffusion, request: CalibrationRequest) -> list[str]:
     """One random prompt a sample; none for an unconditional model."""
-    if model.text_encoder is not None:
+    if model.reads_text:
         return draw_prompts(read_prompts(request.prompts, model.folder), request.samples, request.seed)
     if request.prompts is not None:
         raise UsageError(f"--prompts: {model.source} is unconditional and takes none")

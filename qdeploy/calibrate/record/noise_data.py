@@ -58,6 +58,6 @@ def calibration_from_noise(
         sample=half_from_float(x, "the starting noise"),
         timestep=torch.full((settings.samples,), int(scheduler.timesteps[0])),
         latents=half_from_float(latents / model.latents.scaling_factor, "the decoder's noise"),
-        **({} if conditioning is None else conditioning.to_tensors(conditioning.rows)),
+        **({} if conditioning is None else conditioning.to_fields(conditioning.rows)),
         provenance={"mode": "noise_data", **asdict(settings), **model.provenance},
     )

@@ -44,7 +44,7 @@ def calibration_from_qdiffusion(path: Path, steps: int | None = None, per_step: 
     chosen = _choose_steps(len(parts["ts"]), steps)
     count = _check_count(len(parts["ts"][0]), per_step)
     rows = {name: torch.cat([part[i][:count] for i in chosen]) for name, part in parts.items() if name in ("xs", "ts")}
-    text = (
+    text: dict[str, Any] = (
         {}
         if "cs" not in parts
         else _collect_contexts([parts["cs"][i][:count] for i in chosen], parts["ucs"], chosen, count)

@@ -69,7 +69,7 @@ def calibration_from_pictures(
         sample=half_from_float(x, "a noised picture"),
         timestep=torch.from_numpy(timesteps),
         latents=half_from_float(latents, "the VAE encoder's output"),
-        **({} if conditioning is None else conditioning.to_tensors(conditioning.rows)),
+        **({} if conditioning is None else conditioning.to_fields(conditioning.rows)),
         provenance={"mode": "raw_data", **recorded_settings, **model.provenance},
     )
 

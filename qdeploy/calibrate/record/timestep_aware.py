@@ -90,7 +90,7 @@ def record_trajectories(
         sample=torch.cat([batch["sample"] for batch in batches], dim=1).flatten(0, 1),
         timestep=batches[0]["timestep"].repeat_interleave(settings.samples),
         latents=torch.cat([batch["latents"] for batch in batches]),
-        **({} if conditioning is None else conditioning.to_tensors(np.tile(conditioning.rows, steps))),
+        **({} if conditioning is None else conditioning.to_fields(np.tile(conditioning.rows, steps))),
         provenance={"mode": "timestep_aware", **asdict(settings), **model.provenance},
     )
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdeploy.artifacts.table import LayerQuant
-from qdeploy.base.progress import OnProgress
-from qdeploy.calibrate.dataset import CalibrationSet, Feeds, sample_feeds
+from qdeploy.calibrate.component import CalibratedComponent
+from qdeploy.calibrate.dataset import Feeds
 from qdeploy.calibrate.ranges.observe import channel_axis, select_quantized
 from qdeploy.calibrate.ranges.weights import CodeRange, weight_range
 from qdeploy.calibrate.rounding.gptq import MAX_INPUTS, compute_gptq_codes, input_rows
@@ -60,30 +60,25 @@ def count_inputs(calls: Sequence[LayerCall]) -> int:
 
 @torch.no_grad()
 def round_by_gptq(
-    component: TorchComponent,
-    layers: Mapping[str, LayerQuant],
-    groups: Sequence[Sequence[LayerCall]],
-    calibration: CalibrationSet,
-    name: str,
-    on_progress: OnProgress,
+    component: CalibratedComponent, layers: Mapping[str, LayerQuant], groups: Sequence[Sequence[LayerCall]]
 ) -> dict[str, LayerQuant]:
     """``layers`` with codes chosen anew at their scales, of both ranges where a layer has both.
 
     ``groups`` are layers that read one tensor. Layers of more than MAX_INPUTS inputs keep their codes.
     """
-    feeds = list(sample_feeds(calibration, name, SAMPLES))
+    feeds = component.sample(SAMPLES)
     rounded_layers = dict(layers)
     selected = [group for group in groups if count_inputs(group) <= MAX_INPUTS]
     count, done_count = sum(map(len, selected)), 0
     for batch in split_by_memory(selected):
         hessians = [Hessian(group, len(feeds)) for group in batch]
-        accumulate(component, hessians, layers, feeds)
+        accumulate(component.module, hessians, layers, feeds)
         for hessian in hessians:
             for call in hessian.calls:
                 if hessian.total is not None:
                     rounded_layers[call.name] = round_layer(call.module, layers[call.name], hessian.total)
                 done_count += 1
-                on_progress(f"{name}: rounding by GPTQ", done_count, count)
+                component.report("rounding by GPTQ", done_count, count)
             hessian.total = None
     return rounded_layers
 

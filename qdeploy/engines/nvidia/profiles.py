@@ -15,6 +15,7 @@ from typing import Annotated, NamedTuple
 
 from msgspec import Meta
 
+from qdeploy.artifacts.components import UNET, VAE_ENCODER
 from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import EngineError, UsageError
 from qdeploy.engines.base import OPEN_DIM, Port
@@ -23,8 +24,8 @@ from qdeploy.engines.nvidia.graph_inputs import read_inputs
 PROFILE_FILE = "profile.json"
 KEYS = ("batch", "height", "width")
 HEIGHT_AXIS, WIDTH_AXIS = 2, 3  # of NCHW
-UNET_INPUT = "timestep"  # that no other component reads
-PIXELS = "image"  # the one input that is in pixels, the VAE encoder's; all others of rank 4 are latents
+UNET_INPUT = UNET.inputs[1]  # that no other component reads
+PIXELS = VAE_ENCODER.input  # the one input that is in pixels, the VAE encoder's; all others of rank 4 are latents
 EXAMPLE = "batch=1:2:2,height=512:512:768,width=512:512:768"
 
 

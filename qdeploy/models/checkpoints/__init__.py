@@ -3,7 +3,7 @@
     from qdeploy.models.checkpoints import convert_checkpoint, describe_checkpoint
 
     facts = describe_checkpoint(path)                 # kind, parameters, latents, whether it has averaged weights
-    model = convert_checkpoint(path, ema=facts.ema)   # model.unet, model.vae, model.text_encoder, …
+    model = convert_checkpoint(path, ema=facts.ema)   # model.unet, model.vae, model.text_encoders, …
 
 A file is data: it is mapped, and nothing in it is executed (``file.py``). Its kind and sizes are read off its
 tensors (``kinds.py`` and the ``read_layout`` of each part); the original YAML is needed only where those cannot

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qdeploy.artifacts.components import TEXT_ENCODER
 from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints import first_stage, text, unet
 from qdeploy.models.checkpoints.file import read_checkpoint
@@ -47,7 +48,7 @@ class ConvertedCheckpoint:
     kind: str  # sd1, ldm-uncond or ldm-text2img
     unet: nn.Module  # diffusers UNet2DConditionModel, or UNet2DModel when unconditional
     vae: nn.Module  # diffusers AutoencoderKL or VQModel
-    text_encoder: nn.Module | None  # transformers CLIPTextModel or diffusers LDMBertModel
+    text_encoders: Mapping[str, nn.Module]  # by component: transformers CLIPTextModel or diffusers LDMBertModel
     scheduler_config: Mapping[str, Any]
     scaling_factor: float
     sample_size: int  # latents' side
@@ -107,7 +108,7 @@ def convert_checkpoint(path: Path, config: Path | None = None, ema: bool = False
             vae=first_stage.convert_first_stage(
                 checkpoint.part(FIRST_STAGE), checkpoint.first_stage, checkpoint.image_side, scale
             ),
-            text_encoder=_convert_text_encoder(checkpoint),
+            text_encoders=_convert_text_encoders(checkpoint),
             scaling_factor=scale,
             sample_size=checkpoint.sample_size,
             missing=MISSING[checkpoint.kind],
@@ -118,7 +119,7 @@ def describe_checkpoint(path: Path, config: Path | None = None) -> CheckpointFac
     """Kind, sizes and gaps of a checkpoint; no module is built and no weight read."""
     with _name_file_in_errors(path):
         checkpoint = _open(path, config, ema=False)
-    parts = {"text_encoder": COND_STAGE, "unet": UNET, "vae": FIRST_STAGE}
+    parts = {TEXT_ENCODER.name: COND_STAGE, "unet": UNET, "vae": FIRST_STAGE}
     counts = {name: sum(t.numel() for t in checkpoint.part(prefix).values()) for name, prefix in parts.items()}
     return CheckpointFacts(
         kind=checkpoint.kind,
@@ -150,10 +151,11 @@ def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
     return checkpoint
 
 
-def _convert_text_encoder(checkpoint: _OpenCheckpoint) -> nn.Module | None:
+def _convert_text_encoders(checkpoint: _OpenCheckpoint) -> dict[str, nn.Module]:
     if checkpoint.kind == UNCONDITIONAL:
-        return None
-    return (text.convert_clip if checkpoint.kind == SD1 else text.convert_bert)(checkpoint.part(COND_STAGE))
+        return {}
+    convert = text.convert_clip if checkpoint.kind == SD1 else text.convert_bert
+    return {TEXT_ENCODER.name: convert(checkpoint.part(COND_STAGE))}
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch
 
 from qdeploy.artifacts.table import ComponentQuant, LayerQuant, QuantTable, pack_int4
 from qdeploy.base.errors import UsageError
-from qdeploy.base.progress import ignore_progress
 from qdeploy.calibrate.allocate.knapsack import allocate_widths, check_budget, count_layer_bytes, noise_from_sqnr
 from qdeploy.calibrate.allocate.sensitivity import measure_sensitivity
+from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import QuantSpec, Reconstruction
@@ -91,7 +91,7 @@ def test_a_quantized_model_keeps_its_budget(
     assert bits.keys() == {4, 8}
     assert quant.sensitivity_db.keys() == quant.layers.keys()
     two = dataclasses.replace(quant, layers={name: quant.layers[name] for name in bits.values()})
-    again = measure_sensitivity(tiny_model.unet, two, calibration, "unet", ignore_progress)
+    again = measure_sensitivity(CalibratedComponent("unet", tiny_model.unet, calibration), two)
     for name, db in again.items():  # the figure at the width that the layer has
         assert db == pytest.approx(quant.sensitivity_db[name], abs=0.5)
     with pytest.raises(UsageError, match="give that or more"):

@@ -45,8 +45,9 @@ def count_unet_calls(model: LatentDiffusion) -> tuple[LatentDiffusion, list[int]
 
 
 def assert_equal(actual: CalibrationSet, expected: CalibrationSet) -> None:
-    for name in ("sample", "timestep", "prompt", "contexts", "input_ids", "latents"):
+    for name in ("sample", "timestep", "prompt", "contexts", "latents"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert torch.equal(actual.input_ids["text_encoder"], expected.input_ids["text_encoder"])
     assert actual.provenance == expected.provenance
 
 

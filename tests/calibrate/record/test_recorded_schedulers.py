@@ -27,7 +27,7 @@ def diffusers_loop(model: LatentDiffusion, scheduler: Any, options: dict[str, An
     rng = np.random.default_rng([SEED, 0, SCHEDULER_STREAM])
     pairs = []
     with torch.no_grad():
-        contexts = model.text_encoder(model.tokenize(["", "a cat"]))
+        contexts = model.embed(model.tokenize(["", "a cat"]))
         for t in scheduler.timesteps:
             pairs.append((int(t), x))
             uncond, cond = model.unet(torch.cat([x, x]), t, contexts).chunk(2)

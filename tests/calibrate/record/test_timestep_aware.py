@@ -31,7 +31,7 @@ def test_pairs_equal_a_diffusers_run_recorded_step_by_step(tiny_model: LatentDif
     shape = (tiny_model.latents.channels, tiny_model.latents.height, tiny_model.latents.width)
     x = torch.from_numpy(np.random.default_rng([5, 0]).standard_normal(shape, np.float32))[None]
     with torch.no_grad():
-        contexts = tiny_model.text_encoder(tiny_model.tokenize(["", "a cat"]))
+        contexts = tiny_model.embed(tiny_model.tokenize(["", "a cat"]))
         pairs = []
         for t in scheduler.timesteps:
             pairs.append((int(t), x))

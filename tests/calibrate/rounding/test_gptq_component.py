@@ -10,10 +10,11 @@ from qdeploy.artifacts.table import ComponentQuant
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.base.progress import ignore_progress
 from qdeploy.calibrate.dataset import CalibrationSet, sample_feeds
-from qdeploy.calibrate.quantize import prepare_component, quantize_component
+from qdeploy.calibrate.quantize import quantize_component
 from qdeploy.calibrate.rounding import gptq_component as round_gptq
 from qdeploy.calibrate.rounding.gptq_component import crop_map, round_by_gptq, split_by_memory
 from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.calibrate.stages.prepare import prepare
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import Numerics
@@ -27,8 +28,8 @@ def nearest(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> Compone
 
 
 def round_component(model: LatentDiffusion, quant: ComponentQuant, calibration: CalibrationSet) -> ComponentQuant:
-    ready = prepare_component(model, PART, QuantSpec())
-    layers = round_by_gptq(ready.component, quant.layers, ready.groups, calibration, PART, ignore_progress)
+    ready = prepare(model, PART, calibration, QuantSpec())
+    layers = round_by_gptq(ready.component, quant.layers, ready.groups)
     return ComponentQuant(layers, quant.float_layers, quant.macs)
 
 
@@ -71,7 +72,7 @@ def test_the_result_does_not_depend_on_how_many_layers_fit_into_memory(
 ) -> None:
     at_once = round_component(tiny_model, nearest, calibration)
     monkeypatch.setattr(round_gptq, "HESSIAN_BYTES", 1.0)
-    assert len(list(split_by_memory(prepare_component(tiny_model, PART, QuantSpec()).groups))) > 1
+    assert len(list(split_by_memory(prepare(tiny_model, PART, calibration, QuantSpec()).groups))) > 1
     one_by_one = round_component(tiny_model, nearest, calibration)
     for name, layer in at_once.layers.items():
         assert np.array_equal(layer.weight, one_by_one.layers[name].weight), name

@@ -15,6 +15,7 @@ from qdeploy.artifacts.table import ComponentQuant
 from qdeploy.base.errors import UsageError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.base.progress import ignore_progress
+from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.quantize import quantize_component
 from qdeploy.calibrate.rounding.adaround import (
@@ -28,13 +29,14 @@ from qdeploy.calibrate.rounding.adaround import (
 )
 from qdeploy.calibrate.rounding.cache import CallCache
 from qdeploy.calibrate.rounding.fit import copy_to_device
-from qdeploy.calibrate.rounding.reconstruct import reconstruct
 from qdeploy.calibrate.rounding.units import group_into_units
 from qdeploy.calibrate.spec import QuantSpec, Reconstruction
+from qdeploy.calibrate.stages.reconstruct import reconstruct_units
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import Numerics
 
+PART = "vae_decoder"
 SETTINGS = Reconstruction(iterations=40, samples=12, batch=4, learn_act_scales=True)
 
 
@@ -53,6 +55,11 @@ def test_beta_falls_from_high_to_low_after_the_warm_up() -> None:
     assert anneal_beta(0.0) == anneal_beta(0.2) == BETA_HIGH
     assert anneal_beta(1.0) == pytest.approx(BETA_LOW)
     assert BETA_LOW < anneal_beta(0.6) < BETA_HIGH
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> CalibratedComponent:
+    return CalibratedComponent(PART, tiny_model.vae_decoder, calibration)
 
 
 @pytest.fixture(scope="module")
@@ -94,31 +101,27 @@ def outputs_db(model: LatentDiffusion, quant: ComponentQuant, calibration: Calib
 
 
 def test_reconstruction_beats_nearest_rounding(
-    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant
+    tiny_model: LatentDiffusion, calibration: CalibrationSet, decoder: CalibratedComponent, four_bits: ComponentQuant
 ) -> None:
     plain = dataclasses.replace(SETTINGS, gptq_start=False)
-    learned = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", plain, ignore_progress)
+    learned = reconstruct_units(decoder, four_bits, plain)
     nearest_db, learned_db = (outputs_db(tiny_model, quant, calibration) for quant in (four_bits, learned))
     assert learned_db > nearest_db + 2
     for name, layer in learned.layers.items():
         moved = np.abs(layer.weight.astype(int) - four_bits.layers[name].weight)
         assert moved.max() <= 1  # up or down, never further
 
-    started = reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", SETTINGS, ignore_progress)
+    started = reconstruct_units(decoder, four_bits, SETTINGS)
     assert outputs_db(tiny_model, started, calibration) > learned_db
     assert all(layer.weight.min() >= -8 and layer.weight.max() <= 7 for layer in started.layers.values())
 
 
-def test_input_scales_are_learned_only_on_demand(
-    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant
-) -> None:
+def test_input_scales_are_learned_only_on_demand(decoder: CalibratedComponent, four_bits: ComponentQuant) -> None:
     block = {name: layer for name, layer in four_bits.layers.items() if ".mid_block.resnets.0." in name}
     block_quant = dataclasses.replace(four_bits, layers=block)
     for on in (False, True):
         settings = dataclasses.replace(SETTINGS, learn_act_scales=on)
-        learned = reconstruct(
-            tiny_model.vae_decoder, block_quant, calibration, "vae_decoder", settings, ignore_progress
-        )
+        learned = reconstruct_units(decoder, block_quant, settings)
         assert any(learned.layers[name].input != layer.input for name, layer in block.items()) == on
 
 
@@ -143,11 +146,11 @@ def test_another_device_gets_a_copy(tiny_model: LatentDiffusion, four_bits: Comp
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense"])
 def test_a_device_that_cannot_compute_is_refused(
-    device: str, tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant
+    device: str, decoder: CalibratedComponent, four_bits: ComponentQuant
 ) -> None:
     settings = dataclasses.replace(SETTINGS, device=device)
     with pytest.raises(UsageError, match=f"--device {device}: torch"):
-        reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", settings, ignore_progress)
+        reconstruct_units(decoder, four_bits, settings)
 
 
 class InterruptedRunError(Exception):
@@ -155,7 +158,7 @@ class InterruptedRunError(Exception):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(
-    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant, tmp_path: Path
+    decoder: CalibratedComponent, four_bits: ComponentQuant, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(SETTINGS, iterations=6)
     done_units = set()
@@ -166,7 +169,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
             raise InterruptedRunError
 
     def run(on_progress: object, work: Path) -> ComponentQuant:
-        return reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", settings, on_progress, work)
+        return reconstruct_units(dataclasses.replace(decoder, on_progress=on_progress), four_bits, settings, work)
 
     whole = run(ignore_progress, tmp_path / "whole")
     with pytest.raises(InterruptedRunError):
@@ -185,13 +188,41 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         assert np.array_equal(layer.bias, resumed.layers[name].bias)
 
 
-def test_other_settings_start_anew(
-    tiny_model: LatentDiffusion, calibration: CalibrationSet, four_bits: ComponentQuant, tmp_path: Path
-) -> None:
+def list_finished(work: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
+
+
+def test_other_settings_start_anew(decoder: CalibratedComponent, four_bits: ComponentQuant, tmp_path: Path) -> None:
     for iterations in (1, 2):
         settings = dataclasses.replace(SETTINGS, iterations=iterations)
-        reconstruct(tiny_model.vae_decoder, four_bits, calibration, "vae_decoder", settings, ignore_progress, tmp_path)
+        reconstruct_units(decoder, four_bits, settings, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_place_takes_finished_blocks_over(
+    monkeypatch: pytest.MonkeyPatch, decoder: CalibratedComponent, four_bits: ComponentQuant, tmp_path: Path
+) -> None:
+    """Neither the disk that a run may use nor its device decides the result, so neither throws finished blocks away."""
+    settings = dataclasses.replace(SETTINGS, iterations=1)
+    first = reconstruct_units(decoder, four_bits, settings, tmp_path)
+    before = list_finished(tmp_path)
+    assert len(before) == len(group_into_units(decoder.module.inner, four_bits.layers))
+    fitted: list[object] = []
+    monkeypatch.setattr("qdeploy.calibrate.stages.reconstruct.fit_unit", lambda *given: fitted.append(given))
+    for changes in ({"cache_gb": 0.5}, {"device": "cpu:0"}):  # the CPU by another name, which every machine has
+        again = reconstruct_units(decoder, four_bits, dataclasses.replace(settings, **changes), tmp_path)
+        assert all(np.array_equal(again.layers[name].weight, layer.weight) for name, layer in first.layers.items())
+    assert not fitted
+    assert list_finished(tmp_path) == before
+
+
+def test_the_place_is_no_setting_of_the_result() -> None:
+    """By these settings a recipe knows whether its table is still good."""
+    here, there, other = (
+        QuantSpec(weight_bits=4, reconstruction=dataclasses.replace(SETTINGS, **changes)).list_result_settings()
+        for changes in ({}, {"cache_gb": 1.0, "device": "cuda"}, {"samples": 13})
+    )
+    assert here == there != other
 
 
 def test_the_cache_gives_back_what_was_called(tmp_path: Path) -> None:

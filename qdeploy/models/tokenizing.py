@@ -1,0 +1,27 @@
+"""A text encoder's tokenizer in calibration and export; the runtime has its own (``qdeploy.runtime.tokenizer``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class PromptTokenizer:
+    """Prompts to ids, padded and cut to the text encoder's length. Copies of a text encoder share it.
+
+    backend: of transformers, with a ``backend_tokenizer``.
+    """
+
+    def __init__(self, backend: Any, length: int) -> None:
+        self.backend = backend
+        self.length = length
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """``int64[B, T]``."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        return self.backend(list(prompts), **options).input_ids
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptTokenizer:
+        return self
