@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from benchmarks.ptq_quality import describe_setup
+from qdeploy.base.arrays import AnyArray
 from qdeploy.base.numerics import sqnr_db
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ BLOCK = 256  # queries whose scores are held at once
 REACH = 5.0  # of normal q, k and v, in standard deviations
 CONTRIB = "com.microsoft"
 HEADS_FIRST, KEYS_LAST = (0, 2, 1, 3), (0, 2, 3, 1)
-Parts = tuple[list[NodeProto], dict[str, NDArray]]
+Parts = tuple[list[NodeProto], dict[str, AnyArray]]
 
 
 def build_unfused(length: int, depth: int) -> Parts:
@@ -84,6 +85,7 @@ FORMS = {
 
 
 def make_node(op_type: str, inputs: list[str], outputs: list[str], **attributes: Any) -> NodeProto:
+    """A node without a name, of ONNX's own domain unless ``domain`` is among the attributes."""
     return helper.make_node(op_type, inputs, outputs, **attributes)
 
 
@@ -122,6 +124,7 @@ def join_heads(length: int, depth: int) -> Parts:
 
 
 def make_products(q: str, k: str, v: str, out: str) -> list[NodeProto]:
+    """``softmax(q k) v`` of float32 values by these names; k is transposed already."""
     return [
         make_node("MatMul", [q, k], ["scores"]),
         make_node("Softmax", ["scores"], ["weights"], axis=-1),
@@ -146,7 +149,7 @@ def make_integer_products(q: str, k: str, v: str, out: str) -> list[NodeProto]:
 
 
 def quantize_operands(depth: int) -> Parts:
-    """q to u8, k and v to s8, per tensor."""
+    """Quantize q to u8, k and v to s8, per tensor."""
     operands: dict[str, tuple[float, Any]] = {
         "q": (REACH / depth**0.5 / 127, np.uint8(128)),
         "k": (REACH / 127, np.int8(0)),
@@ -160,7 +163,7 @@ def quantize_operands(depth: int) -> Parts:
 
 
 def build_scan(
-    length: int, depth: int, body: Any, sources: tuple[str, str, str], more: dict[str, NDArray],
+    length: int, depth: int, body: Any, sources: tuple[str, str, str], more: dict[str, AnyArray],
     before: list[NodeProto] | None = None,
 ) -> Parts:  # fmt: skip
     """``body`` on one head and one block of queries at a time."""
@@ -194,10 +197,12 @@ def build_scan(
 
 
 def make_shape(sides: list[int]) -> NDArray[np.int64]:
+    """The shape input of a Reshape."""
     return np.array(sides, np.int64)
 
 
 def make_tensor_info(name: str, data_type: int, sides: list[int]) -> ValueInfoProto:
+    """An input or output of the graph; ``data_type`` is one of TensorProto's."""
     return helper.make_tensor_value_info(name, data_type, sides)
 
 

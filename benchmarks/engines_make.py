@@ -17,19 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.inputs import export_unet
 from benchmarks.peer_nncf import NncfSettings, quantize_with_nncf
 from benchmarks.peer_ort import LAYER_OPS
 from qdeploy.artifacts.table import ComponentQuant, LayerQuant, load_table
+from qdeploy.base.arrays import Feeds
 from qdeploy.bench.memory import read_peak_bytes
 from qdeploy.calibrate.ranges.weights import mse_scale, round_to_nearest, weight_range
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import load_target
 
-Feeds = dict[str, NDArray]
 STAND_IN_RANGE = 4.0  # of every activation for quantize_static: its time does not depend on it, its quality does
 CALIBRATION_TIMESTEPS = (900, 500, 100)  # timesteps of NNCF's inputs; its time does not depend on them either
 GRAPH = "model.onnx"
@@ -43,9 +42,11 @@ class ModelFiles:
     table: str
 
     def load(self) -> LatentDiffusion:
+        """The float model; ModelError where there is none."""
         return load_model(self.model)
 
     def unet_table(self) -> ComponentQuant:
+        """What the table says of the UNet."""
         return load_table(Path(self.table)).components["unet"]
 
 
@@ -98,11 +99,12 @@ def change_bits(model: LatentDiffusion, quant: ComponentQuant, bits: int) -> Com
         quant,
         layers={
             name: round_weights(modules[name].weight.detach(), layer, bits) for name, layer in quant.layers.items()
-        },  # type: ignore[operator,union-attr]
+        },
     )
 
 
 def round_weights(weight: torch.Tensor, layer: LayerQuant, bits: int) -> LayerQuant:
+    """``layer`` with ``weight``, times its equalization ratio, rounded to nearest at the scale of least error."""
     if layer.input_ratio is not None:
         weight = weight * torch.from_numpy(layer.input_ratio).reshape(1, -1, *[1] * (weight.dim() - 2))
     scale = mse_scale(weight, weight_range(bits))

@@ -41,6 +41,7 @@ def serve(engine: str, graph: Path, feeds_file: Path, threads: int) -> None:
 
 
 def say(answer: object) -> None:
+    """One line of the answer, at once: the parent waits for it."""
     print(answer, flush=True)
 
 

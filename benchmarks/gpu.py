@@ -108,7 +108,8 @@ def run_in_subprocess(model: Path, row: GpuRow, out: Path, calls: int) -> dict[s
     """One row in a process of its own; its receipt, if there is one already. A row that did not run has none."""
     receipt = out / f"{model.name} {row.name}.json"
     if receipt.is_file():
-        return json.loads(receipt.read_text(encoding="utf-8"))
+        earlier: dict[str, Any] = json.loads(receipt.read_text(encoding="utf-8"))
+        return earlier
     command = [sys.executable, "-m", "benchmarks.gpu", str(model.resolve()), "--row", row.name, "--calls", str(calls)]
     root = Path(__file__).parent.parent
     cache = str((out / "cache").resolve())
@@ -117,7 +118,7 @@ def run_in_subprocess(model: Path, row: GpuRow, out: Path, calls: int) -> dict[s
         completed = subprocess.run(
             command, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=root, env=env
         )
-        result = json.loads(completed.stdout.splitlines()[-1])
+        result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {"not_run": f"not done within {LIMIT_S} s"}
     except (IndexError, ValueError):
@@ -156,14 +157,17 @@ def format_table(report: dict[str, Any]) -> str:
 
 
 def format_seconds(value: float | None) -> str:
+    """Seconds with one digit, empty where it was not measured."""
     return "" if value is None else f"{value:.1f}"
 
 
 def format_p50(values: list[float] | None) -> str:
+    """The median in milliseconds, empty without values."""
     return "" if not values else f"{sorted(values)[len(values) // 2]:.2f}"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Make the models or measure their rows; the exit status."""
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.add_argument("folder", type=Path, help="what --make wrote")
     parser.add_argument("--make", action="store_true", help="export the models to FOLDER; needs the quantize extra")

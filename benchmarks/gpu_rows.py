@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_shells import DRAWING, fill_shell
 from qdeploy.artifacts.components import COMPONENTS
+from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.errors import QdeployError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.engines.base import EngineOptions, load_engine
@@ -23,7 +24,6 @@ UNET_CONFIG = "unet.json"
 REFERENCE = "fp32"  # the bundle that fidelity is measured against, on the CPU
 TOKENS = 256  # ids below this are in every vocabulary
 TIMESTEP = 500
-Feeds = Mapping[str, NDArray]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class GpuRow:
 
     @property
     def name(self) -> str:
+        """Engine and bundle, as the table of figures names the row."""
         return f"{self.engine} {self.bundle or 'fp16'}"
 
 
@@ -130,14 +131,14 @@ def measure_torch(mode: str, model: Path, calls: int) -> dict[str, Any]:
     sample = torch.from_numpy(feeds["sample"])
     events: list[float] = []
 
-    def step() -> NDArray:
+    def step() -> NDArray[np.float32]:
         with torch.inference_mode():
             x, t = sample.cuda().half(), torch.tensor(TIMESTEP, device="cuda")
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             output = run(x, t, text, return_dict=False)[0]
             end.record()
-            result = output.float().cpu().numpy()
+            result: NDArray[np.float32] = output.float().cpu().numpy()
         events.append(begin.elapsed_time(end))
         return result
 
@@ -176,10 +177,10 @@ def find_graph(folder: Path, component: str) -> Path | None:
     return part / "model.onnx" if (part / "model.onnx").is_file() else None
 
 
-def make_feeds(graph: Path, seed: int = 0) -> dict[str, NDArray]:
+def make_feeds(graph: Path, seed: int = 0) -> dict[str, AnyArray]:
     """Seeded inputs that fit the graph: unit noise, token ids, one timestep."""
     rng = np.random.default_rng(seed)
-    feeds: dict[str, NDArray] = {}
+    feeds: dict[str, AnyArray] = {}
     for port in read_inputs(graph):
         if port.dtype.kind == "i":
             feeds[port.name] = rng.integers(TOKENS, size=port.dims) if port.dims else np.array(TIMESTEP)
@@ -189,7 +190,7 @@ def make_feeds(graph: Path, seed: int = 0) -> dict[str, NDArray]:
     return feeds
 
 
-def freeze(array: NDArray) -> NDArray:
+def freeze(array: AnyArray) -> AnyArray:
     """Read-only, as the runtime gives an engine the text at every step."""
     array.flags.writeable = False
     return array
@@ -205,7 +206,7 @@ def read_free_bytes() -> int | None:
     return int(free) if status.value == 0 else None
 
 
-def _measure_sqnr(graph: Path, feeds: Feeds, outputs: Mapping[str, NDArray]) -> float:
+def _measure_sqnr(graph: Path, feeds: Feeds, outputs: Mapping[str, NDArray[np.float32]]) -> float:
     session = load_engine("ort-cpu").open_session(graph, EngineOptions())
     expected = session.run(feeds)
     session.close()

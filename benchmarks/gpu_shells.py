@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray
 from qdeploy.base.files import stage_file
 
 KEPT_BYTES = 64 * 2**10  # tensors up to this size are carried: biases, norms, scales
@@ -59,7 +60,7 @@ def make_shell(graph: Path, out: Path) -> None:
 def fill_shell(shell: Path, seed: int = 0) -> Path:
     """Write the weights of the shell in the folder ``shell``, unless they are there; the graph, ready to load."""
     plan: dict[str, Any] = json.loads((shell / DRAWING).read_text(encoding="utf-8"))
-    graph = shell / plan["graph"]
+    graph = shell / str(plan["graph"])
     weights = graph.with_name(graph.name + ".data")
     if not weights.is_file():
         rng, kept = np.random.default_rng(seed), np.load(shell / KEPT)
@@ -72,17 +73,19 @@ def fill_shell(shell: Path, seed: int = 0) -> Path:
     return graph
 
 
-def draw_values(piece: TensorPiece, rng: np.random.Generator) -> NDArray:
+def draw_values(piece: TensorPiece, rng: np.random.Generator) -> AnyArray:
     """Normal values of the tensor's mean and deviation, in its own type."""
     dtype = np.dtype(piece.dtype)
-    values: NDArray = rng.standard_normal(piece.size // dtype.itemsize, np.float32) * np.float32(piece.std) + piece.mean
+    values: AnyArray = (
+        rng.standard_normal(piece.size // dtype.itemsize, np.float32) * np.float32(piece.std) + piece.mean
+    )
     if dtype.kind == "i":
         limits = np.iinfo(dtype)
         values = np.clip(np.rint(values), limits.min + 1, limits.max)  # codes are symmetric
     return values.astype(dtype)
 
 
-def _read_piece(weights: NDArray[np.uint8], offset: int, size: int, dtype: type) -> tuple[TensorPiece, NDArray]:
-    values: NDArray = np.frombuffer(weights[offset : offset + size].tobytes(), dtype)
+def _read_piece(weights: NDArray[np.uint8], offset: int, size: int, dtype: type) -> tuple[TensorPiece, AnyArray]:
+    values: AnyArray = np.frombuffer(weights[offset : offset + size].tobytes(), dtype)
     mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
     return TensorPiece(offset, size, np.dtype(dtype).name, mean, std, size <= KEPT_BYTES), values

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.protocol import (
     Protocol,
@@ -17,6 +16,7 @@ from benchmarks.protocol import (
     save_reference,
 )
 from qdeploy.artifacts.components import choose_graph_batch
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import UsageError
 from qdeploy.base.files import stage_folder
 from qdeploy.base.progress import OnProgress, ignore_progress
@@ -42,10 +42,12 @@ class WorkFolder:
 
     @property
     def reference(self) -> Path:
+        """Inputs and outputs of the float UNet that rows are compared on, a safetensors file."""
         return self.root / "reference.safetensors"
 
     @property
     def calibration(self) -> Path:
+        """The calibration set that ours and the peers share."""
         return self.root / "calibration.safetensors"
 
     @property
@@ -97,7 +99,7 @@ def export_unet(unet: TorchComponent, model: LatentDiffusion, path: Path, target
     save_graph(graph, path)
 
 
-def list_unet_feeds(calibration: CalibrationSet) -> list[dict[str, NDArray]]:
+def list_unet_feeds(calibration: CalibrationSet) -> list[Feeds]:
     """Every recorded x_t with its own t, both halves of guidance: the graph's static batch of 2."""
     return [
         {
@@ -107,6 +109,6 @@ def list_unet_feeds(calibration: CalibrationSet) -> list[dict[str, NDArray]]:
     ]
 
 
-def load_peer_feeds(work: WorkFolder) -> list[dict[str, NDArray]]:
+def load_peer_feeds(work: WorkFolder) -> list[Feeds]:
     """:func:`list_unet_feeds` of the work folder's calibration set."""
     return list_unet_feeds(load_calibration(work.calibration))

@@ -87,7 +87,7 @@ def iter_plan_lines(without: Sequence[str]) -> Iterator[str]:
 
 
 def list_unmasked_flags(without: Sequence[str]) -> list[str]:
-    """This processor's integer flags that are not masked."""
+    """The processor's integer flags that are not masked."""
     masked = {flag for name in without for flag in FLAGS[name]}
     return [flag for flag in read_integer_flags() if flag not in masked]
 

@@ -31,6 +31,7 @@ class QualityRow:
 
     @property
     def note(self) -> str:
+        """The settings in words, for the table of figures."""
         return "qdeploy, " + (
             ", ".join(f"{key}={format_setting(value)}" for key, value in self.settings.items()) or "defaults"
         )

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
+from qdeploy.base.arrays import Feeds
 from qdeploy.calibrate.spec import QuantSpec
 
-Feeds = list[dict[str, NDArray]]
 LAYER_OPS = {"Convolution", "MatMul"}
 NO_BIAS = "/WithoutBiases"  # what OpenVINO's ONNX frontend appends to the name of a layer with a bias
 
@@ -32,13 +30,14 @@ class NncfSettings:
 
     @property
     def note(self) -> str:
+        """The settings in words, for the table of figures."""
         kind = "TRANSFORMER (SmoothQuant)" if self.transformer else "MIXED"
         correction = "full bias correction" if self.full_bias_correction else "fast bias correction"
         layers = "qdeploy's layers" if self.keep_list else "its own choice of ops"
         return f"{kind}, {correction}, {layers}, {'all' if self.subset is None else self.subset} feeds"
 
 
-def quantize_with_nncf(float_unet: Path, feeds: Feeds, settings: NncfSettings, folder: Path) -> Path:
+def quantize_with_nncf(float_unet: Path, feeds: list[Feeds], settings: NncfSettings, folder: Path) -> Path:
     """Calibrate and quantize into ``folder``; the OpenVINO IR file."""
     import nncf
     import openvino as ov
@@ -59,7 +58,7 @@ def quantize_with_nncf(float_unet: Path, feeds: Feeds, settings: NncfSettings, f
     return out
 
 
-def space_evenly(feeds: Feeds, count: int) -> Feeds:
+def space_evenly(feeds: list[Feeds], count: int) -> list[Feeds]:
     """``count`` of the feeds, evenly spaced over the set, which is ordered by timestep."""
     return [feeds[i * len(feeds) // count] for i in range(min(count, len(feeds)))]
 
@@ -85,4 +84,4 @@ def has_constant_weight(op: Any) -> bool:
     source = op.input_value(1).get_node()
     while source.get_type_name() in ("Transpose", "Convert", "Reshape"):
         source = source.input_value(0).get_node()
-    return source.get_type_name() == "Constant"
+    return bool(source.get_type_name() == "Constant")

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.calibrate.spec import QuantSpec
 
-Feeds = list[dict[str, NDArray]]
 LAYER_OPS = ["Conv", "MatMul", "Gemm"]
 STRIDE = 32  # feeds whose activations are held at once: 50 MB each, and np.histogram copies them
 
@@ -30,6 +29,7 @@ class OrtSettings:
 
     @property
     def note(self) -> str:
+        """The settings in words, for the table of figures."""
         layers = "qdeploy's layers" if self.keep_list else "all ops"
         order = ", feeds shuffled" if self.is_shuffled else ""
         return f"{self.method}, {layers}{'' if self.outputs else ', inputs and weights only'}{order}"
@@ -45,7 +45,7 @@ class OrtSettings:
         return self.method == "Entropy" and not self.keep_list
 
 
-def quantize_with_ort(float_unet: Path, feeds: Feeds, settings: OrtSettings, folder: Path) -> Path:
+def quantize_with_ort(float_unet: Path, feeds: list[Feeds], settings: OrtSettings, folder: Path) -> Path:
     """Pre-process, calibrate on all ``feeds`` and quantize into ``folder``; the ONNX file."""
     import onnxruntime.quantization as ortq
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -57,7 +57,7 @@ def quantize_with_ort(float_unet: Path, feeds: Feeds, settings: OrtSettings, fol
     ortq.quantize_static(
         prepared,
         out,
-        _make_reader(feeds),
+        FeedReader(feeds),
         quant_format=ortq.QuantFormat.QDQ,
         activation_type=ortq.QuantType.QUInt8,
         weight_type=ortq.QuantType.QInt8,
@@ -92,22 +92,20 @@ def list_excluded_nodes(graph: Path) -> list[str]:
     ]
 
 
-def _make_reader(feeds: Feeds):  # noqa: ANN202 - a class of a library that is imported inside
-    from onnxruntime.quantization import CalibrationDataReader
+class FeedReader:
+    """ORT's ``CalibrationDataReader`` by its methods: all feeds, or the range that strided calibration asks for."""
 
-    class Reader(CalibrationDataReader):
-        """All feeds, or the range that the strided calibration asks for."""
+    def __init__(self, feeds: list[Feeds]) -> None:
+        self._feeds = feeds
+        self._left = iter(feeds)
 
-        def __init__(self) -> None:
-            self._left = iter(feeds)
+    def __len__(self) -> int:
+        return len(self._feeds)
 
-        def __len__(self) -> int:
-            return len(feeds)
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Go on with these feeds, the end left out."""
+        self._left = iter(self._feeds[start_index:end_index])
 
-        def set_range(self, start_index: int, end_index: int) -> None:
-            self._left = iter(feeds[start_index:end_index])
-
-        def get_next(self) -> dict[str, NDArray] | None:
-            return next(self._left, None)
-
-    return Reader()
+    def get_next(self) -> Feeds | None:
+        """One feed; None after the last."""
+        return next(self._left, None)

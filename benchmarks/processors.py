@@ -20,10 +20,10 @@ from typing import Any, cast
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.inputs import MODEL
 from qdeploy.artifacts.table import Affine, ComponentQuant, LayerQuant
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.cpu import read_cpu_model, read_integer_flags
 from qdeploy.base.files import stage_folder
 from qdeploy.bench.idle import wait_until_idle
@@ -48,7 +48,7 @@ class ProcessorRow:
 ROWS = (ProcessorRow("fp32", 0), ProcessorRow("w8a8", 64), ProcessorRow("w8a8-full-range", 127))
 
 
-def load_unet(size: str) -> tuple[TorchComponent, dict[str, NDArray]]:
+def load_unet(size: str) -> tuple[TorchComponent, Feeds]:
     """The float UNet and inputs of its static batch of 2: normal noise, timestep 500."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -67,7 +67,7 @@ def load_unet(size: str) -> tuple[TorchComponent, dict[str, NDArray]]:
     }
 
 
-def quantize_unet(unet: TorchComponent, feeds: dict[str, NDArray], row: ProcessorRow) -> TorchComponent:
+def quantize_unet(unet: TorchComponent, feeds: Feeds, row: ProcessorRow) -> TorchComponent:
     """The simulator of ``row``: min-max weight scales, stand-in ranges."""
     import torch
 
@@ -114,7 +114,7 @@ def make_graphs(size: str, folder: Path) -> None:
         np.savez(scratch / "feeds.npz", **feeds)  # type: ignore[arg-type]
 
 
-def time_in_turn(sessions: dict[str, Session], feeds: dict[str, NDArray], rounds: int) -> dict[str, list[float]]:
+def time_in_turn(sessions: dict[str, Session], feeds: Feeds, rounds: int) -> dict[str, list[float]]:
     """Seconds of every session, run in turn once the previous one's threads are idle; the first round is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for number in range(rounds + 1):

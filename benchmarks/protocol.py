@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import UsageError
 from qdeploy.base.files import stage_file
 from qdeploy.base.numerics import psnr_db, sqnr_db
@@ -194,7 +195,7 @@ def predict_from_session(session: Session) -> Predict:
     """The UNet of an engine's session, a graph of static batch 2."""
 
     def predict(x: Array, t: int, context: Array) -> Array:
-        feeds: dict[str, NDArray] = {
+        feeds: dict[str, AnyArray] = {
             "sample": x,
             "timestep": np.array(t, np.int64),
             "encoder_hidden_states": context,

@@ -58,14 +58,17 @@ class QualityFigures:
 
     @property
     def mean_sqnr_db(self) -> float:
+        """Mean over the recorded UNet calls."""
         return float(np.mean(self.step_sqnr_db))
 
     @property
     def worst_sqnr_db(self) -> float:
+        """Of the UNet call with the largest error."""
         return min(self.step_sqnr_db)
 
     @property
     def mean_psnr_db(self) -> float:
+        """Mean over the pictures."""
         return float(np.mean(self.picture_psnr_db))
 
 
@@ -130,6 +133,7 @@ class QualityBench:
 
 
 def add_costs(figures: QualityFigures, made: PeerModel) -> QualityFigures:
+    """``figures`` with what making the peer's model cost."""
     return replace(
         figures,
         make_cpu_seconds=made.cpu_seconds,
@@ -193,6 +197,7 @@ def import_rows(work: WorkFolder, report: Path, reference: Reference) -> None:
 
 
 def write_figures(work: WorkFolder, figures: QualityFigures) -> None:
+    """Write a row's figures to the work folder, atomically."""
     with stage_file(work.figures_path(figures.name)) as scratch:
         scratch.write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
 

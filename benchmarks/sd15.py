@@ -138,6 +138,7 @@ def adaround(work: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def count_macs(quant: ComponentQuant, unit: Unit) -> int:
+    """MACs of the unit's layers in one forward pass of batch 1."""
     return sum(quant.macs[layer] for layer in unit.layers)
 
 

@@ -13,6 +13,7 @@ from qdeploy.base.errors import DeadlineError, RequestError
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Load the bundle at start and free it at the end."""
     with qdeploy.load(os.environ["BUNDLE"], threads=2) as app.state.pipe:  # one for all threads
         yield
 
@@ -22,6 +23,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.get("/picture")
 def picture(prompt: str, seed: int = 0, steps: int = 25, guidance: float = 7.5) -> Response:  # in a worker thread
+    """A PNG; 422 for a request that the bundle cannot serve, 503 when it takes longer than a minute."""
     try:
         made = app.state.pipe(prompt, seed=seed, steps=steps, guidance_scale=guidance, deadline_s=60)
     except (RequestError, DeadlineError) as exc:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Pipeline", "Result", "Step", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from qdeploy.runtime.pipeline import Pipeline, Result, Step, load
+    from qdeploy.runtime.pipeline import Pipeline, load
+    from qdeploy.runtime.results import Result, Step
 
     __version__: str
 

@@ -19,12 +19,15 @@ class Commands(click.Group):
     """The commands of ``qdeploy.commands``, each imported when asked for; exit codes 1 (failed) and 2 (misuse)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of help, found by their files; none is imported."""
         return find_commands()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imported now, with what only this command needs."""
         return load_command(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what a user can mend ends in one paragraph and an exit code, by ``_fail``."""
         try:
             return super().invoke(ctx)
         except QdeployError as exc:

@@ -18,14 +18,17 @@ class Clock:
 
     @classmethod
     def from_options(cls, args: argparse.Namespace) -> Clock:
+        """From ``--end`` and ``--decay-minutes``; without an end a clock that never stops."""
         return cls() if args.end is None else cls(args.end.timestamp(), 60 * args.decay_minutes)
 
     @property
     def is_over(self) -> bool:
+        """Whether training must stop."""
         return time.time() >= self.end
 
     @property
     def is_decaying(self) -> bool:
+        """Whether the rate falls already."""
         return time.time() >= self.end - self.decay
 
     def compute_factor(self) -> float:
@@ -37,5 +40,6 @@ class Clock:
 
 
 def add_clock_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--end`` and ``--decay-minutes`` to a part's command."""
     parser.add_argument("--end", type=datetime.fromisoformat, help="stop then (local time, 2026-01-31T18:00)")
     parser.add_argument("--decay-minutes", type=float, default=30, help="with --end: how long the rate falls before it")

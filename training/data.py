@@ -117,6 +117,7 @@ def load_all(folder: Path) -> list[Emoji]:
 
 
 def is_common(emoji: Emoji) -> bool:
+    """Whether a model of this size should learn it: faces, animals, food and objects, but no flags or signs."""
     return emoji.subgroup in ALSO or (emoji.group in GROUPS and emoji.subgroup not in EXCLUDED)
 
 
@@ -141,6 +142,7 @@ def keep_own_tags(emoji: list[Emoji]) -> list[Emoji]:
 
 
 def select_own_tags(emoji: Emoji, is_free: Callable[[str], bool]) -> tuple[str, ...]:
+    """Words that name only this emoji in captions: its short label, and the tags for which ``is_free``."""
     short = (SHORT[emoji.label],) if emoji.label in SHORT else ()
     return (*short, *(tag for tag in emoji.tags if is_free(tag)))
 
@@ -167,4 +169,5 @@ def draw_caption(emoji: Emoji, rng: np.random.Generator) -> str:
 
 
 def add_article(words: str) -> str:
+    """By the first letter, which is right for all labels in use."""
     return ("an " if words[0] in "aeiou" else "a ") + words

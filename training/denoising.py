@@ -28,6 +28,7 @@ def make_averaged_copy(model: torch.nn.Module, decay: float = AVERAGE_DECAY) -> 
 
 
 def make_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW, fused; its state is saved with checkpoints."""
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 
@@ -54,5 +55,6 @@ def velocity_loss(
 
 
 def edit_json(path: Path, changes: dict[str, object], drop: str = "") -> None:
+    """Change keys of the JSON object in ``path`` in place, and drop one."""
     kept = {key: value for key, value in json.loads(path.read_text()).items() if key != drop}
     path.write_text(json.dumps(kept | changes, indent=2) + "\n")

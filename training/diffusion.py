@@ -84,6 +84,7 @@ class TextToLatent(torch.nn.Module):
         start_branches_at_zero(self.unet, ("conv2", "proj_out", "conv_out"))
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """``float32[B, 8, 16, 16]``, ``int64[B]``, ``int64[B, T]`` -> v, ``float32[B, 8, 16, 16]``."""
         return self.unet(noisy, t, self.text_encoder(tokens).last_hidden_state).sample
 
 
@@ -110,10 +111,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def draw_training_captions(emoji: list[Emoji], chosen: np.ndarray, rng: np.random.Generator) -> list[str]:
+    """One for each chosen emoji; empty ones, by CAPTION_DROPOUT, teach the unconditional half of guidance."""
     return ["" if rng.random() < CAPTION_DROPOUT else draw_caption(emoji[i], rng) for i in chosen]
 
 
 def save_pipeline(folder: Path, vae: AutoencoderKL, model: TextToLatent, tokenizer: CLIPTokenizer) -> None:
+    """Write a diffusers ``StableDiffusionPipeline`` folder with float32 safetensors."""
     model.unet.set_default_attn_processor()
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -149,6 +152,7 @@ def start_from(folder: Path) -> tuple[AutoencoderKL, CLIPTokenizer, TextToLatent
 
 
 def main() -> None:
+    """Train text encoder and UNet until samples, minutes or the clock end, then write the pipeline."""
     parser = make_parser(__doc__, samples=400_000, batch=32, lr=6e-4)
     parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
     parser.add_argument("--average", type=float, default=AVERAGE_DECAY, help="decay of the averaged weights, a step")

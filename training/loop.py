@@ -71,6 +71,7 @@ class LoopState:
         return take
 
     def add_loss(self, loss: float, size: int) -> None:
+        """Count a batch of ``size`` and add its loss to the running mean; FloatingPointError for NaN or infinity."""
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss became {loss} at step {self.step}")
         self.loss = loss if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * loss
@@ -78,6 +79,7 @@ class LoopState:
         self.step += 1
 
     def save(self, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint, first under another name, so that an interruption leaves the last one whole."""
         part_path = path.with_suffix(".part")
         torch.save(
             {
@@ -98,6 +100,7 @@ class LoopState:
 
     @classmethod
     def resume(cls, path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> LoopState:
+        """Load the checkpoint at ``path`` into ``modules`` and ``optimizer``; a new state where there is none."""
         if not path.exists():
             return cls()
         saved = read_checkpoint(path, modules)
@@ -168,7 +171,7 @@ class Training:
         report: Callable[[], str] = lambda: "",
         save_every: int = 300,
     ) -> bool:
-        """As ``run``, on ``settings.threads`` cores; ``compute_loss`` is given its own thread\'s ``module``."""
+        """As ``run``, on ``settings.threads`` cores; ``compute_loss`` is given its own thread's ``module``."""
         state, settings = self.state, self.settings
         started, first = time.monotonic(), state.seen
 
@@ -194,6 +197,7 @@ class Training:
         return self.checkpoint.with_name(f"{self.checkpoint.stem}-before-decay.ckpt")
 
     def should_continue(self, started: float) -> bool:
+        """False once samples, minutes or the clock are used up, or Ctrl-C was pressed."""
         state, settings = self.state, self.settings
         in_time = time.monotonic() < started + 60 * settings.minutes and not self.clock.is_over
         return state.seen < settings.samples and in_time and not self.stopped
@@ -221,10 +225,12 @@ class Training:
         state.add_loss(loss, settings.batch)
 
     def save(self) -> None:
+        """Write the checkpoint now."""
         self.state.save(self.checkpoint, self.modules, self.optimizer)
 
 
 def say(state: LoopState, total: int, started: float, first: int) -> None:
+    """Print one line of progress: loss, samples a second and minutes left."""
     rate = (state.seen - first) / (time.monotonic() - started)
     eta_min = (total - state.seen) / rate / 60
     print(f"{state.seen}/{total} loss {state.loss:.4f} {rate:.1f}/s eta {eta_min:.0f} min", flush=True)

@@ -199,6 +199,7 @@ def read_figures(path: Path, wanted: Collection[str]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Draw pictures and print their figures; the options say which files to write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the training data")
     parser.add_argument("--model", default="builtin:emoji")

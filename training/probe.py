@@ -50,6 +50,7 @@ def draw_pictures(pipe: StableDiffusionPipeline, captions: list[str]) -> np.ndar
 
 
 def main() -> None:
+    """Write the sheet and print how many pictures are nearest to their own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)

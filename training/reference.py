@@ -16,6 +16,7 @@ from training.layout import run_script
 
 
 def main() -> None:
+    """Write every training picture as a PNG, in a folder for each group."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder with the training data")
     parser.add_argument("-o", "--out", type=Path, required=True)

@@ -41,5 +41,6 @@ def stack_rows(rows: Sequence[np.ndarray], across: int = 12) -> Image.Image:
 
 
 def enlarge(picture: np.ndarray) -> Image.Image:
+    """``uint8[H, W, 3]`` by ZOOM, without smoothing: pixels stay visible."""
     image = Image.fromarray(picture)
     return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)

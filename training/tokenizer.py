@@ -24,6 +24,7 @@ def tokenizer_from_captions(emoji: list[Emoji], folder: Path, max_length: int = 
 
 
 def train(emoji: list[Emoji], folder: Path) -> None:
+    """Train byte-pair codes on labels and tags; writes a transformers ``CLIPTokenizer`` folder."""
     untrained = CLIPTokenizer().backend_tokenizer  # CLIP's own normalizer and pre-tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

@@ -94,6 +94,7 @@ def begun_from(folder: Path) -> tuple[VQModel, UNet2DModel]:
 
 
 def main() -> None:
+    """Train the UNet until samples, minutes or the clock end, then write the pipeline."""
     parser = make_parser(__doc__, samples=150_000, batch=32, lr=6e-4)
     parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
     parser.add_argument("--average", type=float, default=AVERAGE_DECAY, help="decay of the averaged weights, a step")

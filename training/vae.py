@@ -72,6 +72,7 @@ def center_latents(vae: AutoencoderKL, x: torch.Tensor) -> None:
 
 
 def main() -> None:
+    """Train the KL autoencoder, centre its latents, and save it with its scaling factor."""
     args = make_parser(__doc__, samples=30_000, batch=16, lr=1.5e-3).parse_args()
     x = pixels_from_emoji(load_for(args.work))
     torch.manual_seed(0)

@@ -113,6 +113,7 @@ def psnr_db(vq: VQModel, x: torch.Tensor, z: torch.Tensor) -> float:
 
 
 def adam(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Adam, fused, with the betas of the other parts."""
     return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99), fused=True)
 
 
@@ -147,6 +148,7 @@ def train_decoder(vq: VQModel, x: torch.Tensor, args: argparse.Namespace, checkp
 
 
 def main() -> None:
+    """Train encoder and decoder, then the codes, then the decoder by itself on quantized latents."""
     parser = make_parser(__doc__, samples=26_000, batch=16, lr=1.5e-3)
     parser.add_argument("--decoder-samples", type=int, default=12_000, help="for the second part, at half the rate")
     args = parser.parse_args()

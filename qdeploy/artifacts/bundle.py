@@ -157,6 +157,7 @@ class Bundle:
     files: Mapping[str, int]  # path in the bundle -> bytes
 
     def path(self, name: str) -> Path:
+        """Of the file or folder ``name``; whether it is there was checked when the bundle was opened."""
         return self.folder / name
 
     def component_bytes(self, component: str) -> int:
@@ -165,6 +166,7 @@ class Bundle:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes on disk of everything that the manifest lists."""
         return sum(self.files.values())
 
 
@@ -184,6 +186,7 @@ class ManifestDocument(Manifest):
 
     @property
     def manifest(self) -> Manifest:
+        """Without the schema version and the list of files."""
         return Manifest(**{name.name: getattr(self, name.name) for name in fields(Manifest)})
 
 

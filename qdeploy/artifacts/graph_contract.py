@@ -72,13 +72,15 @@ def find_mismatches(
         shared = known
 
 
-def _fits(actual: tuple[str, tuple[int, ...]], dtype: str, symbols: tuple[str | int, ...], known: dict) -> bool:
+def _fits(
+    actual: tuple[str, tuple[int, ...]], dtype: str, symbols: tuple[str | int, ...], known: dict[str, int]
+) -> bool:
     if actual[0] != dtype or len(actual[1]) != len(symbols):
         return False
     return all(_fits_side(side, symbol, known) for side, symbol in zip(actual[1], symbols, strict=True))
 
 
-def _fits_side(side: int, symbol: str | int, known: dict) -> bool:
+def _fits_side(side: int, symbol: str | int, known: dict[str, int]) -> bool:
     """Whether ``side`` is ``symbol``'s size, which it is given where it has none yet."""
     if isinstance(symbol, int):
         return side == symbol

@@ -21,10 +21,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import TableError
 from qdeploy.base.files import stage_file
 
@@ -73,12 +75,12 @@ class NoiseCorrection:
         """C of the UNet's output."""
         return int(self.mean.shape[1])
 
-    def arrays(self) -> dict[str, NDArray]:
+    def arrays(self) -> dict[str, AnyArray]:
         """The fields by name, as they are stored."""
         return {"timesteps": self.timesteps, "slope": self.slope, "mean": self.mean}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray]) -> NoiseCorrection:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> NoiseCorrection:
         """Inverse of :meth:`arrays`; TableError when an array is missing, unknown or wrong."""
         if set(arrays) != {"timesteps", "slope", "mean"}:
             raise TableError(
@@ -173,11 +175,11 @@ def load_noise_correction(path: Path) -> NoiseCorrection:
     return NoiseCorrection.from_arrays(arrays)
 
 
-def _check_arrays(arrays: Mapping[str, NDArray]) -> None:
+def _check_arrays(arrays: Mapping[str, NDArray[Any]]) -> None:
     timesteps, slope, mean = arrays["timesteps"], arrays["slope"], arrays["mean"]
     steps = len(timesteps) if timesteps.ndim == 1 else 0
-    dtypes = (timesteps.dtype, slope.dtype, mean.dtype)
-    if dtypes != (np.int64, np.float32, np.float32) or steps == 0 or slope.shape != (steps,):
+    dtypes = [array.dtype.name for array in (timesteps, slope, mean)]
+    if dtypes != ["int64", "float32", "float32"] or steps == 0 or slope.shape != (steps,):
         _raise_error(f"got {_format_arrays(arrays)}, expected int64[S], float32[S], float32[S, C] with S of at least 1")
     if mean.ndim != 2 or mean.shape[0] != steps or mean.shape[1] == 0:
         _raise_error(f"got {_format_arrays(arrays)}, expected mean as float32[{steps}, C]")
@@ -191,7 +193,7 @@ def _check_arrays(arrays: Mapping[str, NDArray]) -> None:
         )
 
 
-def _format_arrays(arrays: Mapping[str, NDArray]) -> str:
+def _format_arrays(arrays: Mapping[str, AnyArray]) -> str:
     return ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in arrays.items())
 
 

@@ -36,6 +36,7 @@ from qdeploy.artifacts.table_layers import (
     LayerQuant,
     check_values,
 )
+from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.errors import TableError, join_names
 from qdeploy.base.files import stage_file
 
@@ -100,7 +101,7 @@ class QuantTable:
     model: str
     model_sha256: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    probes: Mapping[str, Sequence[Mapping[str, NDArray]]] = field(default_factory=dict)
+    probes: Mapping[str, Sequence[Feeds]] = field(default_factory=dict)
     noise_correction: NoiseCorrection | None = None
 
 
@@ -108,7 +109,7 @@ def save_table(table: QuantTable, path: Path) -> None:
     """Write ``table`` to ``path`` (safetensors), atomically; TableError where it holds NaN."""
     from safetensors.numpy import save_file
 
-    tensors: dict[str, NDArray] = {}
+    tensors: dict[str, AnyArray] = {}
     for component, quant in table.components.items():
         for name, layer in quant.layers.items():
             tensors.update({f"{component}/{name}/{key}": array for key, array in _layer_arrays(layer).items()})
@@ -163,11 +164,12 @@ class _TableReader:
             raise TableError(f"it holds tensors that its header does not list: {join_names(sorted(self._unread))}")
         return QuantTable(components, header.model, header.model_sha256, header.provenance, probes, correction)
 
-    def _tensor(self, name: str) -> NDArray:
+    def _tensor(self, name: str) -> NDArray[Any]:
         if name not in self._unread:
             raise TableError(f"it holds no tensor {name}, which its header lists")
         self._unread.remove(name)
-        return self._file.get_tensor(name)
+        tensor: NDArray[Any] = self._file.get_tensor(name)
+        return tensor
 
     def _read_component(self, component: str, entry: ComponentHeader) -> ComponentQuant:
         layers = {name: self._read_layer(f"{component}/{name}", layer) for name, layer in entry.layers.items()}
@@ -205,8 +207,8 @@ class _TableReader:
             raise TableError(f"{path}: {exc}") from exc
         return layer
 
-    def _read_probes(self, component: str, count: int) -> list[dict[str, NDArray]]:
-        probes: list[dict[str, NDArray]] = [{} for _ in range(count)]
+    def _read_probes(self, component: str, count: int) -> list[dict[str, NDArray[Any]]]:
+        probes: list[dict[str, NDArray[Any]]] = [{} for _ in range(count)]
         start = f"probe/{component}/"
         for name in sorted(name for name in self._unread if name.startswith(start)):
             number, _, feed = name.removeprefix(start).partition("/")
@@ -257,7 +259,7 @@ def _restore_db(decibels: float) -> float:
     return math.copysign(math.inf, decibels) if abs(decibels) >= MAX_DB else decibels
 
 
-def _check_packed(packed: NDArray, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _check_packed(packed: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
     expected = (math.prod(shape) + 1) // 2
     if packed.dtype != np.uint8 or packed.shape != (expected,):
         raise TableError(f"4-bit weight is {packed.dtype}{list(packed.shape)}, expected uint8[{expected}]")
@@ -279,9 +281,9 @@ def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np
     return ((nibbles ^ 8).astype(np.int8) - 8).reshape(shape)
 
 
-def _layer_arrays(layer: LayerQuant) -> dict[str, NDArray]:
+def _layer_arrays(layer: LayerQuant) -> dict[str, AnyArray]:
     packed = pack_int4(layer.weight) if layer.weight_bits <= 4 else layer.weight
-    arrays = {"weight": packed, "weight_scale": layer.weight_scale}
+    arrays: dict[str, AnyArray] = {"weight": packed, "weight_scale": layer.weight_scale}
     arrays |= {name: array for name in OPTIONAL_ARRAYS if (array := getattr(layer, name)) is not None}
     if layer.half_weight is not None:
         arrays[HALF_WEIGHT] = layer.half_weight

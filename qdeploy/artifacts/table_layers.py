@@ -122,6 +122,7 @@ class AttentionQuant:
 
     @property
     def bits(self) -> int:
+        """Bits of the codes of Q, K, V and the weights alike, 8 or 16."""
         return self.q.bits
 
 

@@ -1,4 +1,4 @@
-"""This processor's integer arithmetic, detected only here; QDEPLOY_CPU_FLAGS overrides the detected flags.
+"""The processor's integer arithmetic, detected only here; QDEPLOY_CPU_FLAGS overrides the detected flags.
 
 On x86 without VNNI, kernels for u8 x s8 products (``vpmaddubsw``) add two neighbours in 16 bits and saturate:
 255 * 127 * 2 = 64,770 does not fit, and the result is silently wrong. Codes within +-64 always fit:

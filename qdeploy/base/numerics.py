@@ -23,7 +23,8 @@ def quantize_linear(x: Floats, scale: ArrayLike, zero_point: Integers | np.integ
     dtype = np.asarray(zero_point).dtype
     bounds = np.iinfo(dtype)
     steps = np.rint(x / np.asarray(scale, np.float32)) + np.asarray(zero_point, np.float32)
-    return np.clip(steps, bounds.min, bounds.max).astype(dtype)
+    codes: Integers = np.clip(steps, bounds.min, bounds.max).astype(dtype)
+    return codes
 
 
 def dequantize_linear(q: Integers, scale: ArrayLike, zero_point: ArrayLike) -> NDArray[np.float32]:

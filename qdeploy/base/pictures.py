@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qdeploy.base.decode import MAX_FILE_BYTES
 from qdeploy.base.errors import PictureError, UsageError, join_names
@@ -59,6 +59,7 @@ class FolderPictures:
         return len(self.files)
 
     def read_encoded(self, positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each file; of one that is too large only as much as shows that."""
         for position in positions:
             path = self.files[position]
             with path.open("rb") as file:
@@ -79,7 +80,7 @@ class LmdbPictures:
         self._data = data
         self._lmdb = lmdb
         with self._open() as environment:
-            self._entries = environment.stat()["entries"]
+            self._entries = int(environment.stat()["entries"])
         check_count(self._entries, data)
         if self._entries == 0:
             raise PictureError(f"{data} is an empty lmdb; give one with pictures")
@@ -88,6 +89,7 @@ class LmdbPictures:
         return self._entries
 
     def read_encoded(self, positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        """Name and value of the entries at these positions of the sorted keys; PictureError for a broken file."""
         try:
             with self._open() as environment, environment.begin() as transaction:
                 keys = _read_keys(set(positions), transaction.cursor().iternext(keys=True, values=False))
@@ -97,7 +99,7 @@ class LmdbPictures:
         except (self._lmdb.Error, KeyError) as exc:
             raise self._make_unreadable_error(exc) from exc
 
-    def _open(self):  # noqa: ANN202 - lmdb has no types
+    def _open(self) -> Any:  # lmdb has no types
         try:
             return self._lmdb.open(str(self._data), readonly=True, lock=False, create=False, readahead=False)
         except (self._lmdb.Error, OSError) as exc:

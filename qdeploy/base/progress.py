@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -19,7 +19,8 @@ BAR = "{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed} eta {remaining}"
 class OnProgress(Protocol):
     """Called with the task, how much of it is done, and perhaps a note such as the loss."""
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` steps of ``task``; ``note`` says what is at work now."""
 
 
 def ignore_progress(task: str, done: int, total: int, note: str = "") -> None:
@@ -45,9 +46,10 @@ class ProgressBars:
     """A bar for each task that was named, in the order of their names' first use."""
 
     def __init__(self) -> None:
-        self._bars: dict[str, tqdm] = {}
+        self._bars: dict[str, tqdm[NoReturn]] = {}  # they iterate over nothing
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Move the task's bar to ``done``; a new one appears below the others."""
         from tqdm import tqdm
 
         if task not in self._bars:
@@ -60,6 +62,7 @@ class ProgressBars:
             bar.refresh()
 
     def close(self) -> None:
+        """Leave the bars as they are and give the terminal back."""
         for bar in self._bars.values():
             bar.close()
 
@@ -73,6 +76,7 @@ class ProgressLog:
         self._last: dict[str, float] = {}
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Print a line where one is due."""
         from tqdm import tqdm
 
         now = time.monotonic()

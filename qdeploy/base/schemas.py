@@ -77,7 +77,7 @@ def _format_mismatch(path: str, value: Any, schema: Any, message: str) -> str:
 
 
 def _format_types(text: str) -> str:
-    """msgspec's "`int | null` >= 1" in words."""
+    """Types of msgspec's, "`int | null` >= 1" in words."""
 
     def translate(match: re.Match[str]) -> str:
         return " or ".join(NAMES.get(name, name) for name in match[1].split(" | "))

@@ -174,6 +174,7 @@ def add_contender_legend(figure: Figure, run: BenchRun, contenders: Sequence[Con
 
 
 def choose_colour(run: BenchRun, contender: ContenderResult) -> str:
+    """The contender's, by its place in the run: the same in every chart of a page."""
     return SERIES[next(i for i, other in enumerate(run.contenders) if other is contender) % len(SERIES)]
 
 

@@ -45,10 +45,12 @@ class Change:
 
     @property
     def is_regression(self) -> bool:
+        """Worse by more than the band of both measurements."""
         return self.judged and self.worse_by > self.band
 
     @property
     def is_gain(self) -> bool:
+        """Better by more than the band of both measurements."""
         return self.judged and -self.worse_by > self.band
 
 
@@ -90,6 +92,7 @@ def compare_runs(old: BenchRun, new: BenchRun, tolerance: float = TOLERANCE) -> 
 
 
 def is_same_machine(old: BenchRun, new: BenchRun) -> bool:
+    """Whether processor, cores and what else decides speed are equal; only then are times compared."""
     return all(old.environment.get(name) == new.environment.get(name) for name in SAME_MACHINE)
 
 

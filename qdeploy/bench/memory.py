@@ -13,7 +13,7 @@ STATUS, IO = Path("/proc/self/status"), Path("/proc/self/io")
 
 
 def read_peak_bytes() -> int:
-    """This process's own peak resident memory.
+    """Peak resident memory of the process itself, in bytes.
 
     Not ``ru_maxrss`` where it can be helped: Linux carries that over from the process that forked
     this one.

@@ -66,6 +66,7 @@ def list_overview_rows(run: BenchRun) -> Iterator[RowSpec]:
 
 
 def text_row(label: str, cell: Cell) -> RowSpec:
+    """A row without a ratio."""
     return RowSpec(label, cell, lambda *_: "")
 
 
@@ -96,10 +97,12 @@ def peak_row(label: str, values: Values) -> RowSpec:
 
 
 def format_p90(values: Values, contender: ContenderResult) -> str:
+    """Of a contender's samples in their own unit; a dash without any."""
     return format_figure(summarize(values(contender)).p90) if values(contender) else NONE
 
 
 def format_fidelity(name: str, contender: ContenderResult) -> str:
+    """A field of the contender's Fidelity in dB; a dash where it was not measured."""
     return NONE if contender.fidelity is None else f"{getattr(contender.fidelity, name):.1f}"
 
 

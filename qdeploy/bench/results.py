@@ -63,6 +63,7 @@ class ContenderResult:
         return self.bundle, self.engine
 
     def steady_ms(self, stage: str) -> list[float]:
+        """Samples of a stage after its first call; empty for a stage that was not measured."""
         return self.samples[stage].steady_ms if stage in self.samples else []
 
     def rates(self, level: int) -> list[float]:
@@ -81,10 +82,12 @@ class ContenderResult:
 
     @property
     def peak_bytes(self) -> list[int]:
+        """Peak resident memory of each fresh process."""
         return [start.peak_bytes for start in self.fresh_starts]
 
     @property
     def device_peak_bytes(self) -> list[int]:
+        """Peak memory on the GPU of each fresh process that used one."""
         return [start.device_peak_bytes for start in self.fresh_starts if start.device_peak_bytes is not None]
 
 

@@ -49,6 +49,7 @@ class Interval:
 
     @property
     def is_known(self) -> bool:
+        """Whether there were samples enough for an interval."""
         return not math.isnan(self.low)
 
     @property
@@ -86,7 +87,7 @@ def compute_paired_ratio(samples: Sequence[float], reference: Sequence[float], s
     An interrupted round may have left one more sample of one of them: it is not read.
     """
     rounds = min(len(samples), len(reference))
-    return median_interval(np.asarray(samples[:rounds]) / np.asarray(reference[:rounds]), seed)  # type: ignore[arg-type]
+    return median_interval(np.asarray(samples[:rounds]) / np.asarray(reference[:rounds]), seed)
 
 
 def measure_drift(samples: Sequence[float]) -> float:

@@ -80,6 +80,7 @@ class FidelityDocument:
 
     @property
     def fidelity(self) -> Fidelity:
+        """With infinity where the file has null: JSON knows no infinite dB."""
         image, latent, *steps = (
             math.inf if db is None else db for db in (self.image_psnr_db, self.latent_psnr_db, *self.step_sqnr_db)
         )
@@ -105,6 +106,7 @@ class ContenderDocument:
 
     @property
     def result(self) -> ContenderResult:
+        """Checked; ValueError where its parts do not fit one another."""
         own = {name: getattr(self, name) for name in (
             "name", "bundle", "engine", "precision", "size_bytes", "integer_mac_share", "bundle_sha256", "model_sha256"
         )}  # fmt: skip
@@ -131,6 +133,7 @@ class RunDocument:
 
     @property
     def run(self) -> BenchRun:
+        """Checked; ValueError where a contender comes twice."""
         contenders = [contender.result for contender in self.contenders]
         if len({contender.key for contender in contenders}) < len(contenders):
             raise ValueError("two of its contenders are one bundle on one engine")

@@ -31,4 +31,5 @@ def measure_noise_correction(unet: CalibratedComponent, quantized_unet: TorchCom
 
 def _run_unet(unet: TorchComponent, feeds: dict[str, torch.Tensor]) -> NDArray[np.float32]:
     with torch.no_grad():
-        return unet(**feeds).numpy()
+        noise_pred: NDArray[np.float32] = unet(**feeds).numpy()
+        return noise_pred

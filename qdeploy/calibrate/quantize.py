@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from qdeploy.artifacts.components import UNET, choose_graph_batch, get_kind
 from qdeploy.artifacts.noise_correction import NoiseCorrection
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
+from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.calibrate.component import CalibratedComponent
@@ -70,9 +70,7 @@ def quantize_model(
     return QuantTable(components, model.source, model.sha256, provenance, probes, correction)
 
 
-def record_sqnr(
-    model: LatentDiffusion, name: str, quant: ComponentQuant, probes: Sequence[Mapping[str, NDArray]]
-) -> ComponentQuant:
+def record_sqnr(model: LatentDiffusion, name: str, quant: ComponentQuant, probes: Sequence[Feeds]) -> ComponentQuant:
     """``quant`` with the SQNR that it has on its probes now; an export that has much less is refused."""
     component = model.component(name)
     simulator = build_simulator(component, quant, CALIBRATION_NUMERICS)
@@ -98,7 +96,7 @@ def quantize_component(
     return replace(reconstructed.quant, rewrites=prepared.rewrites, attention=observed.attention)
 
 
-def choose_probes(calibration: CalibrationSet, component: str) -> list[dict[str, NDArray]]:
+def choose_probes(calibration: CalibrationSet, component: str) -> list[dict[str, AnyArray]]:
     """A few inputs of ``component``, evenly spaced over the set (so over the timesteps), at the export's batch."""
     size = choose_graph_batch(component, calibration.contexts is not None)
     count = sum(1 for _ in calibration.batches(component, size))  # counted, not kept: the set may be large

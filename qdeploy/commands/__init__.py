@@ -36,6 +36,7 @@ class Number(click.FloatRange):
         self.bounds = minimum, maximum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """``value`` as a float; click's BadParameter with what came and what was expected."""
         number, (minimum, maximum) = click.FLOAT.convert(value, param, ctx), self.bounds
         if not math.isfinite(number):
             self.fail(f"got {value}, expected a finite number, {self._describe_range()}.", param, ctx)
@@ -59,6 +60,7 @@ class Whole(click.IntRange):
         self.bounds = minimum, maximum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """``value`` as an int; click's BadParameter with what came and what was expected."""
         number, (minimum, maximum) = click.INT.convert(value, param, ctx), self.bounds
         if not minimum <= number <= maximum:
             bound = f"at least {minimum}" if number < minimum else f"at most {maximum}"
@@ -83,7 +85,8 @@ def load_command(name: str) -> click.Command | None:
     """The command ``name``, loaded now; None when there is no such command."""
     if name not in find_commands():
         return None
-    return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    command: click.Command = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    return command
 
 
 def add_model_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--cali-n", type=Whole(1), help="Samples of each step to take from it. Default: all.")
 @add_model_options
 @click.pass_obj
-def calibrate(show: bool, model: str, out: Path, model_options: ModelOptions, **options: Any) -> None:
+def calibrate(show: bool, /, model: str, out: Path, model_options: ModelOptions, **options: Any) -> None:
     """Record the inputs of MODEL's components while it samples pictures.
 
     An interrupted timestep_aware recording resumes where it stopped when the same command is run again.

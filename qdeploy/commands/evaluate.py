@@ -55,8 +55,10 @@ def evaluate(
     allow_download: bool, skip_broken: bool, ray: str | None, engine: str | None, threads: int | None,
     html_path: Path | None, tables: Sequence[str],
 ) -> None:  # fmt: skip
-    """Measure how good the pictures of BUNDLEs are: FID, KID, IS, precision and recall, CLIPScore of all of
-    them; PSNR, SSIM, LPIPS and the SQNR of each step compared with the float reference bundle.
+    """Measure how good the pictures of BUNDLEs are.
+
+    FID, KID, IS, precision and recall, CLIPScore of all of them; PSNR, SSIM, LPIPS and the SQNR of each step compared
+    with the float reference bundle.
 
     The reference bundle is the --reference if that is fp32, else the first fp32 BUNDLE. OUT gets
     pictures/, features/, result.json, table.md and table.csv; with quantized bundles also

@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 )
 @add_model_options
 @click.pass_obj
-def quantize(show: bool, model: str, calib: Path, out: Path, model_options: ModelOptions, **options: Any) -> None:
+def quantize(show: bool, /, model: str, calib: Path, out: Path, model_options: ModelOptions, **options: Any) -> None:
     """Choose ranges and round MODEL's weights; the result is a QuantTable.
 
     An interrupted --adaround resumes after its last finished block when the same command is run again.

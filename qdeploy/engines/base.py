@@ -14,14 +14,16 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.errors import EngineError, EngineUnavailableError, UsageError
 
 LEAST_THREADS = 2  # allowed everywhere, so that a program written for two runs on one core too
@@ -90,9 +92,10 @@ class Port:
 
     @property
     def is_static(self) -> bool:
+        """Whether the graph leaves no dimension open."""
         return OPEN_DIM not in self.dims
 
-    def accepts(self, array: NDArray) -> bool:
+    def accepts(self, array: AnyArray) -> bool:
         """Whether type and shape fit."""
         sides = len(self.dims) == array.ndim and all(
             dim in (OPEN_DIM, side) for dim, side in zip(self.dims, array.shape, strict=True)
@@ -100,7 +103,7 @@ class Port:
         return sides and array.dtype == self.dtype
 
 
-def check_feeds(path: Path, ports: Iterable[Port], feeds: Mapping[str, NDArray]) -> None:
+def check_feeds(path: Path, ports: Iterable[Port], feeds: Feeds) -> None:
     """EngineError unless ``feeds`` are just what the graph at ``path`` reads; for engines that do not look themselves.
 
     An engine that casts a wrong type, or computes without a missing input, would not report it.
@@ -116,8 +119,8 @@ def check_feeds(path: Path, ports: Iterable[Port], feeds: Mapping[str, NDArray])
             )
 
 
-def import_package(module: str, package: str, install: str) -> Any:
-    """Import the module ``name``; EngineUnavailableError with the command that installs its package."""
+def import_package(module: str, package: str, install: str) -> ModuleType:
+    """Import ``module``; EngineUnavailableError with the command that installs its package."""
     try:
         return importlib.import_module(module)
     except ImportError as exc:
@@ -127,8 +130,8 @@ def import_package(module: str, package: str, install: str) -> Any:
 class Session(Protocol):
     """One loaded graph; ``run`` may be called from many threads."""
 
-    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Compute every output, by name."""
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        """Compute every output, by name; float32 in every bundle, whatever the graph computes in."""
 
     def close(self) -> None:
         """Free the engine's memory; a second call does nothing."""
@@ -137,13 +140,14 @@ class Session(Protocol):
 class Engine(Protocol):
     """The three functions of an engine's module."""
 
-    def versions(self) -> dict[str, str]: ...
+    def versions(self) -> dict[str, str]:
+        """Versions by package, and the GPU; EngineUnavailableError with the command that installs what is missing."""
 
-    def open_session(self, path: Path, options: EngineOptions) -> Session: ...
+    def open_session(self, path: Path, options: EngineOptions) -> Session:
+        """Load the graph at ``path``; EngineError where it does not, UsageError for options that it does not have."""
 
-    def kernels(
-        self, path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None
-    ) -> list[Kernel]: ...
+    def kernels(self, path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
+        """What it makes of the graph; with ``feeds`` each one's time; EngineUnavailableError where it does not tell."""
 
 
 TIMED_RUNS = 5  # that ``kernels`` takes the mean of, after one that does not count
@@ -161,7 +165,7 @@ def load_engine(name: str) -> Engine:
     """The engine's module; UsageError lists the known ones."""
     if name not in list_engines():
         raise UsageError(f"unknown --engine {name!r}; known engines: {', '.join(list_engines())}")
-    return importlib.import_module(f"qdeploy.engines.{name.replace('-', '_')}")  # type: ignore[return-value]
+    return importlib.import_module(f"qdeploy.engines.{name.replace('-', '_')}")
 
 
 def choose_engine(bundle: Path, exported_for: str, requested: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.cpu import detect_arithmetic
 from qdeploy.base.errors import EngineError
 from qdeploy.base.numerics import HALF_RANGE_MAX
@@ -35,7 +35,7 @@ class OpenVinoSession:
         self._inputs = [_port_from_output(port) for port in compiled.inputs]
         self._outputs = [port.any_name for port in compiled.outputs]
 
-    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
         compiled = self._compiled
         if compiled is None:
@@ -54,6 +54,7 @@ class OpenVinoSession:
         return outputs
 
     def close(self) -> None:
+        """Free the model and its requests; a second call does nothing."""
         self._compiled = None
         self._free.clear()
 
@@ -74,7 +75,7 @@ def open_session(path: Path, options: EngineOptions) -> OpenVinoSession:
     return OpenVinoSession(_compile(path, options), path)
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Every node of the graph that the CPU plugin makes of ``path``; timed when there are ``feeds`` to run it on."""
     compiled = _compile(path, options, PERF_COUNT=feeds is not None)
     seconds: dict[str, float] = {}

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.cpu import detect_arithmetic
 from qdeploy.base.errors import EngineError
 from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, import_package
@@ -37,7 +39,7 @@ class OrtSession:
         self._pid = os.getpid()
         self._outputs = [output.name for output in session.get_outputs()]
 
-    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
         session = self._session
         if session is None:
@@ -69,7 +71,7 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
     return OrtSession(_load(path, _build_settings(options)), path)
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Every node of ONNX Runtime's optimized graph of ``path``; timed when there are ``feeds`` to run it on."""
     return list_graph_kernels(_build_settings(options), lambda settings: _load(path, settings), feeds)
 
@@ -77,7 +79,7 @@ def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | N
 def list_graph_kernels(
     settings: onnxruntime.SessionOptions,
     load: Callable[[onnxruntime.SessionOptions], onnxruntime.InferenceSession],
-    feeds: Mapping[str, NDArray] | None,
+    feeds: Feeds | None,
 ) -> list[Kernel]:
     """The same of whatever ``load`` opens with ``settings``, on any provider."""
     import onnx  # not of the base install

@@ -6,13 +6,11 @@ environment overwrite each other. Without CUDA's libraries it would fall back to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from numpy.typing import NDArray
-
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import EngineUnavailableError
 from qdeploy.engines.base import EngineOptions, Kernel
 from qdeploy.engines.nvidia.graph_inputs import is_static
@@ -43,7 +41,7 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
     return bind_session(_open(path, options, _build_settings(options)), path)
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Every node of ONNX Runtime's optimized graph of ``path``; timed when there are ``feeds`` to run it on."""
     versions()
     no_graph = EngineOptions(options.threads, options.providers, cuda_graph=False)  # to time each kernel by itself
@@ -75,7 +73,8 @@ def import_onnxruntime(provider: str) -> ModuleType:
         )
     with silence_stdout():
         onnxruntime.preload_dlls()  # of the packages nvidia-*, which the loader would not find
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module
 
 
 def _build_settings(options: EngineOptions) -> onnxruntime.SessionOptions:

@@ -7,12 +7,10 @@ once in one environment overwrite each other. It runs the bundles of the target 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from numpy.typing import NDArray
-
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import EngineError, EngineUnavailableError
 from qdeploy.engines import openvino
 from qdeploy.engines.base import EngineOptions, Kernel
@@ -50,7 +48,7 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
     return OrtSession(session, path)
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Kernels by OpenVINO's own package, since ONNX Runtime shows the provider's graph as one node.
 
     EngineUnavailableError when that package is not there too.
@@ -68,4 +66,5 @@ def _import_onnxruntime() -> ModuleType:
             "this environment's ONNX Runtime has no OpenVINO provider; in an environment of its own run "
             "`pip uninstall onnxruntime` and `pip install onnxruntime-openvino`"
         )
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module

@@ -6,11 +6,9 @@ system. Built engines and timings are kept in a cache folder for each graph, ONN
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from numpy.typing import NDArray
-
+from qdeploy.base.arrays import Feeds
 from qdeploy.engines import ort_cuda, tensorrt
 from qdeploy.engines.base import EngineOptions, Kernel
 from qdeploy.engines.nvidia.caches import make_cache_folder
@@ -42,7 +40,7 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
     return bind_session(open_on_provider(path, onnxruntime.SessionOptions(), PROVIDER, provider_options), path)
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Kernels by TensorRT's own package, since ONNX Runtime shows the provider's graph as one node."""
     return tensorrt.kernels(path, options, feeds)
 

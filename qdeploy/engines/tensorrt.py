@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import EngineError, EngineUnavailableError
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, import_package
@@ -47,7 +46,7 @@ def open_session(path: Path, options: EngineOptions) -> TensorRtSession:
     return TensorRtSession(_load_engine(path), path, options.cuda_graph)
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Every layer of the engine of ``path``; timed when there are ``feeds`` to run it on."""
     engine, trt = _load_engine(path), _import_tensorrt()
     inspector = engine.create_engine_inspector()
@@ -103,7 +102,7 @@ def build_plan(path: Path, profile: Profile, on_progress: OnProgress = ignore_pr
 def make_progress_monitor(trt: Any, path: Path, on_progress: OnProgress) -> Any:
     """Reports TensorRT's own phases to ``on_progress``; an exception there ends the build."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
@@ -156,7 +155,7 @@ def _load_engine(path: Path) -> Any:
         raise EngineError(f"TensorRT {trt.__version__} cannot load the engine of {path}: {exc}") from exc
 
 
-def _measure_seconds(engine: Any, path: Path, feeds: Mapping[str, NDArray]) -> dict[str, float]:
+def _measure_seconds(engine: Any, path: Path, feeds: Feeds) -> dict[str, float]:
     """Each layer's mean time by name, over all runs but the first; not recorded, so that each is timed by itself."""
     trt = _import_tensorrt()
 

@@ -6,16 +6,16 @@ Each layer's kernel is compiled on the machine when it is first met; a cache kee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.errors import EngineUnavailableError
 from qdeploy.engines.base import EngineOptions, Kernel
 from qdeploy.engines.nvidia.caches import make_cache_folder
@@ -62,7 +62,7 @@ def open_session(path: Path, options: EngineOptions) -> OrtSession:
     return bind_session(session, path, fill=_fill, read=_read)
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """EngineUnavailableError: ONNX Runtime shows the provider's whole graph as one node."""
     raise EngineUnavailableError(
         "TensorRT for RTX does not show which kernels it runs; `--engine tensorrt` (native TensorRT) does"
@@ -83,7 +83,8 @@ def _import_plugin() -> ModuleType:
         import onnxruntime_ep_nv_tensorrt_rtx
     except ImportError as exc:
         raise EngineUnavailableError(f"TensorRT-RTX is not installed; on Linux x86-64, run `{INSTALL}`") from exc
-    return onnxruntime_ep_nv_tensorrt_rtx
+    plugin: ModuleType = onnxruntime_ep_nv_tensorrt_rtx
+    return plugin
 
 
 @cache
@@ -98,16 +99,16 @@ def _register() -> None:
         raise EngineUnavailableError(f"ONNX Runtime cannot load the plug-in of {PACKAGE}: {exc}") from exc
 
 
-def _fill(value: onnxruntime.OrtValue, array: NDArray) -> None:
+def _fill(value: onnxruntime.OrtValue, array: AnyArray) -> None:
     """By the plug-in's own copying: ``update_inplace`` is for providers that are built in."""
     import onnxruntime
 
     onnxruntime.copy_tensors([onnxruntime.OrtValue.ortvalue_from_numpy(array)], [value])
 
 
-def _read(value: onnxruntime.OrtValue) -> NDArray:
+def _read(value: onnxruntime.OrtValue) -> NDArray[Any]:
     import onnxruntime
 
-    result = np.empty(value.shape(), DTYPES[value.data_type()])
+    result: NDArray[Any] = np.empty(value.shape(), DTYPES[value.data_type()])
     onnxruntime.copy_tensors([value], [onnxruntime.OrtValue.ortvalue_from_numpy(result)])
     return result

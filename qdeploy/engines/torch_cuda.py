@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import EngineError, EngineUnavailableError
 from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, check_feeds, import_package
 from qdeploy.engines.nvidia.caches import make_cache_folder
@@ -65,7 +64,7 @@ def open_session(path: Path, options: EngineOptions) -> TorchSession:
     return session
 
 
-def kernels(path: Path, options: EngineOptions, feeds: Mapping[str, NDArray] | None = None) -> list[Kernel]:
+def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Every step of the graph; with ``feeds`` each one's time by itself, before the compiler fuses any."""
     versions()
     module = _load_module(path, DEVICE)
@@ -80,7 +79,7 @@ def kernels_from_module(module: OnnxModule, seconds: Mapping[str, float]) -> lis
     ]
 
 
-def _measure_seconds(module: OnnxModule, path: Path, feeds: Mapping[str, NDArray]) -> dict[str, float]:
+def _measure_seconds(module: OnnxModule, path: Path, feeds: Feeds) -> dict[str, float]:
     from qdeploy.engines.torch_graph.timing import time_steps
 
     check_feeds(path, read_inputs(path), feeds)

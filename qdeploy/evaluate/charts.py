@@ -155,6 +155,7 @@ def format_label(contender: BundleResult) -> str:
 
 
 def has_finite(contender: BundleResult, name: str) -> bool:
+    """Whether the metric was measured and is a number that a chart can show."""
     value = contender.figures.get(name)
     return value is not None and bool(np.isfinite(value))
 

@@ -128,7 +128,7 @@ class RowFile:
     @property
     def read(self) -> int:
         """Pictures read so far, broken ones too."""
-        return self.state["read"]
+        return int(self.state["read"])
 
     def add(self, rows: Array) -> None:
         """Add the rows of the next pictures."""
@@ -170,6 +170,6 @@ def _read(encoded: bytes, name: str, fit: tuple[int, int] | None, rows: RowFile)
 def _has_shape(path: Path, shape: tuple[int, int]) -> bool:
     """Whether ``path`` is such a file of rows, whole."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).shape == shape
+        return bool(np.load(path, mmap_mode="r", allow_pickle=False).shape == shape)
     except (OSError, ValueError):
         return False

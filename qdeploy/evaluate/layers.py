@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.artifacts.table import ComponentQuant, LayerQuant
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import PackageMissingError, TableError
 from qdeploy.base.extras import format_install
 from qdeploy.base.numerics import ACT_BITS, sqnr_db
@@ -73,7 +74,7 @@ def measure_layers(
 
 
 def measure_bundle_layers(
-    name: str, component: TorchComponent, quant: ComponentQuant, numerics: Numerics, feeds: Mapping[str, NDArray]
+    name: str, component: TorchComponent, quant: ComponentQuant, numerics: Numerics, feeds: Feeds
 ) -> list[LayerFigures]:
     """Every layer that ``numerics`` has in integers, on its inputs in the float model run on ``feeds``."""
     import torch
@@ -126,7 +127,7 @@ def measure_layer(
     values, ratio = x[:, 1:] if layer.first_token_float else x, layer.input_ratio
     axis = 1 if len(layer.weight.shape) == 4 else x.dim() - 1
     reader = InputQuant(layer, numerics)
-    dequantized = sum(dequantize(codes) for codes, dequantize in reader(values, axis)).numpy()  # type: ignore[union-attr]
+    dequantized = sum(dequantize(codes) for codes, dequantize in reader(values, axis)).numpy()
     dequantized = dequantized if ratio is None else dequantized * broadcast_along(ratio, dequantized.ndim, axis)
     weight, original = dequantize_weight(layer), module.weight.detach().float().numpy()
     return LayerFigures(
@@ -144,16 +145,16 @@ def measure_layer(
 
 def dequantize_weight(layer: LayerQuant) -> NDArray[np.float32]:
     """The values of the codes in the model's own units: ``codes * weight_scale / input_ratio``."""
-    weight = layer.weight * broadcast_along(layer.weight_scale, layer.weight.ndim, 0)
+    weight: NDArray[np.float32] = layer.weight * broadcast_along(layer.weight_scale, layer.weight.ndim, 0)
     return weight if layer.input_ratio is None else weight / broadcast_along(layer.input_ratio, weight.ndim, 1)
 
 
-def broadcast_along(values: NDArray, dims: int, axis: int) -> NDArray:
+def broadcast_along(values: NDArray[np.float32], dims: int, axis: int) -> NDArray[np.float32]:
     """``values`` shaped to broadcast along ``axis`` of an array with ``dims`` dimensions."""
     return values.reshape([-1 if dim == axis else 1 for dim in range(dims)])
 
 
-def build_histogram(before: NDArray, after: NDArray) -> LayerHistogram:
+def build_histogram(before: NDArray[np.float32], after: NDArray[np.float32]) -> LayerHistogram:
     """Both over the range of the two."""
     low, high = min(before.min(), after.min()), max(before.max(), after.max())
     counts, edges = np.histogram(before, BINS, (float(low), float(high)))

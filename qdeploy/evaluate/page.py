@@ -154,6 +154,7 @@ def build_layer_sections(layers: Sequence[BundleLayers], result: EvaluationResul
 
 
 def format_layer_row(layer: LayerFigures) -> tuple[str, ...]:
+    """Name, component, widths such as W8A8, and the SQNR in dB of weight, input and output."""
     decibels = (f"{value:.1f}" for value in (layer.weight_db, layer.input_db, layer.output_db))
     return (layer.name, layer.component, f"W{layer.weight_bits}A{layer.act_bits}", *decibels)
 

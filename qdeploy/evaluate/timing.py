@@ -49,4 +49,5 @@ def read_timing(receipts: Path) -> tuple[int, float]:
 
 
 def list_names(folder: Path) -> set[str]:
+    """File names of the pictures in ``folder``, without what else lies there."""
     return {path.name for path in folder.glob("*.png") if PICTURE_NAME.fullmatch(path.name)}

@@ -8,11 +8,11 @@ from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qdeploy.artifacts.graph_file import read_graph_file
 from qdeploy.artifacts.table import ComponentQuant
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import AuditError, ExportError, join_names
 from qdeploy.engines.base import EngineOptions, Kernel, load_engine
 from qdeploy.export.open_dims import close_dims
@@ -71,6 +71,7 @@ class Audit:
         return sum(finding.macs for finding in self.findings if finding.integer) / total if total else 0.0
 
     def mac_share(self, finding: Finding) -> float:
+        """Of one product in all multiply-accumulates of the graph, 0..1."""
         return finding.macs / sum(other.macs for other in self.findings)
 
     def seconds_by_op(self) -> dict[str, tuple[int, float]]:
@@ -105,9 +106,7 @@ class Audit:
             )
 
 
-def audit_graph(
-    path: Path, engine: str, options: EngineOptions | None = None, feeds: Mapping[str, NDArray] | None = None
-) -> Audit:
+def audit_graph(path: Path, engine: str, options: EngineOptions | None = None, feeds: Feeds | None = None) -> Audit:
     """Load ``path`` in ``engine``, take its optimized graph, and look up each product.
 
     With ``feeds`` the kernels are timed on them. Raises EngineError and ExportError.
@@ -191,9 +190,9 @@ def find_products(model: ir.Model) -> list[Product]:
 
 
 def count_macs(node: ir.Node) -> int:
-    """Multiply-accumulates of a Conv (weight ``[out, in / groups, ...]``), a product over the first's rows, or both
+    """Multiply-accumulates of a Conv, a product over the first's rows, or both products of an attention.
 
-    products of an attention over queries ``[B, N, C]`` and keys ``[B, T, C]``.
+    The Conv's weight is ``[out, in / groups, ...]``; queries are ``[B, N, C]`` and keys ``[B, T, C]``.
     """
     first, second = (get_static_shape(value, node) for value in node.inputs[:2])
     if node.op_type == FUSED_ATTENTION:
@@ -205,6 +204,7 @@ def count_macs(node: ir.Node) -> int:
 
 
 def get_static_shape(value: ir.Value | None, node: ir.Node) -> tuple[int, ...]:
+    """ExportError where a side is open: the share of a product of unknown size is unknown."""
     if value is None or value.shape is None or not value.shape.is_static():
         raise ExportError(f"{node.name} ({node.op_type}) has no static shape, so its multiply-accumulates are unknown")
     return tuple(value.shape.numpy())

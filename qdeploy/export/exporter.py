@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import (
     SCHEDULER,
@@ -25,6 +24,7 @@ from qdeploy.artifacts.components import UNET, VAE_ENCODER, choose_graph_batch
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.artifacts.outputs import BUNDLE
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import EngineUnavailableError, ExportError, TableError
 from qdeploy.base.files import stage_folder
 from qdeploy.base.numerics import ACT_BITS
@@ -126,7 +126,7 @@ def export_component(
     model: LatentDiffusion,
     name: str,
     quant: ComponentQuant | None,
-    probes: Sequence[Mapping[str, NDArray]],
+    probes: Sequence[Feeds],
     target: Target,
     folder: Path,
     open_dims: OpenDims = STATIC,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import ExportError, join_names
 
 FP16_MAX = float(np.finfo(np.float16).max)
 
 
-def check_fp16_range(component: nn.Module, feeds: Sequence[Mapping[str, NDArray]], name: str) -> None:
+def check_fp16_range(component: nn.Module, feeds: Sequence[Feeds], name: str) -> None:
     """ExportError that names each module whose output fp16 cannot hold on one of ``feeds``."""
     beyond = {
         module: size for module, size in measure_largest_outputs(component, feeds).items() if not size <= FP16_MAX
@@ -27,12 +28,12 @@ def check_fp16_range(component: nn.Module, feeds: Sequence[Mapping[str, NDArray]
         )
 
 
-def measure_largest_outputs(component: nn.Module, feeds: Sequence[Mapping[str, NDArray]]) -> dict[str, float]:
+def measure_largest_outputs(component: nn.Module, feeds: Sequence[Feeds]) -> dict[str, float]:
     """Largest magnitude of each module's output in ``component`` on ``feeds``, in order of computation."""
     largest: dict[str, float] = {}
 
     def make_hook(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple, output: object) -> None:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
             if isinstance(output, Tensor) and output.is_floating_point():
                 largest[name] = float(np.maximum(largest.get(name, 0.0), output.abs().max()))  # keeps NaN
 

@@ -8,6 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -46,7 +47,7 @@ def graph_from_component(
 
     multiple: of which an open height or width is.
     """
-    translations: dict[Callable, Callable] = {
+    translations: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.qdeploy.quantize_linear.default: _quantize_linear,
         torch.ops.qdeploy.dequantize_linear.default: _dequantize_linear,
         torch.ops.qdeploy.dequantize_weight.default: _dequantize_weight,
@@ -76,30 +77,30 @@ def graph_from_component(
     return program.model
 
 
-def _quantize_linear(x, scale, zero_point):  # noqa: ANN001, ANN202 - traced by onnxscript
+def _quantize_linear(x: Any, scale: Any, zero_point: Any) -> Any:  # onnxscript's symbolic values: untyped
     return op.QuantizeLinear(x, scale, zero_point)
 
 
-def _dequantize_linear(q, scale, zero_point):  # noqa: ANN001, ANN202
+def _dequantize_linear(q: Any, scale: Any, zero_point: Any) -> Any:
     return op.DequantizeLinear(q, scale, zero_point)
 
 
-def _dequantize_weight(codes, scale, axis: int):  # noqa: ANN001, ANN202
+def _dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:
     # No zero point: the exporter would share equal ones among layers, and ONNX Runtime 1.31's
     # s8-to-u8 weight conversion (CPUs without VNNI) fails on a shared one.
     return op.DequantizeLinear(codes, scale, axis=axis)
 
 
-def _attention(  # noqa: ANN202
-    q,  # noqa: ANN001
-    k,  # noqa: ANN001
-    v,  # noqa: ANN001
-    mask=None,  # noqa: ANN001
+def _attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-):
+) -> Any:
     if is_causal or enable_gqa or dropout_p:
         raise NotImplementedError("attention with is_causal, grouped heads or dropout; pass an explicit mask")
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.errors import ExportError, UsageError
 from qdeploy.targets.base import OPENABLE
 
@@ -72,7 +72,7 @@ class OpenDims:
             dims |= {name: multiple * dims[name] for name in SIDES.values()}
         return {key: {axis: dims[name] for axis, name in self.name_axes(x.dim()).items()} for key, x in feeds.items()}
 
-    def vary_feeds(self, feeds: Mapping[str, NDArray], multiple: int) -> dict[str, NDArray]:
+    def vary_feeds(self, feeds: Feeds, multiple: int) -> dict[str, AnyArray]:
         """``feeds`` with one row and with half the height, or twice where half is none, to try a graph on."""
         varied = dict(feeds)
         for key, x in feeds.items():

@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import MANIFEST, open_bundle
+from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import ExportError, UsageError
 from qdeploy.engines.base import EngineOptions, choose_engine
 from qdeploy.export.audit import LAYOUT_OPS, QUANTIZE_OPS, Audit, audit_graph, load_graph
@@ -76,7 +76,7 @@ def list_times(audit: Audit, limit: int | None) -> FactRows:
     return facts
 
 
-def make_example_feeds(path: Path) -> dict[str, NDArray]:
+def make_example_feeds(path: Path) -> dict[str, AnyArray]:
     """Something to run the graph on: normal noise for floats, zeros for integers; ExportError on unknown shapes."""
     noise = np.random.default_rng(0)
     feeds = {}

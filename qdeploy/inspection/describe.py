@@ -38,6 +38,7 @@ def describe(path: str, show_all: bool = False) -> FactRows:
 
 
 def is_checkpoint(path: str) -> bool:
+    """Whether ``path`` is a model in one file, by its suffix."""
     from qdeploy.models.single_file import is_single_file
 
     return is_single_file(path)
@@ -64,6 +65,7 @@ def load_table_to_plot(path: str) -> QuantTable:
 
 
 def describe_bundle(path: Path) -> FactRows:
+    """Target, sizes, bits and provenance; BundleError where a hash differs."""
     bundle = open_bundle(path)
     manifest = bundle.manifest
     facts = [
@@ -123,6 +125,7 @@ def describe_graph(path: Path) -> FactRows:
 
 
 def describe_calibration(path: Path) -> FactRows:
+    """Counts of each component's inputs, and provenance."""
     from qdeploy.calibrate.dataset import load_calibration
 
     calibration = load_calibration(path)
@@ -161,6 +164,7 @@ def describe_single_file(path: Path) -> FactRows:
 
 
 def describe_model(source: str) -> FactRows:
+    """Sizes of pictures and latents, and parameters of each component; reads the weights."""
     from qdeploy.models.source import load_model
 
     model = load_model(source)

@@ -82,7 +82,7 @@ def add_legend(figure: Any, measured: Iterable[ComponentQuant]) -> None:
 
 
 def compute_bar_lengths(decibels: list[float]) -> list[float]:
-    """dB as lengths; an infinite one (no error at all) becomes as long as the longest finite one."""
+    """Decibels as lengths; an infinite one (no error at all) becomes as long as the longest finite one."""
     finite = [value for value in decibels if np.isfinite(value)]
     return [float(np.clip(np.nan_to_num(value), min(finite, default=0), max(finite, default=0))) for value in decibels]
 

@@ -108,4 +108,5 @@ def format_width(quant: ComponentQuant, bits: int) -> str:
 
 
 def format_count(flags: Sequence[bool]) -> str:
+    """How many of the layers have the flag, in words."""
     return f"{sum(flags)} of {len(flags)} layers"

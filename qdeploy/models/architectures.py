@@ -72,8 +72,10 @@ def get_architecture(name: str) -> Architecture:
 
 
 def narrow(full: Architecture) -> Architecture:
-    """The same levels, attention and kinds of blocks, with one residual block a level, the fewest channels that 32
-    norm groups allow, small latents and a small codebook."""
+    """The same levels, attention and kinds of blocks, as small as they can be.
+
+    One residual block a level, the fewest channels that 32 norm groups allow, small latents and a small codebook.
+    """
     return replace(
         full,
         unet=replace(

@@ -52,9 +52,12 @@ class TextEncoder(TorchComponent):
         return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), 0)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.inner(input_ids).last_hidden_state
+        """``int64[B, T]`` -> ``float32[B, T, D]``."""
+        embeddings: Tensor = self.inner(input_ids).last_hidden_state
+        return embeddings
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        """Token codes of empty prompts, ``int64[B, T]``."""
         return {TEXT_ENCODER.input: self.tokenizer([""] * batch)}
 
 
@@ -62,7 +65,9 @@ class BertTextEncoder(TextEncoder):
     """The same for ``LDMBertEncoder``, the text encoder of CompVis' text-to-image latent diffusion."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.inner(input_ids, return_dict=False)[0]
+        """``int64[B, T]`` -> ``float32[B, T, D]``."""
+        embeddings: Tensor = self.inner(input_ids, return_dict=False)[0]
+        return embeddings
 
 
 class NoisePredictor(TorchComponent):
@@ -76,18 +81,22 @@ class NoisePredictor(TorchComponent):
         return int(self.inner.config.in_channels)  # type: ignore[union-attr, arg-type]
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        """``float32[B, C, h, w]`` of unit noise at timestep 500."""
         x = torch.randn(batch, self.in_channels, latents.height, latents.width)
         return dict(zip(UNET.inputs, (x, torch.tensor(500)), strict=False))
 
     def size_multiple(self, latents: LatentInfo) -> int:
-        return 2 ** (len(self.inner.config.down_block_types) - 1)  # type: ignore[union-attr, arg-type]
+        """Two to the number of levels below the first, in latents."""
+        return 1 << (len(self.inner.config.down_block_types) - 1)  # type: ignore[union-attr, arg-type]
 
 
 class UNet(NoisePredictor):
     """``sample float32[B, C, h, w], timestep int64[], encoder_hidden_states float32[B, T, D]`` -> ``noise_pred``."""
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return self.inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        """``float32[B, C, h, w]``, ``int64[]``, ``float32[B, T, D]`` -> ``float32[B, C, h, w]``."""
+        noise_pred: Tensor = self.inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        return noise_pred
 
     @property
     def text_width(self) -> int:
@@ -95,6 +104,7 @@ class UNet(NoisePredictor):
         return int(self.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        """``float32[B, C, h, w]`` of unit noise at timestep 500, and text ``float32[B, T, D]``."""
         feeds = super().make_example(batch, latents)
         return feeds | {UNET.inputs[2]: torch.randn(batch, latents.tokens, self.text_width)}
 
@@ -103,7 +113,9 @@ class UnconditionalUNet(NoisePredictor):
     """``sample float32[B, C, h, w], timestep int64[]`` -> ``noise_pred``; diffusers' ``UNet2DModel``."""
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.inner(sample, timestep, return_dict=False)[0]
+        """``float32[B, C, h, w]``, ``int64[]`` -> ``float32[B, C, h, w]``."""
+        noise_pred: Tensor = self.inner(sample, timestep, return_dict=False)[0]
+        return noise_pred
 
 
 class VaeEncoder(TorchComponent):
@@ -112,13 +124,16 @@ class VaeEncoder(TorchComponent):
     outputs = (VAE_ENCODER.output,)
 
     def forward(self, image: Tensor) -> Tensor:
+        """``float32[B, 3, H, W]`` -> ``float32[B, C, h, w]``."""
         encoded = self.inner.encode(image, return_dict=False)[0]  # type: ignore[operator]
         return encoded if isinstance(encoded, Tensor) else encoded.mode()  # a VQ model has no posterior
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        """``float32[B, 3, H, W]`` of unit noise."""
         return {VAE_ENCODER.input: torch.randn(batch, 3, latents.image_height, latents.image_width)}
 
     def size_multiple(self, latents: LatentInfo) -> int:
+        """Pixels a latent, along a side."""
         return latents.image_height // latents.height
 
 
@@ -129,9 +144,12 @@ class VaeDecoder(TorchComponent):
     remark = " (with encoder)"
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.inner.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+        """``float32[B, C, h, w]`` -> ``float32[B, 3, H, W]``."""
+        image: Tensor = self.inner.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+        return image
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        """``float32[B, C, h, w]`` of unit noise."""
         return {VAE_DECODER.input: torch.randn(batch, *latents.shape)}
 
 
@@ -142,9 +160,11 @@ class VqDecoder(VaeDecoder):
     """
 
     def forward(self, latents: Tensor) -> Tensor:
+        """``float32[B, C, h, w]`` -> ``float32[B, 3, H, W]``."""
         vq: Any = self.inner
         codes = find_nearest_codes(latents, vq.quantize.embedding.weight)
-        return vq.decoder(vq.post_quant_conv(codes), codes if vq.config.norm_type == "spatial" else None)
+        image: Tensor = vq.decoder(vq.post_quant_conv(codes), codes if vq.config.norm_type == "spatial" else None)
+        return image
 
 
 def find_nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class LatentDiffusion:
 
     @property
     def reads_text(self) -> bool:
+        """Whether pictures are made from prompts, with classifier-free guidance."""
         return bool(self.text_encoders)
 
     @property
@@ -62,7 +63,7 @@ class LatentDiffusion:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """This model in the provenance of a file made from it."""
+        """The model in the provenance of a file made from it."""
         loras = {"loras": list(self.loras)} if self.loras else {}
         return {"model": self.source, "model_sha256": self.sha256, **loras}
 
@@ -208,7 +209,7 @@ def is_vq(vae: Any) -> bool:
 def count_latent_channels(vae: Any) -> int:
     """C of the latents that the decoder is given."""
     embedded = vae.config.vq_embed_dim if is_vq(vae) else None
-    return vae.config.latent_channels if embedded is None else embedded
+    return int(vae.config.latent_channels if embedded is None else embedded)
 
 
 def wrap_text_encoder(text: TextParts) -> TextEncoder:

@@ -103,6 +103,7 @@ def load_diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
     """The module whose class, one of ``classes``, the folder's ``config.json`` names."""
     import diffusers
 
+    module: nn.Module
     name = read_json(folder / "config.json").get("_class_name")
     if name not in classes:
         raise ModelError(f"{folder} holds a {name}, expected {' or '.join(classes)}")
@@ -115,6 +116,7 @@ def load_diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
 
 def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
     """The text encoder in ``folder``."""
+    module: nn.Module
     import transformers
     from diffusers.pipelines import latent_diffusion
     from transformers.utils import logging

@@ -21,7 +21,8 @@ class PromptTokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """``int64[B, T]``."""
         options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        return self.backend(list(prompts), **options).input_ids
+        input_ids: Tensor = self.backend(list(prompts), **options).input_ids
+        return input_ids
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptTokenizer:
         return self

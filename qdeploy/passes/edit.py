@@ -10,13 +10,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray
+
 SIGNED_CODES = (ir.DataType.INT8, ir.DataType.INT4)
 CONTRIB = "com.microsoft"  # domain of ONNX Runtime's own operators
 Side = int | str  # a dimension: its size, or an open one's expression
 UNKNOWN = "?"  # prefix of the expression of one that the exporter could not determine
 
 
-def add_constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
+def add_constant(graph: ir.Graph, array: AnyArray, name: str) -> ir.Value:
     """Add an initializer; it replaces one of that name."""
     tensor = ir.Tensor(array, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -24,7 +26,7 @@ def add_constant(graph: ir.Graph, array: NDArray, name: str) -> ir.Value:
     return value
 
 
-def store_as(graph: ir.Graph, value: ir.Value, tensor: ir.Tensor) -> None:
+def store_as(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
     """Store the initializer ``value`` as ``tensor`` of another element type, with a Cast of its old name back."""
     name = value.name
     assert name is not None
@@ -51,8 +53,8 @@ def find_largest_weight_code(model: ir.Model) -> int:
     return max(ends)
 
 
-def get_array(value: ir.Value | None) -> NDArray | None:
-    """The content of an initializer, None for anything else."""
+def get_array(value: ir.Value | None) -> NDArray[Any] | None:
+    """The content of an initializer in its own dtype, None for anything else."""
     if value is None or not value.is_initializer() or value.const_value is None:
         return None
     return value.const_value.numpy()
@@ -124,7 +126,7 @@ def find_only_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def match_per_channel(node: ir.Node) -> tuple[ir.Value, NDArray, int] | None:
+def match_per_channel(node: ir.Node) -> tuple[ir.Value, NDArray[Any], int] | None:
     """Of an operation with one constant number a channel: the activation, the numbers ``[C]``, and their axis."""
     for value, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
         array = get_array(other)

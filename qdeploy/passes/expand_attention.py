@@ -27,6 +27,7 @@ def expand_attention(model: ir.Model) -> int:
 
 
 def is_attention(node: ir.Node) -> bool:
+    """Whether ``node`` is the exporter's neutral attention, which no engine has."""
     return (node.domain, node.op_type) == (DOMAIN, ATTENTION)
 
 

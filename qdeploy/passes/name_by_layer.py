@@ -60,6 +60,7 @@ def find_layer(node: ir.Node) -> str | None:
 
 
 def reads_constant(node: ir.Node) -> bool:
+    """Whether one of the first two inputs is a constant: attention multiplies two activations."""
     return any(value is not None and value.is_initializer() for value in node.inputs[:2])
 
 

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import onnx_ir as ir
 
 
@@ -14,7 +16,7 @@ def share_quantize(model: ir.Model) -> int:
     """Merge in place; the number of nodes removed."""
     removed = 0
     for op_type in ("Mul", "QuantizeLinear", "DequantizeLinear"):
-        first: dict[tuple, ir.Node] = {}
+        first: dict[tuple[Hashable, ...], ir.Node] = {}
         for node in list(model.graph):
             if node.op_type != op_type or not _reads_activation(node):
                 continue
@@ -33,7 +35,7 @@ def _reads_activation(node: ir.Node) -> bool:
     return computed and all(value is not None and value.const_value is not None for value in others)
 
 
-def _build_key(node: ir.Node) -> tuple:
+def _build_key(node: ir.Node) -> tuple[Hashable, ...]:
     """What two nodes must share to be the same: their input and the values of scale and zero point."""
     constants = tuple(
         (value.const_value.dtype, value.const_value.numpy().tobytes())

@@ -33,6 +33,7 @@ def store_fp16(model: ir.Model) -> int:
 
 
 def fits_fp16(array: np.ndarray) -> bool:
+    """Whether ``array`` is float32, large enough to matter, and exact in fp16."""
     if array.dtype != np.float32 or array.size < MIN_SIZE:
         return False
     with np.errstate(over="ignore"):

@@ -36,4 +36,5 @@ def store_int4(model: ir.Model) -> int:
 
 
 def fits_int4(codes: np.ndarray) -> bool:
+    """Whether all ``codes`` are int8 within -8..7."""
     return codes.dtype == np.int8 and codes.min() >= -8 and codes.max() <= 7

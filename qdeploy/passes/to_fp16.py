@@ -61,6 +61,7 @@ def find_float32_nodes(model: ir.Model, opset: int) -> set[ir.Node]:
 
 
 def iter_ancestors(node: ir.Node) -> Iterator[ir.Node]:
+    """Every node that ``node`` is computed from, each once."""
     seen: set[ir.Node] = set()
     stack = [node]
     while stack:
@@ -91,6 +92,7 @@ def fits_fp16(node: ir.Node, values: NDArray[np.float32]) -> bool:
 
 
 def is_mask(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Case 4, elementwise: float32's lowest or highest value, or an infinity."""
     return np.abs(values) >= MASK
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,9 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
         quant_table = load_table(table)
         export_bundle(model.load(), quant_table, target, bundle, on_progress, with_encoder=recipe.with_encoder)
 
-    def run_one(name: str, made: Path, settings: dict, made_from: dict[str, str], make: Callable[[], None]) -> str:
+    def run_one(
+        name: str, made: Path, settings: dict[str, Any], made_from: dict[str, str], make: Callable[[], None]
+    ) -> str:
         return run_step(
             RecipeStep(name, made, settings, {"model": model.sha256, **made_from}), receipts, make, on_progress
         )

@@ -35,10 +35,12 @@ class Fidelity:
 
     @property
     def mean_sqnr_db(self) -> float:
+        """Mean over the steps."""
         return sum(self.step_sqnr_db) / len(self.step_sqnr_db)
 
     @property
     def worst_sqnr_db(self) -> float:
+        """The lowest step's."""
         return min(self.step_sqnr_db)
 
 

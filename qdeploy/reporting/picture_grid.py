@@ -57,6 +57,7 @@ def write_captions(draw: ImageDraw, captions: Sequence[str], top: int, width: in
 
 
 def load_font() -> FreeTypeFont | ImageFont:
+    """Pillow's own at TEXT pixels, so that no font file is needed."""
     from PIL import ImageFont as PilFont
 
     return PilFont.load_default(TEXT)
@@ -65,4 +66,5 @@ def load_font() -> FreeTypeFont | ImageFont:
 def amplify_difference(pixels: NDArray[np.uint8], reference: NDArray[np.uint8], gain: int) -> NDArray[np.uint8]:
     """``uint8[H, W, 3]``: the absolute difference of two pictures, ``gain`` times as strong, white at most."""
     difference = np.abs(pixels.astype(np.int16) - reference)
-    return np.minimum(gain * difference, 255).astype(np.uint8)
+    amplified: NDArray[np.uint8] = np.minimum(gain * difference, 255).astype(np.uint8)
+    return amplified

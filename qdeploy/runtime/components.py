@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qdeploy.artifacts.bundle import Bundle, ComponentInfo
 from qdeploy.artifacts.components import get_kind
 from qdeploy.artifacts.graph_file import OPEN
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.engines.base import Engine, EngineOptions, Session
 from qdeploy.runtime.results import Clock
@@ -77,7 +78,7 @@ class BundleComponent:
             finally:
                 self._release()
 
-    def run(self, feeds: Mapping[str, NDArray], clock: Clock | None = None, at_once: int = 1) -> NDArray:
+    def run(self, feeds: Feeds, clock: Clock | None = None, at_once: int = 1) -> NDArray[np.float32]:
         """First output for feeds of any batch size: cut to the graph's batch, the last piece padded.
 
         Scalar inputs (the timestep) are passed unchanged. A graph whose batch was left open takes ``at_once`` rows a
@@ -127,7 +128,7 @@ class BundleComponent:
             self._session.close()
             self._session = None
 
-    def _check_output(self, outputs: Mapping[str, NDArray], rows: int) -> NDArray:
+    def _check_output(self, outputs: Mapping[str, NDArray[np.float32]], rows: int) -> NDArray[np.float32]:
         """The graph's output; EngineError when it is not what the manifest says, which NumPy would broadcast."""
         ((name, expected),) = self.info.outputs.items()
         output = outputs.get(name)
@@ -146,7 +147,7 @@ class BundleComponent:
     def _list_batched_inputs(self) -> list[str]:
         return [name for name, info in self.info.inputs.items() if len(info.shape) > 0]
 
-    def _cut_batch(self, feeds: Mapping[str, NDArray], start: int, batch: int, pad: bool) -> dict[str, NDArray]:
+    def _cut_batch(self, feeds: Feeds, start: int, batch: int, pad: bool) -> Feeds:
         piece = dict(feeds)
         for name in self._list_batched_inputs():
             part = feeds[name][start : start + batch]

@@ -15,6 +15,7 @@ from qdeploy.artifacts.bundle import SCHEDULER, Bundle, tokenizer_file
 from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
 from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import BundleError, TableError, UsageError
 from qdeploy.runtime.components import BundleComponent, LoadedBundle
@@ -85,7 +86,7 @@ class BundleModel:
         channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open.
         """
         values = (x, np.array(t, np.int64), *(() if context is None else (context,)))
-        feeds: dict[str, NDArray] = dict(zip(UNET.inputs, values, strict=False))
+        feeds: Feeds = dict(zip(UNET.inputs, values, strict=False))
         noise_pred = self.component(UNET.name).run(feeds, clock, at_once)
         return noise_pred if self._noise_correction is None else self._noise_correction.apply(noise_pred, t)
 

@@ -1,11 +1,11 @@
-"""Prompt weighting: ``(word:1.3)`` in a prompt, and what it does to the text embeddings.
+r"""Prompt weighting: ``(word:1.3)`` in a prompt, and what it does to the text embeddings.
 
 The grammar and the arithmetic are those of AUTOMATIC1111's Stable Diffusion web UI (``modules/prompt_parser.py``,
 ``parse_prompt_attention``; ``modules/sd_emphasis.py``, "Original"), so prompts written for it mean the same:
 
     (a cat)      1.1 times             [a cat]   1/1.1 times
     (a cat:1.3)  1.3 times             ((a) cat) nested ones multiply
-    \\( \\) \\[ \\] \\\\   the characters themselves
+    \( \) \[ \] \\   the characters themselves
 
 An unmatched bracket weights all that follows or is ignored, as there. Two things differ: the plain text
 is made into tokens as a whole, where the web UI cuts it at each bracket, and the mean is restored prompt by prompt,

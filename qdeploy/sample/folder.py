@@ -73,4 +73,5 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def picture_path(folder: Path, number: int) -> Path:
+    """Six digits, so that names sort by number."""
     return folder / f"{number:06d}.png"

@@ -71,7 +71,7 @@ def load_pipeline(job: SampleJob) -> Pipeline:
 def fetch_result(ray: Any, reference: Any) -> list[bytes]:
     """A task's pictures; its own error, or EngineError when its workers died."""
     try:
-        return ray.get(reference)
+        return list(ray.get(reference))
     except ray.exceptions.RayTaskError as exc:
         if isinstance(exc.cause, QdeployError):
             raise exc.cause from exc

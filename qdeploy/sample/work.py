@@ -20,7 +20,8 @@ class Workers(Protocol):
 
     def __call__(
         self, job: SampleJob, batches: Sequence[range], on_progress: OnProgress
-    ) -> Iterator[tuple[int, bytes]]: ...
+    ) -> Iterator[tuple[int, bytes]]:
+        """PNG files by the pictures' numbers in the job; each range of ``batches`` is one call of the pipeline."""
 
 
 def sample_locally(job: SampleJob, batches: Sequence[range], on_progress: OnProgress) -> Iterator[tuple[int, bytes]]:

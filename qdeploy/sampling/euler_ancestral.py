@@ -42,4 +42,5 @@ class EulerAncestralDiscrete(VarianceExploding):
         x_down = self._move(noise_pred, index, x, sigma_next**2 / sigma)
         sigma_up = sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
         noise = self._rng.standard_normal(x.shape, dtype=np.float32)
-        return (x_down + sigma_up * noise).astype(np.float32)
+        x_next: Latents = (x_down + sigma_up * noise).astype(np.float32)
+        return x_next

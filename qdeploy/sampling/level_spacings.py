@@ -36,7 +36,8 @@ def space_levels(config: Mapping[str, Any], spacing: str, ends: tuple[float, flo
     ramp = np.linspace(0, 1, steps)
     if spacing == "use_karras_sigmas":  # Karras et al. 2022, arXiv:2206.00364, equation 5
         first, last = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
-        return (first + ramp * (last - first)) ** KARRAS_RHO
+        levels: Floats = (first + ramp * (last - first)) ** KARRAS_RHO
+        return levels
     if spacing == "use_beta_sigmas":  # Lee et al. 2024, arXiv:2407.12173
         return low + symmetric_beta_quantile(1 - ramp, BETA_SHAPE) * (high - low)
     return np.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))

@@ -92,7 +92,7 @@ def denoise(
     count = len(scheduler.timesteps) - begin
     is_guided = cond is not None and uncond is not None
     # one array for all steps, so that an engine may keep it on its device
-    text = np.concatenate([uncond, cond]) if is_guided else cond  # type: ignore[list-item]
+    text = np.concatenate([uncond, cond]) if is_guided else cond
     for index, t in enumerate(scheduler.timesteps[begin:], begin):
         model_input = scheduler.scale_model_input(x, index)
         noise_pred = (

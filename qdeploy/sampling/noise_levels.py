@@ -64,7 +64,8 @@ def compute_trained_levels(config: Mapping[str, Any], schedule: NoiseSchedule) -
     alpha_bar = schedule.alphas_cumprod.copy()
     if read_flag(config, "rescale_betas_zero_snr", False):
         alpha_bar[-1] = ZERO_SNR_ALPHA_BAR
-    return np.sqrt((1 - alpha_bar) / alpha_bar)
+    levels: Schedule = np.sqrt((1 - alpha_bar) / alpha_bar)
+    return levels
 
 
 def alpha_sigma(level: float) -> tuple[float, float]:

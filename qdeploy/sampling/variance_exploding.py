@@ -46,7 +46,8 @@ class VarianceExploding:
         alpha, sigma_t = alpha_sigma(self._sigmas[index])
         x_wide = x.astype(np.float64)
         x0 = self._schedule.x0(model_output.astype(np.float64), alpha * x_wide, alpha, sigma_t)
-        return x0 + sigma / self._sigmas[index] * (x_wide - x0)
+        moved: Floats = x0 + sigma / self._sigmas[index] * (x_wide - x0)
+        return moved
 
 
 def space_fractional_timesteps(config: Mapping[str, Any], train_steps: int, steps: int) -> Floats:

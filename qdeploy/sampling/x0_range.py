@@ -49,4 +49,5 @@ class X0Range:
             return x0
         quantile = np.quantile(np.abs(x0), self.ratio, axis=(1, 2, 3), keepdims=True)
         threshold = np.minimum(np.maximum(quantile, 1.0), self.ceiling)
-        return np.clip(x0, -threshold, threshold) / threshold
+        limited: Floats = np.clip(x0, -threshold, threshold) / threshold
+        return limited

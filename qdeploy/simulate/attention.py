@@ -24,8 +24,10 @@ class Operand(nn.Module):
         self.dequantize = Dequantize(replace(affine, scale=affine.scale * factor))
 
     def forward(self, x: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
+        """Float of any shape -> its quantized values, axes in ``order``."""
         codes = self.quantize(x)
-        return self.dequantize(codes if order is None else codes.permute(order))
+        values: Tensor = self.dequantize(codes if order is None else codes.permute(order))
+        return values
 
 
 class QuantAttnProcessor(nn.Module):
@@ -52,7 +54,9 @@ class QuantAttnProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        """``float32[B, N, C]`` or ``[B, C, h, w]``, and as text ``float32[B, T, D]`` -> the former's shape."""
+        output: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output
 
     def forward(
         self, attn: Attention, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
@@ -72,7 +76,8 @@ class QuantAttnProcessor(nn.Module):
         y = attn.to_out[1](attn.to_out[0](y))
         if residual.dim() == 4:
             y = y.transpose(1, 2).reshape(residual.shape)
-        return (y + residual if attn.residual_connection else y) / attn.rescale_output_factor
+        output: Tensor = (y + residual if attn.residual_connection else y) / attn.rescale_output_factor
+        return output
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """``float32[B, N, heads, D]``, k and v of ``[B, T, heads, D]`` -> ``float32[B, heads, N, D]``."""
@@ -89,7 +94,8 @@ def _prepare_tokens(attn: Attention, x: Tensor, temb: Tensor | None) -> Tensor:
         x = attn.spatial_norm(x, temb)
     if x.dim() == 4:
         x = x.flatten(2).transpose(1, 2)
-    return x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    normed: Tensor = x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    return normed
 
 
 def _prepare_mask(attn: Attention, mask: Tensor | None, context: Tensor) -> Tensor | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.numerics import sqnr_db
 
-Probes = Sequence[Mapping[str, NDArray]]
+Probes = Sequence[Feeds]
 MIN_VALUES = 1_000_000  # two pictures of 512 x 512, which take a decoder a minute; every probe of smaller outputs
 
 

@@ -33,14 +33,18 @@ class Quantize(PerTensor):
     """An activation to ``uint8`` (or ``uint16``), or to ``int8`` where codes are signed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.qdeploy.quantize_linear(x, self.scale, self.zero_point)
+        """Float of any shape -> codes of that shape."""
+        codes: Tensor = torch.ops.qdeploy.quantize_linear(x, self.scale, self.zero_point)
+        return codes
 
 
 class Dequantize(PerTensor):
     """Codes back to float, as every integer kernel wants its input."""
 
     def forward(self, q: Tensor) -> Tensor:
-        return torch.ops.qdeploy.dequantize_linear(q, self.scale, self.zero_point)
+        """Codes of any shape -> ``float32`` of that shape."""
+        values: Tensor = torch.ops.qdeploy.dequantize_linear(q, self.scale, self.zero_point)
+        return values
 
 
 class Equalize(nn.Module):
@@ -60,6 +64,7 @@ class Equalize(nn.Module):
             self.register_buffer("inverse_ratio", 1 / torch.from_numpy(ratio))
 
     def forward(self, x: Tensor, axis: int) -> Tensor:
+        """``float32`` with its channels on ``axis`` -> the same shape."""
         return x * broadcast_along(self.inverse_ratio, x, axis) if self.is_enabled else x
 
 
@@ -110,7 +115,9 @@ class WeightQuant(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self) -> Tensor:
-        return torch.ops.qdeploy.dequantize_weight(self.codes, self.scale, self.axis)
+        """The weight as float32, in the shape of its codes."""
+        weight: Tensor = torch.ops.qdeploy.dequantize_weight(self.codes, self.scale, self.axis)
+        return weight
 
 
 class OutputQuant(nn.Module):
@@ -129,6 +136,7 @@ class OutputQuant(nn.Module):
             self.register_buffer("offset", compute_output_offset(layer)[:, None, None])
 
     def forward(self, y: Tensor) -> Tensor:
+        """``float32[B, C, H, W]`` as the Conv computes it -> y in that shape."""
         y = self.dequantize(self.quantize(y))
         return y * self.ratio + self.offset if self.is_equalized else y
 
@@ -162,20 +170,22 @@ class QuantConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
+        """``float32[B, C, H, W]`` -> ``float32[B, O, H', W']``."""
         (codes, dequantize), *rest = self.input_quant(x, 1)
         y = self._conv(dequantize(codes), self.bias)
         for codes, dequantize in rest:
             y = y + self._conv(dequantize(codes), None)
-        return self.output_quant(y)
+        output: Tensor = self.output_quant(y)
+        return output
 
     def _conv(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, self.weight_quant(), bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def rescale_to_output(weight_scale: Tensor, bias: Tensor | None, layer: LayerQuant) -> tuple[Tensor, Tensor | None]:
-    """Weight scale and bias of ``(y - offset) / output_ratio``, the bias as an integer Conv adds it:
+    """Weight scale and bias of ``(y - offset) / output_ratio``, the bias as an integer Conv adds it.
 
-    a whole multiple of input scale x weight scale.
+    That is a whole multiple of input scale x weight scale.
     """
     assert layer.output is not None
     if layer.output_ratio is not None:
@@ -219,6 +229,7 @@ class QuantLinear(QuantMatMul):
         self.bias = freeze(None if bias is None else bias[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
+        """``float32[..., in]`` -> ``float32[..., out]``."""
         y = self.multiply(x, x.dim() - 1)
         return y if self.bias is None else y + (self.bias if x.dim() == 3 else self.bias.reshape(-1))
 
@@ -232,6 +243,7 @@ class FloatMatMul(nn.Module):
         self.bias = freeze(None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        """``float32[..., in]`` -> ``float32[..., out]``."""
         y = torch.matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
 
@@ -249,6 +261,7 @@ class QuantLinearFirstFloat(QuantLinear):
         self.first_token = FloatMatMul(linear)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``float32[B, T, in]`` -> ``float32[B, T, out]``."""
         return torch.cat([self.first_token(x[:, :1]), super().forward(x[:, 1:])], dim=1)
 
 
@@ -261,6 +274,7 @@ class QuantPointwise(QuantMatMul):
         self.bias = freeze(None if bias is None else bias[None, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
+        """``float32[B, C, H, W]`` -> ``float32[B, O, H, W]``."""
         y = self.multiply(x, 1, (0, 2, 3, 1))
         return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
 
@@ -283,4 +297,5 @@ def choose_bias(module: nn.Conv2d | nn.Linear, layer: LayerQuant) -> Tensor | No
 
 
 def freeze(tensor: Tensor | None) -> nn.Parameter | None:
+    """A parameter without gradient, which shares the tensor's memory; None stays None."""
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

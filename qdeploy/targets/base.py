@@ -173,7 +173,8 @@ class Target:
 
 def load_pass(name: str) -> Callable[[ir.Model], object]:
     """The graph pass ``name``: the function of that name in its file."""
-    return getattr(importlib.import_module(f"qdeploy.passes.{name}"), name)
+    graph_pass: Callable[[ir.Model], object] = getattr(importlib.import_module(f"qdeploy.passes.{name}"), name)
+    return graph_pass
 
 
 def list_targets() -> list[str]:
@@ -188,7 +189,8 @@ def load_target(name: str) -> Target:
     """The target called ``name``; UsageError lists the known ones."""
     if name not in list_targets():
         raise UsageError(f"unknown --target {name!r}; known targets: {', '.join(list_targets())}")
-    return importlib.import_module(f"qdeploy.targets.{name.replace('-', '_')}").TARGET
+    target: Target = importlib.import_module(f"qdeploy.targets.{name.replace('-', '_')}").TARGET
+    return target
 
 
 def describe_targets() -> str:

@@ -16,6 +16,7 @@ class PlainDocstrings(griffe.Extension):
     """Turns each docstring into Markdown as soon as it is read."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring in place; called for every module, class and function."""
         if obj.docstring is not None:
             obj.docstring.value = markdown_from_docstring(obj.docstring.value)
 

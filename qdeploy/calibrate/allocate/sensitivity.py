@@ -37,5 +37,6 @@ def measure_sensitivity(component: CalibratedComponent, quant: ComponentQuant) -
 
 
 def compute_outputs(module: TorchComponent, feeds: Sequence[Feeds]) -> list[np.ndarray]:
+    """First output of each feed, ``float32[B, ...]``, without gradients."""
     with torch.no_grad():
         return [module(**feed).numpy() for feed in feeds]

@@ -53,6 +53,7 @@ class WeightStats:
 
     @classmethod
     def from_weight(cls, weight: Tensor, code_range: CodeRange) -> WeightStats:
+        """Of ``float32[out, in, ...]``; the step is the one of ``code_range``'s symmetric codes."""
         flat = weight.reshape(*weight.shape[:2], -1)
         return cls(flat.square().sum(dim=(0, 2)), flat.abs().amax(dim=2) / code_range[1], flat.shape[2])
 

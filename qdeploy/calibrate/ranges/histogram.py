@@ -88,7 +88,8 @@ def symmetric_scale_from_histogram(histogram: StreamingHistogram, observer: str,
     """Scale of the signed symmetric quantizer (zero point 0) that engines without zero points need."""
     folded = histogram.fold()
     _, high = OBSERVERS[observer](folded, bits)
-    return max(high / (2 ** (bits - 1) - 1), float(np.finfo(np.float32).tiny))
+    scale: float = high / (2 ** (bits - 1) - 1)
+    return max(scale, float(np.finfo(np.float32).tiny))
 
 
 def observe_minmax(histogram: StreamingHistogram, _bits: int) -> tuple[float, float]:

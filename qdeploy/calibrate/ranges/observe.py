@@ -51,6 +51,7 @@ class ChannelStats:
 
     @property
     def absmax(self) -> Tensor:
+        """Largest magnitude of each channel, ``float32[C]``."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qdeploy.base.errors import UsageError
@@ -151,4 +152,5 @@ class _Recorder:
             self.timesteps.append(t)
         text = () if context is None else (torch.from_numpy(context),)
         with torch.no_grad():
-            return self._unet(torch.from_numpy(x), torch.tensor(t), *text).numpy()
+            noise_pred: NDArray[np.float32] = self._unet(torch.from_numpy(x), torch.tensor(t), *text).numpy()
+            return noise_pred

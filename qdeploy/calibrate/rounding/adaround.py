@@ -30,7 +30,8 @@ CODE_SHARE = 0.75  # h of a code that the weight is given, against its neighbour
 
 def h(v: Tensor) -> Tensor:
     """``clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)``, eq. 23."""
-    return RectifiedSigmoid.apply(v)
+    rectified: Tensor = RectifiedSigmoid.apply(v)
+    return rectified
 
 
 def v_from_share(share: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ def v_from_share(share: Tensor) -> Tensor:
 
 def regularizer(v: Tensor, beta: float) -> Tensor:
     """``sum(1 - |2 h(V) - 1|^beta)``, eq. 24."""
-    return RoundingRegularizer.apply(h(v), beta)
+    penalty: Tensor = RoundingRegularizer.apply(h(v), beta)
+    return penalty
 
 
 def anneal_beta(progress: float) -> float:
@@ -78,6 +80,7 @@ class SoftLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the layer's own: ``float32[B, in, ...]`` -> ``float32[B, out, ...]``, or channels last for a Linear."""
         if self.quant.first_token_float:  # float[B, T, C]; the first token stays in float, so nothing is learned on it
             return torch.cat([self.layer(x[:, :1]), self.forward_soft(x[:, 1:])], dim=1)
         return self.forward_soft(x)
@@ -125,7 +128,8 @@ class SoftLayer(nn.Module):
         if self.quant.passes == 2:
             return x
         ratio = broadcast_along(self.ratio, x, channel_axis(self.layer, x))
-        return FakeQuantize.apply(x, self.log_scale, ratio, self.quant.input.zero_point)
+        quantized: Tensor = FakeQuantize.apply(x, self.log_scale, ratio, self.quant.input.zero_point)
+        return quantized
 
     def learned_input(self) -> Affine:
         """The input's quantizer, with its scale as learned."""

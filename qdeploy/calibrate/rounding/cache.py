@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qdeploy.base.arrays import AnyArray
 from qdeploy.base.disk import explain_full_disk
 
 REMEDY = "make room there, lower --cache-gb"
 HALF_MAX = float(torch.finfo(torch.float16).max)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments of a module
 
 
 class RowCache:
@@ -27,9 +31,10 @@ class RowCache:
         self._dtype: np.dtype = np.dtype(np.float16)
         self._shape: tuple[int, ...] = ()
         self.count = 0
-        self._map: NDArray | None = None
+        self._map: AnyArray | None = None
 
     def append(self, values: Tensor) -> None:
+        """Write ``[B, ...]`` after the rows that are there; type and shape of a row must stay the same."""
         array = array_from_tensor(values)
         self._dtype, self._shape = array.dtype, array.shape[1:]
         with explain_full_disk(self._path, remedy=REMEDY):
@@ -46,13 +51,14 @@ class RowCache:
         return values.float() if values.is_floating_point() else values
 
     def remove(self) -> None:
+        """Close and delete the file."""
         with suppress(OSError):  # what is buffered goes too
             self._file.close()
         self._map = None
         self._path.unlink(missing_ok=True)
 
 
-def array_from_tensor(values: Tensor) -> NDArray:
+def array_from_tensor(values: Tensor) -> AnyArray:
     """Floats as float16 (a mask's -3e38 becomes its lowest finite value), everything else as it is."""
     values = values.detach().cpu()
     if values.is_floating_point():
@@ -81,18 +87,21 @@ class CallCache:
             if isinstance(cached, RowCache):
                 cached.append(leaf)
 
-    def read(self, rows: NDArray[np.integer], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def read(self, rows: NDArray[np.integer], device: str) -> Call:
         """``(args, kwargs)`` of a call over these rows."""
         values = [cached.read(rows) if isinstance(cached, RowCache) else cached for cached in self._leaves]
         leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in values]
         assert self._spec is not None
-        return pytree.tree_unflatten(leaves, self._spec)
+        call: Call = pytree.tree_unflatten(leaves, self._spec)
+        return call
 
     def remove(self) -> None:
+        """Delete the files of all arguments."""
         for cached in self._leaves:
             if isinstance(cached, RowCache):
                 cached.remove()
 
 
 def is_batched(leaf: Any, batch: int) -> bool:
+    """Whether an argument is a tensor with ``batch`` rows; a timestep or a flag is not."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch

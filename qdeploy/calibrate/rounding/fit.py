@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from qdeploy.artifacts.table import LayerQuant
 from qdeploy.calibrate.rounding.adaround import LAMBDA, WARM_UP, SoftLayer, anneal_beta, regularizer
-from qdeploy.calibrate.rounding.cache import CallCache, RowCache
+from qdeploy.calibrate.rounding.cache import Call, CallCache, RowCache
 from qdeploy.calibrate.rounding.gptq import MAX_INPUTS, compute_gptq_codes, compute_hessian
 from qdeploy.calibrate.rounding.unit_calls import StopForward, first_tensor
 from qdeploy.calibrate.rounding.units import Unit
@@ -80,6 +81,7 @@ def build_soft_unit(
 
 
 def get_soft_layer(soft: nn.Module, unit: Unit, layer: str) -> SoftLayer:
+    """The soft layer in the unit's copy ``soft`` that has taken the place of ``layer``, named by its module path."""
     layer_module = soft.get_submodule(name_in_unit(unit, layer))
     assert isinstance(layer_module, SoftLayer)
     return layer_module
@@ -124,11 +126,11 @@ def set_hard_rounding(softs: Mapping[str, SoftLayer], hard: bool) -> None:
         soft_layer.hard = hard
 
 
-def capture_input(soft_layer: SoftLayer, soft: nn.Module, call: tuple[tuple, dict]) -> Tensor:
+def capture_input(soft_layer: SoftLayer, soft: nn.Module, call: Call) -> Tensor:
     """The input of ``get_soft_layer`` in ``soft(*args, **kwargs)``."""
-    captured = []
+    captured: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple) -> None:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         captured.append(args[0])
         raise StopForward
 
@@ -142,7 +144,9 @@ def capture_input(soft_layer: SoftLayer, soft: nn.Module, call: tuple[tuple, dic
     return captured[0]
 
 
-def reconstruction_loss(soft: nn.Module, args: tuple, kwargs: dict, target: Tensor, norm: Tensor) -> Tensor:
+def reconstruction_loss(
+    soft: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor, norm: Tensor
+) -> Tensor:
     """Reconstruction loss: squared error summed over channels, mean over the rest (BRECQ), in units of the target."""
     output = first_tensor(soft(*args, **kwargs))
     channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
@@ -169,7 +173,7 @@ def measure_held_out_error(
     return error
 
 
-def build_parameter_groups(softs: Mapping[str, SoftLayer], iterations: int) -> list[dict]:
+def build_parameter_groups(softs: Mapping[str, SoftLayer], iterations: int) -> list[dict[str, Any]]:
     """V first, with a constant rate; then scales and biases, whose rate falls by a cosine."""
 
     def collect(name: str) -> list[nn.Parameter]:
@@ -183,4 +187,5 @@ def build_parameter_groups(softs: Mapping[str, SoftLayer], iterations: int) -> l
 
 
 def cosine_schedule(iterations: int) -> Callable[[int], float]:
+    """The factor of the rates at each iteration: 1 at the first, 0 from the last on."""
     return lambda step: 0.5 * (1 + np.cos(np.pi * min(step / iterations, 1)))

@@ -53,4 +53,5 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     """Upper U with ``U^T U = hessian^-1``, once the damping is added."""
     mean = hessian.diagonal().mean().clamp(min=1e-12)  # all inputs zero
     damped = hessian + DAMP * mean * torch.eye(len(hessian), device=hessian.device)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return upper

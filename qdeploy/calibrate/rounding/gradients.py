@@ -19,13 +19,14 @@ class RectifiedSigmoid(torch.autograd.Function):
     """``h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)``, eq. 23 of AdaRound."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        """V of any shape -> h in 0..1 of that shape."""
         h = torch.sigmoid(v).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
         ctx.save_for_backward(h)
         return h
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """With s the sigmoid, dh/dV = (zeta - gamma) s (1 - s) = (h - gamma) (zeta - h) / (zeta - gamma) inside.
 
         That is least at h = 0 and h = 1, where the clip makes it 0.
@@ -39,7 +40,8 @@ class RoundingRegularizer(torch.autograd.Function):
     """``sum(1 - |2 h - 1|^beta)``, eq. 24 of AdaRound."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:
+        """Shares h of any shape, ``beta`` above 1 -> one number."""
         centred = h.mul(2).sub_(1)
         power = centred.abs().pow_(beta - 1)
         ctx.save_for_backward(centred.sign().mul_(power))
@@ -47,7 +49,8 @@ class RoundingRegularizer(torch.autograd.Function):
         return h.numel() - power.mul_(centred).abs_().sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The derivative by h is ``-2 beta sign(2 h - 1) |2 h - 1|^(beta - 1)``; ``beta`` has none."""
         (power,) = ctx.saved_tensors
         return power * (-2 * ctx.beta * grad), None
 
@@ -59,7 +62,8 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, ratio: Tensor, zero_point: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, ratio: Tensor, zero_point: int) -> Tensor:
+        """Float of any shape -> the quantized values in that shape."""
         scale = log_scale.exp() * ratio
         steps = (x / scale).round_()
         codes = steps.clamp(-zero_point, 255 - zero_point)
@@ -69,7 +73,7 @@ class FakeQuantize(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """LSQ's eq. 3 times s: the output less what x itself gave it."""
         x, output, inside = ctx.saved_tensors
         grad_x = grad * inside

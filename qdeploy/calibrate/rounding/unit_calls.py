@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qdeploy.calibrate.dataset import Feeds, count_rows
-from qdeploy.calibrate.rounding.cache import CallCache, RowCache
+from qdeploy.calibrate.rounding.cache import Call, CallCache, RowCache
 from qdeploy.calibrate.rounding.units import Unit
 from qdeploy.models.components import TorchComponent
 
@@ -40,6 +42,7 @@ class UnitTargets:
         return self._rows[number]
 
     def drop(self, number: int) -> None:
+        """Delete the file of a unit whose outputs are not read again."""
         self._rows.pop(number).remove()
 
     def _record(self, first: int) -> None:
@@ -72,11 +75,11 @@ class UnitTargets:
         return [outputs[number] for number in numbers]
 
 
-def capture_inputs(component: TorchComponent, unit: str, feed: Feeds) -> tuple[tuple, dict]:
+def capture_inputs(component: TorchComponent, unit: str, feed: Feeds) -> Call:
     """Arguments with which ``unit`` is called in a forward pass, which ends there."""
-    captured: list[tuple[tuple, dict]] = []
+    captured: list[Call] = []
 
-    def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.append((args, kwargs))
         raise StopForward
 
@@ -90,12 +93,14 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
 
 
 def record_and_stop(outputs: dict[int, Tensor], number: int, output: Tensor, last: int) -> None:
+    """Keep ``output`` by its unit's number; StopForward after unit ``last``."""
     outputs[number] = output
     if number == last:
         raise StopForward
 
 
-def run_until_stopped(component: TorchComponent, feed: Feeds, handles: Sequence) -> None:
+def run_until_stopped(component: TorchComponent, feed: Feeds, handles: Sequence[RemovableHandle]) -> None:
+    """Run ``component`` until a hook raises StopForward, then remove the hooks ``handles``."""
     try:
         with torch.no_grad():
             component(**feed)
@@ -106,5 +111,6 @@ def run_until_stopped(component: TorchComponent, feed: Feeds, handles: Sequence)
             handle.remove()
 
 
-def first_tensor(output: Tensor | tuple) -> Tensor:
+def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output of a block that may return others with it, as transformer blocks do."""
     return output if isinstance(output, Tensor) else output[0]

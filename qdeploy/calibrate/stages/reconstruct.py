@@ -86,6 +86,7 @@ class UnitProgress:
     count: int
 
     def __call__(self, iteration: int, iterations: int, error: float) -> None:
+        """``iteration`` of ``iterations`` of this unit, which counts as one of ``count`` alike."""
         done = self.number * iterations + iteration
         self.component.report("reconstruction", done, self.count * iterations, f"{self.unit}, error {error:.2e}")
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import EngineError, EngineUnavailableError
 
 
@@ -23,7 +24,8 @@ def import_cudart() -> ModuleType:
         from cuda.bindings import runtime
     except ImportError as exc:
         raise EngineUnavailableError("cuda-python is not installed; run `pip install 'qdeploy[tensorrt]'`") from exc
-    return runtime
+    module: ModuleType = runtime
+    return module
 
 
 def check_status(answer: tuple[Any, ...]) -> Any:
@@ -37,7 +39,7 @@ def check_status(answer: tuple[Any, ...]) -> Any:
 class DeviceBuffer:
     """One tensor's memory on the device, and pinned host memory for asynchronous copies."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         """Allocate for ``shape``, the largest in use."""
         self.cuda = import_cudart()
         self.dtype = dtype
@@ -51,9 +53,9 @@ class DeviceBuffer:
             self.free()
             raise
         memory = (ctypes.c_ubyte * self.size_bytes).from_address(self._pinned)
-        self._host: NDArray | None = np.ctypeslib.as_array(memory)
+        self._host: NDArray[np.uint8] | None = np.ctypeslib.as_array(memory)
 
-    def fill(self, array: NDArray, stream: Any) -> None:
+    def fill(self, array: AnyArray, stream: Any) -> None:
         """Begin to copy ``array`` to the device; the stream must have passed the last copy from here."""
         self.host(array.shape)[...] = array
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -65,7 +67,7 @@ class DeviceBuffer:
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         check_status(self.cuda.cudaMemcpyAsync(self._pinned, self.address, size, kind, stream))
 
-    def host(self, shape: tuple[int, ...]) -> NDArray:
+    def host(self, shape: tuple[int, ...]) -> NDArray[Any]:
         """The pinned memory as an array of ``shape``: a view, overwritten by the next call."""
         assert self._host is not None
         size = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
@@ -91,6 +93,7 @@ class CudaStream:
         self.handle: Any = check_status(self.cuda.cudaStreamCreate())
 
     def synchronize(self) -> None:
+        """Wait until everything that was submitted is done; EngineError for what failed on the way."""
         check_status(self.cuda.cudaStreamSynchronize(self.handle))
 
     @contextmanager
@@ -115,12 +118,15 @@ class CudaStream:
             self.cuda.cudaGraphDestroy(graph)
 
     def replay(self, graph: Any) -> None:
+        """Submit the recorded work again; it reads and writes the addresses that it was recorded with."""
         check_status(self.cuda.cudaGraphLaunch(graph, self.handle))
 
     def forget(self, graph: Any) -> None:
+        """Free a recorded graph."""
         self.cuda.cudaGraphExecDestroy(graph)
 
     def free(self) -> None:
+        """Destroy the stream; a second call does nothing."""
         if self.handle is not None:
             self.cuda.cudaStreamDestroy(self.handle)
         self.handle = None

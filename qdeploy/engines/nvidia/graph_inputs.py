@@ -55,7 +55,7 @@ def _port_from_message(value: memoryview) -> Port:
         for number, value_read in iter_fields(get_message(tensor, SHAPE))
         if number == DIMENSION
     ]
-    return Port(name, np.dtype(DTYPES[element]), tuple(sides))  # type: ignore[index]
+    return Port(name, np.dtype(DTYPES[element]), tuple(sides))
 
 
 def _dim_from_message(dimension: memoryview) -> int:

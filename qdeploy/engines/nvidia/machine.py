@@ -39,6 +39,7 @@ class Machine:
 
     @property
     def cuda_version(self) -> str:
+        """``cuda`` as NVIDIA writes it, "13.0"; "none" without a driver."""
         return "none" if self.cuda is None else f"{self.cuda // 1000}.{self.cuda % 1000 // 10}"
 
 
@@ -58,6 +59,7 @@ class Requirements:
     sms: tuple[str, frozenset[tuple[int, int]], tuple[int, int]] | None = None  # text, supported ones, all from here on
 
     def supports(self, gpu: Gpu) -> bool:
+        """Whether the GPU's compute capability is one of ``sms``."""
         return self.sms is None or gpu.sm in self.sms[1] or gpu.sm >= self.sms[2]
 
 

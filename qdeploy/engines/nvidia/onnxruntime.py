@@ -11,11 +11,12 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.errors import EngineError, join_names
 from qdeploy.engines.base import Port, check_feeds
 from qdeploy.engines.nvidia.graph_inputs import is_static, read_inputs
@@ -25,8 +26,8 @@ from qdeploy.engines.ort_cpu import ERRORS_ONLY, OrtSession
 if TYPE_CHECKING:
     import onnxruntime
 
-Fill = Callable[["onnxruntime.OrtValue", NDArray], None]
-Read = Callable[["onnxruntime.OrtValue"], NDArray]
+Fill = Callable[["onnxruntime.OrtValue", AnyArray], None]
+Read = Callable[["onnxruntime.OrtValue"], NDArray[Any]]
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -74,7 +75,7 @@ class BoundSession(OrtSession):
         except Exception as exc:
             raise EngineError(f"{path}: no memory on the device for its inputs and outputs: {exc}") from exc
 
-    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
         session, binding, inputs, results = self._session, self._binding, self._inputs, self._results
         if session is None or binding is None:
@@ -93,6 +94,7 @@ class BoundSession(OrtSession):
                 raise EngineError(f"{self._path}: {exc}") from exc
 
     def close(self) -> None:
+        """Free the buffers on the device, then the session."""
         self._binding, self._inputs, self._results = None, {}, {}
         super().close()
 
@@ -148,6 +150,7 @@ def bind_session(
 
 
 def port_from_node(node: onnxruntime.NodeArg, path: Path) -> Port:
+    """A session's output; EngineError where it has an open side or a type that no bundle has."""
     if node.type not in DTYPES or not all(isinstance(side, int) for side in node.shape):
         raise EngineError(
             f"{path}: output {node.name!r} is {node.type}{node.shape}, expected fixed sides of {[*DTYPES]}"
@@ -161,11 +164,11 @@ def _allocate(port: Port, device: str) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(port.dims, port.dtype.type, device, 0)
 
 
-def _fill(value: onnxruntime.OrtValue, array: NDArray) -> None:
+def _fill(value: onnxruntime.OrtValue, array: AnyArray) -> None:
     value.update_inplace(array)
 
 
-def _read(value: onnxruntime.OrtValue) -> NDArray:
+def _read(value: onnxruntime.OrtValue) -> NDArray[Any]:
     return np.array(value.numpy())  # numpy() shares the memory where the device is the CPU
 
 

@@ -129,6 +129,7 @@ class ShapesEntry:
 
 
 def write_profile(folder: Path, profile: Profile) -> None:
+    """Write ``PROFILE_FILE`` into ``folder``, next to the graph, where :func:`read_profile` looks for it."""
     document = {name: shapes._asdict() for name, shapes in profile.items()}
     (folder / PROFILE_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy.typing import NDArray
+from qdeploy.base.arrays import AnyArray
 
 Identity = tuple[Any, ...]
 
@@ -17,9 +17,9 @@ class ResidentInputs:
     """The array that each of a session's device buffers was last filled with."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Identity, NDArray]] = {}  # the array too, so that its memory is not used again
+        self._kept: dict[str, tuple[Identity, AnyArray]] = {}  # the array too, so that its memory is not used again
 
-    def holds(self, name: str, array: NDArray) -> bool:
+    def holds(self, name: str, array: AnyArray) -> bool:
         """Whether the buffer ``name`` holds ``array`` already; if not, the caller must copy it there now."""
         identity = identify(array) if is_frozen(array) else None
         previous = self._kept.pop(name, None)
@@ -33,7 +33,7 @@ class ResidentInputs:
         self._kept.clear()
 
 
-def is_frozen(array: NDArray) -> bool:
+def is_frozen(array: AnyArray) -> bool:
     """Whether no NumPy array can write to the memory of ``array``."""
     holder: Any = array
     while holder is not None:
@@ -44,5 +44,6 @@ def is_frozen(array: NDArray) -> bool:
     return True
 
 
-def identify(array: NDArray) -> Identity:
+def identify(array: AnyArray) -> Identity:
+    """Address, shape, strides and dtype: equal for two views of one memory, and only for them."""
     return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype.str

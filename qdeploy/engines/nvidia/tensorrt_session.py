@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import EngineError
 from qdeploy.engines.base import Port, check_feeds
 from qdeploy.engines.nvidia.cuda import CudaStream, DeviceBuffer
@@ -58,7 +59,7 @@ class TensorRtSession:
             self.close()
             raise
 
-    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
         check_feeds(self._path, self._ports, feeds)
         arrays = {port.name: np.asarray(feeds[port.name]) for port in self._ports}

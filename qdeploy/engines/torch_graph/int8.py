@@ -47,7 +47,7 @@ int8_conv = torch.library.custom_op(NAME, launch_int8_conv, mutates_args=(), dev
 
 
 @int8_conv.register_kernel("cpu")
-def _(  # noqa: ANN202 - torch reads the schema
+def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -55,7 +55,7 @@ def _(  # noqa: ANN202 - torch reads the schema
     stride: Sequence[int],
     padding: Sequence[int],
     dtype: torch.dtype,
-):
+) -> torch.Tensor:
     """The reference, for checks without a GPU: float64 holds every sum exactly."""
     check_operands(x, weight, scale, bias)
     turned, kernel = x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double()
@@ -65,7 +65,7 @@ def _(  # noqa: ANN202 - torch reads the schema
 
 
 @int8_conv.register_fake
-def _(  # noqa: ANN202
+def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -73,7 +73,7 @@ def _(  # noqa: ANN202
     stride: Sequence[int],
     padding: Sequence[int],
     dtype: torch.dtype,
-):
+) -> torch.Tensor:
     shape = compute_conv_shape(x.shape, weight.shape, (stride[0], stride[1]), (padding[0], padding[1]))
     return x.new_empty((shape.n, shape.oh, shape.ow, shape.oc), dtype=dtype)
 
@@ -115,8 +115,9 @@ class Int8Conv(torch.nn.Module):
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        """int8 ``[N, C, H, W]`` -> ``dtype[N, OC, OH, OW]``."""
         rows = codes.permute(0, 2, 3, 1).contiguous()
-        product = torch.ops.qdeploy.int8_conv(
+        product: torch.Tensor = torch.ops.qdeploy.int8_conv(
             rows, self.weight, self.scale, self.bias, self.stride, self.padding, self.dtype
         )
         return product.permute(0, 3, 1, 2)
@@ -147,7 +148,11 @@ class Int8Linear(torch.nn.Module):
         self.sizes, self.dtype = [len(weight) for weight in weights], dtype
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """int8 ``[..., K]`` -> ``dtype[..., OUT]``, one for each weight; by itself where there is one weight."""
         rows = codes.reshape(1, 1, -1, codes.shape[-1]).contiguous()
-        product = torch.ops.qdeploy.int8_conv(rows, self.weight, self.scale, self.bias, [1, 1], [0, 0], self.dtype)
-        product = product.reshape(*codes.shape[:-1], -1)
-        return product if len(self.sizes) == 1 else product.split(self.sizes, -1)
+        flat = torch.ops.qdeploy.int8_conv(rows, self.weight, self.scale, self.bias, [1, 1], [0, 0], self.dtype)
+        product: torch.Tensor = flat.reshape(*codes.shape[:-1], -1)
+        if len(self.sizes) == 1:
+            return product
+        parts: tuple[torch.Tensor, ...] = product.split(self.sizes, -1)
+        return parts

@@ -35,7 +35,7 @@ H100 = Limits(132, 232448)
 
 def count_stage_bytes(tile: triton.Config) -> int:
     """Shared memory of a block of each operand. A Hopper GPU holds as many as there are stages, others one less."""
-    return (tile.kwargs["BLOCK_M"] + tile.kwargs["BLOCK_N"]) * tile.kwargs["BLOCK_K"]
+    return int((tile.kwargs["BLOCK_M"] + tile.kwargs["BLOCK_N"]) * tile.kwargs["BLOCK_K"])
 
 
 def select_tiles(tiles: Sequence[triton.Config], m: int, oc: int, c: int, shared_bytes: int) -> list[triton.Config]:

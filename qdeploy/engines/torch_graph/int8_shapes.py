@@ -32,10 +32,12 @@ class ConvShape(NamedTuple):
 
     @property
     def m(self) -> int:
+        """Rows of the matrix product: output pixels."""
         return self.n * self.oh * self.ow
 
     @property
     def k(self) -> int:
+        """Inner dimension of the matrix product: taps times input channels."""
         return self.kh * self.kw * self.c
 
 

@@ -34,12 +34,14 @@ class OnnxModule(torch.nn.Module):
             self.register_buffer(attribute, tensor_from_value(graph.initializers[name]))
 
     def forward(self, *feeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The graph's inputs in its order -> its outputs in its order."""
         values = self.constants() | dict(zip(self.inputs, feeds, strict=True))
         for step in self.steps:
             run_step(step, values)
         return tuple(values[name] for name in self.outputs)
 
     def constants(self) -> dict[str, torch.Tensor]:
+        """By name, those that steps read as inputs; what a step holds in a form of its own is not among them."""
         return {name: getattr(self, attribute) for name, attribute in self._constants.items()}
 
 

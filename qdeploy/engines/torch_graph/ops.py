@@ -45,6 +45,7 @@ def wrap_function(compute: Compute) -> Reader:
 
 
 def reshape(node: ir.Node) -> tuple[Compute, int]:
+    """Sides are constants; 0 keeps the input's side unless ``allowzero`` is set."""
     sides, zero_is_zero = read_integers(node, 1), node.attributes.get_int("allowzero", 0)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -54,11 +55,13 @@ def reshape(node: ir.Node) -> tuple[Compute, int]:
 
 
 def transpose(node: ir.Node) -> tuple[Compute, int]:
+    """Without ``perm`` the axes are reversed."""
     order = node.attributes.get_ints("perm")
     return (lambda x: x.permute(order if order is not None else tuple(reversed(range(x.ndim))))), 1
 
 
 def unsqueeze(node: ir.Node) -> tuple[Compute, int]:
+    """Axes count in the output, negative ones from its end."""
     axes = read_integers(node, 1)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -71,26 +74,31 @@ def unsqueeze(node: ir.Node) -> tuple[Compute, int]:
 
 
 def squeeze(node: ir.Node) -> tuple[Compute, int]:
+    """Axes are constants."""
     axes = read_integers(node, 1)
     return (lambda x: x.squeeze(axes)), 1
 
 
 def concat(node: ir.Node) -> tuple[Compute, int]:
+    """Of all inputs, along ``axis``."""
     axis = node.attributes.get_int("axis")
     return (lambda *parts: torch.cat(parts, axis)), len(node.inputs)
 
 
 def split(node: ir.Node) -> tuple[Compute, int]:
+    """By the constant sizes, else into as many equal parts as the node has outputs, the last one smaller."""
     axis, count = node.attributes.get_int("axis", 0), len(node.outputs)
     sizes = read_integers(node, 1) if has_input(node, 1) else None
 
     def compute(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return x.split(sizes if sizes is not None else -(-x.shape[axis] // count), axis)
+        parts: tuple[torch.Tensor, ...] = x.split(sizes if sizes is not None else -(-x.shape[axis] // count), axis)
+        return parts
 
     return compute, 1
 
 
 def slice_(node: ir.Node) -> tuple[Compute, int]:
+    """Starts, ends, axes and steps are constants; EngineError for a step that is not positive, which torch lacks."""
     starts, ends = read_integers(node, 1), read_integers(node, 2)
     axes = read_integers(node, 3) if has_input(node, 3) else list(range(len(starts)))
     strides = read_integers(node, 4) if has_input(node, 4) else [1] * len(starts)
@@ -107,6 +115,7 @@ def slice_(node: ir.Node) -> tuple[Compute, int]:
 
 
 def gather(node: ir.Node) -> tuple[Compute, int]:
+    """``x[..., indices, ...]`` along ``axis`` for indices of any rank, negative ones from the end."""
     axis = node.attributes.get_int("axis", 0)
 
     def compute(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -117,11 +126,13 @@ def gather(node: ir.Node) -> tuple[Compute, int]:
 
 
 def expand(node: ir.Node) -> tuple[Compute, int]:
+    """Broadcasts both ways, as ONNX does: a side of 1 keeps the input's."""
     sides = read_integers(node, 1)
     return (lambda x: x.expand(torch.broadcast_shapes(x.shape, tuple(sides)))), 1
 
 
 def cast(node: ir.Node) -> tuple[Compute, int]:
+    """EngineError for a type that torch does not have."""
     dtype = TORCH_TYPES.get(ir.DataType(node.attributes.get_int("to")))
     if dtype is None:
         raise make_unsupported_error(node, "torch has no such type")
@@ -129,6 +140,7 @@ def cast(node: ir.Node) -> tuple[Compute, int]:
 
 
 def gemm(node: ir.Node) -> tuple[Compute, int]:
+    """``alpha op(A) op(B) + beta C``."""
     attributes = node.attributes
     alpha, beta = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
     transpose_a, transpose_b = attributes.get_int("transA", 0), attributes.get_int("transB", 0)
@@ -141,10 +153,12 @@ def gemm(node: ir.Node) -> tuple[Compute, int]:
 
 
 def multiply(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Without a kernel for a factor of 1, which exports nearly always have."""
     return x if factor == 1.0 else x * factor
 
 
 def conv(node: ir.Node) -> tuple[Compute, int]:
+    """Of pictures ``[N, C, H, W]``; what :func:`read_conv_settings` refuses is refused."""
     stride, padding, dilation, groups = read_conv_settings(node)
 
     def compute(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
@@ -164,6 +178,7 @@ def read_conv_settings(node: ir.Node) -> tuple[list[int], list[int], list[int], 
 
 
 def pad(node: ir.Node) -> tuple[Compute, int]:
+    """Constants around all axes; EngineError for other modes."""
     if node.attributes.get_string("mode", "constant") != "constant" or has_input(node, 3):
         raise make_unsupported_error(node, "expected constants around all axes")
     ends, rank = read_integers(node, 1), len(read_integers(node, 1)) // 2
@@ -188,21 +203,25 @@ def resize(node: ir.Node) -> tuple[Compute, int]:
 
 
 def softmax(node: ir.Node) -> tuple[Compute, int]:
+    """Along ``axis``, by default the last."""
     axis = node.attributes.get_int("axis", -1)
     return (lambda x: x.softmax(axis)), 1
 
 
 def arg_min(node: ir.Node) -> tuple[Compute, int]:
+    """The first of equal values, int64."""
     axis, keep = node.attributes.get_int("axis", 0), bool(node.attributes.get_int("keepdims", 1))
     return (lambda x: x.argmin(axis, keep)), 1
 
 
 def gelu(node: ir.Node) -> tuple[Compute, int]:
+    """``approximate`` is ``none`` (erf) or ``tanh``."""
     form = node.attributes.get_string("approximate", "none")
     return (lambda x: F.gelu(x, approximate=form)), 1
 
 
 def layer_norm(node: ir.Node) -> tuple[Compute, int]:
+    """Over the last axis; EngineError for more axes or for the outputs of training."""
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     if node.attributes.get_int("axis", -1) != -1 or len(node.outputs) > 1:
         raise make_unsupported_error(node, "expected only the last axis")
@@ -212,6 +231,7 @@ def layer_norm(node: ir.Node) -> tuple[Compute, int]:
 
 
 def instance_norm(node: ir.Node) -> tuple[Compute, int]:
+    """Each channel of each sample by itself, ``[N, C, ...]``."""
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     return (lambda x, weight, bias: F.instance_norm(x, weight=weight, bias=bias, eps=epsilon)), 3
 

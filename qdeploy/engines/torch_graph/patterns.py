@@ -69,6 +69,7 @@ def match_int8_linear(node: ir.Node) -> GraphStep | None:
 
 
 def make_product_step(node: ir.Node, codes: ir.Value, weight: ir.Value, compute: torch.nn.Module) -> GraphStep:
+    """The step of ``node`` that reads int8 ``codes``; ``compute`` holds the codes of ``weight``."""
     names, constants = (node.name or "",), (get_name(weight),)
     return GraphStep(
         f"Int8{node.op_type}", names, (get_name(codes),), get_output_names(node), compute, constants, integer=True
@@ -87,6 +88,7 @@ def merge_linear_steps(steps: list[GraphStep]) -> list[GraphStep]:
 
 
 def merge_group(group: list[GraphStep]) -> GraphStep:
+    """One step with the outputs of all in ``group``: linear products without bias that read the same codes."""
     layers: list[Int8Linear] = [step.compute for step in group]  # type: ignore[misc]
     weights, scales = [layer.weight[:, 0, 0] for layer in layers], [layer.scale for layer in layers]
     return GraphStep(
@@ -182,6 +184,7 @@ def find_weight_codes(value: ir.Value | None, axis: int) -> ir.Value | None:
 
 
 def read_scale(value: ir.Value | None) -> torch.Tensor:
+    """The scale of the DequantizeLinear that gives ``value``: ``float32[]`` or ``float32[C]``."""
     assert value is not None
     node = value.producer()
     assert node is not None
@@ -197,6 +200,7 @@ def has_plain_bias(node: ir.Node, weight: ir.Value, axis: int) -> bool:
 
 
 def read_bias(node: ir.Node, weight: ir.Value, axis: int) -> torch.Tensor | None:
+    """``[OUT]``, for outputs along ``axis`` of ``weight``; None without one."""
     return expand_per_channel(tensor_from_value(node.inputs[2]), weight, axis) if has_input(node, 2) else None
 
 
@@ -206,6 +210,7 @@ def expand_per_channel(scale: torch.Tensor, weight: ir.Value, axis: int) -> torc
 
 
 def get_shape(weight: ir.Value) -> tuple[int, ...]:
+    """Of the constant ``weight``, taken from its values."""
     values = read_constant(weight)
     assert values is not None
     return values.shape

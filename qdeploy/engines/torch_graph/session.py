@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import EngineError
 from qdeploy.engines.base import Port, check_feeds
 from qdeploy.engines.nvidia.resident import ResidentInputs
@@ -56,7 +57,7 @@ class TorchSession:
         except Exception as exc:  # of torch, its compiler, Triton and CUDA, which share no class of their own
             raise EngineError(f"{self._path}: {exc}") from exc
 
-    def run(self, feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         """Compute every output, by name; EngineError when a feed does not fit or the session is closed."""
         check_feeds(self._path, self._ports, feeds)
         with self._lock, torch.inference_mode():
@@ -117,6 +118,7 @@ class RecordedGraph:
         self._outputs: Outputs = ()
 
     def __call__(self, *places: torch.Tensor) -> Outputs:
+        """Replay; the outputs are the same tensors at every call, overwritten by the next."""
         if self._graph is None:
             self._record(places)
         self._graph.replay()

@@ -43,12 +43,14 @@ class GraphStep:
 
 
 def get_name(value: ir.Value | None) -> str:
+    """For a value that must be there and have a name, as every one of an exported graph does."""
     assert value is not None
     assert value.name is not None
     return value.name
 
 
 def get_output_names(node: ir.Node) -> tuple[str, ...]:
+    """In the node's order."""
     return tuple(map(get_name, node.outputs))
 
 
@@ -85,8 +87,10 @@ def read_integers(node: ir.Node, index: int) -> list[int]:
 
 
 def has_input(node: ir.Node, index: int) -> bool:
+    """Whether the optional input ``index`` is given: ONNX leaves one out by an empty name or by the end of the list."""
     return len(node.inputs) > index and node.inputs[index] is not None
 
 
 def make_unsupported_error(node: ir.Node, why: str) -> EngineError:
+    """The error for a form of an operator that torch-cuda does not know; ``why`` says what came and what it expects."""
     return EngineError(f"torch-cuda cannot compute {node.op_type} {node.name!r}: {why}")

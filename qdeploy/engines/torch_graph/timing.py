@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from qdeploy.base.arrays import Feeds
 from qdeploy.engines.torch_graph.module import OnnxModule, run_step
 
 
 def time_steps(
-    module: OnnxModule, feeds: Mapping[str, NDArray], device: str, runs: int, wait: Callable[[], object]
+    module: OnnxModule, feeds: Feeds, device: str, runs: int, wait: Callable[[], object]
 ) -> dict[str, float]:
     """Each step's mean seconds over ``runs`` after one that does not count, by its first output's name.
 

@@ -59,7 +59,8 @@ class Extractor(Protocol):
     """Pictures to features."""
 
     @property
-    def info(self) -> ExtractorInfo: ...
+    def info(self) -> ExtractorInfo:
+        """Its facts, which tables and saved features name."""
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Array:
         """``float32[B, dim + classes]`` of RGB pictures: features, then logits."""
@@ -74,4 +75,5 @@ def open_extractor(name: str, options: ExtractorOptions) -> Extractor:
     """The extractor ``name``; UsageError for an unknown one, or with what it needs."""
     if name not in list_extractors():
         raise UsageError(f"--extractor: got {name!r}, expected one of {', '.join(list_extractors())}")
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").open_extractor(options)
+    extractor: Extractor = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").open_extractor(options)
+    return extractor

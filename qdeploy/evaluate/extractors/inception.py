@@ -40,6 +40,7 @@ class Inception:
         self._weights = weights
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Array:
+        """``float32[B, 2048 + 1008]`` of RGB pictures."""
         import torch
 
         rgb = np.stack([resize_picture(picture, SIDE, SIDE, BICUBIC) for picture in pictures]).transpose(0, 3, 1, 2)

@@ -47,8 +47,10 @@ class OpenNsfw:
         self._session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Array:
+        """``float32[B, 1024]`` of RGB pictures."""
         rgb = np.stack([resize_picture(picture, SIDE, SIDE, BICUBIC) for picture in pictures])
-        return self._session.run([FEATURES], {self._input: rgb[..., ::-1] - MEAN_BGR})[0].reshape(len(rgb), DIM)
+        features: Array = self._session.run([FEATURES], {self._input: rgb[..., ::-1] - MEAN_BGR})[0]
+        return features.reshape(len(rgb), DIM)
 
 
 def open_extractor(options: ExtractorOptions) -> OpenNsfw:

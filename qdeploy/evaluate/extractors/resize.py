@@ -17,4 +17,5 @@ BOX = Image.Resampling.BOX
 def resize_picture(picture: Image.Image, width: int, height: int, method: Image.Resampling) -> NDArray[np.float32]:
     """``float32[height, width, 3]``, clipped to 0..255, of an RGB picture; not a copy of its size is changed."""
     channels = [np.asarray(channel.convert("F").resize((width, height), method)) for channel in picture.split()]
-    return np.clip(np.stack(channels, axis=-1), 0, 255)
+    clipped: NDArray[np.float32] = np.clip(np.stack(channels, axis=-1), 0, 255)
+    return clipped

@@ -19,6 +19,7 @@ class Rgb8:
     info = ExtractorInfo("rgb8", SIDE * SIDE * 3, 0, "PIL box, antialiased, to 8x8", "", comparable=False)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Array:
+        """``float32[B, 192]`` of RGB pictures, 0..1."""
         return np.stack([resize_picture(picture, SIDE, SIDE, BOX).ravel() for picture in pictures]) / np.float32(255)
 
 

@@ -1,4 +1,6 @@
-"""Original CompVis checkpoints (``.ckpt``, ``.pt``, ``.safetensors``) as diffusers and transformers modules, offline::
+"""Original CompVis checkpoints (``.ckpt``, ``.pt``, ``.safetensors``) as diffusers and transformers modules, offline.
+
+::
 
     from qdeploy.models.checkpoints import convert_checkpoint, describe_checkpoint
 

@@ -21,7 +21,7 @@ def build_module(make: Any, config: Any, weights: Mapping[str, Tensor], label: s
 
     try:
         with init_empty_weights():
-            module = make(**config) if isinstance(config, Mapping) else make(config)
+            module: nn.Module = make(**config) if isinstance(config, Mapping) else make(config)
     except ValueError as exc:
         raise ModelError(f"the {label}'s sizes cannot be built: {exc}") from exc
     _check_names(module.state_dict(), weights, label)
@@ -35,7 +35,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def check_all_used(source: Mapping[str, Tensor], converted: Mapping[str, Tensor], label: str) -> None:
-    """diffusers' converters drop names that they do not know; ModelError when one dropped a tensor of ``source``."""
+    """Diffusers' converters drop names that they do not know; ModelError when one dropped a tensor of ``source``."""
     used = {tensor.data_ptr() for tensor in converted.values()}
     dropped = [name for name, tensor in source.items() if tensor.data_ptr() not in used]
     if dropped:

@@ -63,12 +63,14 @@ class Inert:
     """A placeholder for an object that is not weights: it accepts any arguments and does nothing."""
 
     def __new__(cls, *_: Any) -> Any:
+        """Without calling anything of the class that the file names."""
         return object.__new__(cls)
 
     def __init__(self, *_: Any) -> None:
         pass
 
     def __setstate__(self, _: Any) -> None:
+        """Whatever the file holds of it is left out."""
         pass
 
 
@@ -76,6 +78,7 @@ class InertDict(Inert):
     """A placeholder for a kind of dict; unpickled items need a plain one."""
 
     def __new__(cls, *_: Any) -> Any:
+        """A plain, empty dict."""
         return {}
 
 

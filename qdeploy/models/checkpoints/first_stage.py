@@ -37,7 +37,7 @@ class FirstStageLayout:
     @property
     def factor(self) -> int:
         """Pixels a latent, along a side."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return 1 << (len(self.ch_mult) - 1)
 
 
 def read_layout(weights: Mapping[str, Tensor]) -> FirstStageLayout:
@@ -82,7 +82,7 @@ def convert_first_stage(
 def choose_first_stage_class(
     layout: FirstStageLayout, sample_size: int, scaling_factor: float
 ) -> tuple[Any, dict[str, Any]]:
-    """diffusers' class of this layout and its settings; ModelError for a layout that it cannot express."""
+    """The class of diffusers' for this layout, and its settings; ModelError for a layout that it cannot express."""
     from diffusers import AutoencoderKL, VQModel
 
     levels = len(layout.ch_mult)

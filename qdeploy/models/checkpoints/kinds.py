@@ -66,6 +66,7 @@ def select_part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def has_ema(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the file holds averaged weights of the UNet next to the last ones (Lightning's ``model_ema.…``)."""
     return bool(select_part(tensors, EMA))
 
 

@@ -40,6 +40,7 @@ class UNetLayout:
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Channels of each level, ``model_channels`` times its multiplier."""
         return tuple(self.model_channels * mult for mult in self.channel_mult)
 
     @property
@@ -155,7 +156,7 @@ def _build_unconditional_config(layout: UNetLayout, heads: Heads, sample_size: i
 
 
 def _rename_weights(weights: Mapping[str, Tensor], layout: UNetLayout) -> dict[str, Tensor]:
-    """diffusers' names, by its own converter and, for residual blocks that resample, by hand around it."""
+    """Weights by diffusers' names, by its own converter and, for residual blocks that resample, by hand around it."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, update_unet_resnet_ldm_to_diffusers
 
     up_blocks = _map_up_blocks(layout) if layout.resblock_updown else {}

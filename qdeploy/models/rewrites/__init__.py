@@ -19,4 +19,5 @@ def apply_rewrite(component: TorchComponent, name: str) -> list[str]:
         raise TableError(
             f"unknown rewrite {name!r}, expected one of {', '.join(REWRITES)}; was the table made by a newer qdeploy?"
         )
-    return getattr(import_module(f"{__name__}.{name}"), name)(component)
+    replaced: list[str] = getattr(import_module(f"{__name__}.{name}"), name)(component)
+    return replaced

@@ -34,8 +34,10 @@ class SplitConv2d(nn.Module):
         self.channels = [hidden_channels, conv.in_channels - hidden_channels]  # the parts may be replaced
 
     def forward(self, x: Tensor) -> Tensor:
+        """``float32[B, in, H, W]`` -> ``float32[B, out, H', W']``."""
         hidden, skip = x.split(self.channels, dim=1)
-        return self.h(hidden) + self.skip(skip)
+        summed: Tensor = self.h(hidden) + self.skip(skip)
+        return summed
 
 
 def slice_conv(conv: nn.Conv2d, channels: slice, bias: Tensor | None) -> nn.Conv2d:

@@ -38,6 +38,7 @@ class TimestepRow(nn.Module):
         self.register_buffer("row_of_t", row_of_t)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """``int64[B]`` -> ``int64[B]``; ModelError for timesteps that are not integers."""
         if timesteps.is_floating_point():
             raise ModelError(f"timestep: got {timesteps.dtype}, expected torch.int64; a table has whole timesteps only")
         checked = torch.where(timesteps < 0, len(self.row_of_t), timesteps)  # type: ignore[arg-type]
@@ -51,6 +52,7 @@ class RowAsEmbedding(nn.Module):
     """
 
     def forward(self, row: Tensor, condition: Tensor | None = None) -> Tensor:
+        """``[B]`` of any dtype -> ``int64[B]``; ModelError for a condition, of which the table knows nothing."""
         if condition is not None:
             raise ModelError("timestep_cond was given, but a timestep table depends only on t; keep the time embedding")
         return row.to(torch.int64)
@@ -64,6 +66,7 @@ class TimestepTable(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, row: Tensor) -> Tensor:
+        """``int64[B]`` -> ``float32[B, C]``."""
         return self.table.index_select(0, row).to(torch.float32)  # type: ignore[operator]
 
 
@@ -122,12 +125,14 @@ def compute_time_embeddings(unet: nn.Module, timesteps: Tensor) -> Tensor:
     weight = next(unet.time_embedding.parameters())  # type: ignore[union-attr]
     emb = unet.time_embedding(unet.time_proj(timesteps.to(weight.device)).to(weight.dtype))  # type: ignore[operator]
     act = getattr(unet, "time_embed_act", None)
-    return emb if act is None else act(emb)
+    embedded: Tensor = emb if act is None else act(emb)
+    return embedded
 
 
 def project(resnet: ResnetBlock2D, emb: Tensor) -> Tensor:
     """``float32[rows, C]``: what ``ResnetBlock2D.forward`` makes of the embedding (2C for scale and shift)."""
-    return resnet.time_emb_proj(emb if resnet.skip_time_act else resnet.nonlinearity(emb))
+    projected: Tensor = resnet.time_emb_proj(emb if resnet.skip_time_act else resnet.nonlinearity(emb))
+    return projected
 
 
 def half_from_table(name: str, table: Tensor) -> Tensor:

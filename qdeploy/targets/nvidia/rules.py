@@ -85,5 +85,6 @@ def find_layer_faults(node: ir.Node) -> Iterator[str]:
 
 
 def get_array(value: ir.Value) -> np.ndarray:
+    """Of a value that is known to be a constant, in its own dtype."""
     assert value.const_value is not None
     return value.const_value.numpy()

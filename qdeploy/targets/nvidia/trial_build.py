@@ -146,7 +146,7 @@ def list_parser_errors(parser: int) -> list[str]:
 
 def bind_function(library: ctypes.CDLL, name: str, arguments: int) -> Callable[..., Any]:
     """A C function that takes pointers, its last argument a version number, and returns a pointer."""
-    bound = getattr(library, name)
+    bound: ctypes._NamedFuncPointer = getattr(library, name)
     bound.argtypes = [ctypes.c_void_p] * (arguments - 1) + [ctypes.c_int]
     bound.restype = ctypes.c_void_p
     return bound
@@ -170,6 +170,7 @@ def get_implementation(outer: int) -> int:
 
 
 def main() -> None:
+    """Build the graph that the first argument names; prints the answer as JSON for the parent process."""
     answer = build_engine(Path(sys.argv[1]))
     print(json.dumps({"errors": answer} if isinstance(answer, list) else asdict(answer)))
 
