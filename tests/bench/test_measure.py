@@ -185,7 +185,7 @@ def test_levels_of_concurrency() -> None:
     [
         (("--rounds", 0), "0 is not in the range"),
         (("--concurrency", "0"), "--concurrency"),
-        (("--compare", "nowhere.json"), "not a measurement"),
+        (("--compare", "nowhere.json"), "nowhere.json cannot be read"),
         (("--engine", "nonsense"), "unknown --engine"),
     ],
 )
