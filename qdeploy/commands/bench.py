@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qdeploy.commands import INTERRUPTED, PATH, STEPS, THREADS, Number, Whole, prepare_outputs
+from qdeploy.commands import INTERRUPTED, MILLION, PATH, STEPS, THREADS, Number, Whole, prepare_outputs
 
 
 @click.command()
@@ -41,7 +41,7 @@ from qdeploy.commands import INTERRUPTED, PATH, STEPS, THREADS, Number, Whole, p
 @click.option("--compare", "old_path", type=PATH, metavar="OLD.json", help="Fail where figures are worse than there.")
 @click.option(
     "--tolerance",
-    type=Number(0, 10_000),
+    type=Number(0, MILLION),
     default=5.0,
     show_default=True,
     help="Percent that --compare lets pass at least.",
