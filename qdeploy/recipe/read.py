@@ -93,6 +93,7 @@ class Recipe:
     """One experiment, checked.
 
     typed: the options that the recipe sets for `calibrate`; those that its mode would ignore are refused.
+    min_sqnr_db: least SQNR that a component is exported with; None for the gate's own.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Recipe:
     target: Target
     sample: SampleSettings
     with_encoder: bool = False
+    min_sqnr_db: float | None = None
 
     def __post_init__(self) -> None:
         if self.model.architecture is not None:
@@ -137,7 +139,7 @@ SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "model": get_type_hints(RecipeModel, include_extras=True),
     "calibrate": {field.name: get_type_hints(CalibrationRequest)[field.name] for field in fields(CalibrationRequest)},
     "quantize": {name: hint for name, hint in get_type_hints(spec_from_options).items() if name != "return"},
-    "export": {"target": str, "with_encoder": bool},
+    "export": {"target": str, "with_encoder": bool, "min_sqnr": float | None},
     "sample": get_type_hints(SampleSettings),
 }  # section -> its keys and their types, which are the options of the command of that name
 
@@ -170,6 +172,7 @@ def recipe_from_document(name: str, document: Mapping[str, Any]) -> Recipe:
         target=load_target(options["export"].get("target", DEFAULT_TARGET)),
         sample=SampleSettings(**options["sample"]),
         with_encoder=options["export"].get("with_encoder", False),
+        min_sqnr_db=options["export"].get("min_sqnr"),
     )
 
 

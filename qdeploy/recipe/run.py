@@ -96,7 +96,10 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
 
     def export() -> None:
         quant_table = load_table(table)
-        export_bundle(model.load(), quant_table, target, bundle, on_progress, with_encoder=recipe.with_encoder)
+        export_bundle(
+            model.load(), quant_table, target, bundle, on_progress,
+            with_encoder=recipe.with_encoder, min_sqnr_db=recipe.min_sqnr_db,
+        )  # fmt: skip
 
     def run_one(
         name: str, made: Path, settings: dict[str, Any], made_from: dict[str, str], make: Callable[[], None]
