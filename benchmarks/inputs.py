@@ -105,7 +105,7 @@ def list_unet_feeds(calibration: CalibrationSet) -> list[Feeds]:
         {
             name: np.array(value.numpy()) for name, value in feeds.items()
         }  # ascontiguousarray would make the scalar rank 1
-        for feeds in calibration.batches("unet", choose_graph_batch("unet", reads_text=True))
+        for feeds in calibration.batches("unet", choose_graph_batch("unet", is_guided=True))
     ]
 
 

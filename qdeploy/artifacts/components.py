@@ -39,7 +39,10 @@ class ComponentKind:
 
 
 TEXT_ENCODER = ComponentKind("text_encoder", ("input_ids",), "hidden", for_text=True)
-UNET = ComponentKind("unet", ("sample", "timestep", "encoder_hidden_states"), "noise_pred", in_loop=True)
+UNET = ComponentKind(
+    "unet", ("sample", "timestep", "encoder_hidden_states", "timestep_cond"), "noise_pred", in_loop=True
+)  # without text the first two; the last one only where the UNet reads the guidance scale
+GUIDANCE_INPUT = "timestep_cond"
 VAE_DECODER = ComponentKind("vae_decoder", ("latents",), "image", row_cost=2)
 VAE_ENCODER = ComponentKind("vae_encoder", ("image",), "latents", on_demand=True)
 
@@ -70,6 +73,6 @@ def name_tokenizer(text_encoder: str) -> str:
     return "tokenizer" + text_encoder.removeprefix(TEXT_ENCODER.name)
 
 
-def choose_graph_batch(component: str, reads_text: bool) -> int:
-    """Static batch of a component's graph: 2 in the denoising loop of a model that reads text (CFG halves), else 1."""
-    return 2 if get_kind(component).in_loop and reads_text else 1
+def choose_graph_batch(component: str, is_guided: bool) -> int:
+    """Static batch of a component's graph: 2 in the denoising loop with classifier-free guidance, else 1."""
+    return 2 if get_kind(component).in_loop and is_guided else 1

@@ -29,7 +29,7 @@ def build_call(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call 
     inputs = pipeline.bundle.manifest.unet.inputs
     # size of a dimension that the graph leaves open; both halves of guidance where it reads text
     default_shape = (
-        choose_graph_batch(UNET.name, pipeline.reads_text),
+        choose_graph_batch(UNET.name, pipeline.reads_text and pipeline.model.guidance_channels is None),
         pipeline.latents.channels,
         pipeline.latents.height,
         pipeline.latents.width,

@@ -80,6 +80,7 @@ def export(
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt
       qdeploy export w8a8.safetensors -o bundle-tensorrt --target tensorrt --build
     """
+    from qdeploy.artifacts.file_kind import is_table
     from qdeploy.artifacts.outputs import BUNDLE
     from qdeploy.artifacts.table import load_table
     from qdeploy.base.disk import note_kept
@@ -95,7 +96,7 @@ def export(
     prepare_outputs(Output(out, BUNDLE))
     open_dims = OpenDims.from_text(dynamic)
     chosen = load_target(target).in_full_range() if full_range else load_target(target)
-    table = load_table(Path(source)) if source.endswith(".safetensors") else None
+    table = load_table(Path(source)) if is_table(source) else None
     default_precision = chosen.choose_precision(table is not None)
     chosen.check_precision(precision or default_precision)
     if (precision or default_precision) != default_precision:

@@ -43,6 +43,7 @@ from qdeploy.export.release import release_memory
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.models.tokenizing import PromptTokenizer
 from qdeploy.passes.edit import find_largest_weight_code
+from qdeploy.sampling import check_scheduler
 from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.base import Target
 
@@ -82,6 +83,7 @@ def export_bundle(
         check_weights(table, model)
         check_probes(table, model)
         check_exportable(table)
+    check_scheduler(model.scheduler_config)
     names = (*model.components, *([VAE_ENCODER.name] if with_encoder else []))
     needed_bytes = estimate_bytes(model, names, precision)
     check_output(Output(out, BUNDLE, needed_bytes=needed_bytes))
@@ -140,7 +142,7 @@ def export_component(
         quant = restrict_to_numerics(quant, target.numerics)
         component = build_simulator(float_component, quant, target.numerics)
     # an open batch is traced at 2, since the exporter treats 1 as a constant
-    example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.reads_text))
+    example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.is_guided))
     feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes
     if target.numerics.float_type == "fp16":
         check_fp16_range(float_component, feeds, name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qdeploy.artifacts.bundle import MANIFEST, ComponentInfo, open_bundle
 from qdeploy.artifacts.components import TEXT_ENCODER, VAE_DECODER
+from qdeploy.artifacts.file_kind import CALIBRATION, TABLE, read_file_kind
 from qdeploy.artifacts.graph_file import read_graph_file
 from qdeploy.artifacts.table import QuantTable, load_table
 from qdeploy.base.errors import UsageError
@@ -22,10 +23,10 @@ def describe(path: str, show_all: bool = False) -> FactRows:
         return describe_model(path)
     if (Path(path) / MANIFEST).is_file():
         return describe_bundle(Path(path))
-    key = read_safetensors_key(Path(path))
-    if key == "qdeploy_table":
+    key = read_file_kind(Path(path))
+    if key == TABLE:
         return describe_table(Path(path), show_all)
-    if key == "qdeploy_calibration":
+    if key == CALIBRATION:
         return describe_calibration(Path(path))
     if Path(path).is_file() and is_checkpoint(path):
         return describe_single_file(Path(path))
@@ -38,28 +39,15 @@ def describe(path: str, show_all: bool = False) -> FactRows:
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether ``path`` is a model in one file, by its suffix."""
-    from qdeploy.models.single_file import is_single_file
+    """Whether ``path`` is a model in one file, by its content or suffix."""
+    from qdeploy.models.checkpoints.file import may_be_checkpoint
 
-    return is_single_file(path)
-
-
-def read_safetensors_key(path: Path) -> str:
-    """The key that qdeploy wrote into the file's header, or ``""``."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors":
-        return ""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return next((key for key in file.metadata() or {} if key.startswith("qdeploy_")), "")
-    except (SafetensorError, OSError):
-        return ""
+    return may_be_checkpoint(Path(path))
 
 
 def load_table_to_plot(path: str) -> QuantTable:
     """The table at ``path``; UsageError when something else lies there."""
-    if read_safetensors_key(Path(path)) != "qdeploy_table":
+    if read_file_kind(Path(path)) != TABLE:
         raise UsageError(f"--plot draws a table's sensitivities and {path} is no table; give one of `qdeploy quantize`")
     return load_table(Path(path))
 
@@ -158,6 +146,7 @@ def describe_single_file(path: Path) -> FactRows:
         ("picture", f"{summary.image_side}x{summary.image_side}"),
         ("latents", "x".join(map(str, summary.latents))),
         ("averaged weights", "of the UNet, take them with --ema" if summary.ema else "none"),
+        *(("corrected", text) for text in summary.corrections),
         *((name, f"{count / 1e6:.2f} M parameters") for name, count in summary.parameters.items()),
         ("missing", "; ".join(summary.missing) or "nothing"),
     ]
@@ -176,6 +165,7 @@ def describe_model(source: str) -> FactRows:
         ("kind", model.kind),
         *([("prompt", f"{latents.tokens} tokens")] if model.reads_text else []),
         ("scheduler", str(model.scheduler_config.get("_class_name"))),
+        *(("corrected", text) for text in model.corrections),
     ]
     for name in model.components:
         component = model.component(name)

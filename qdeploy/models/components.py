@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.artifacts.bundle import LatentInfo
-from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.components import GUIDANCE_INPUT, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.models.tokenizing import PromptTokenizer
 
 ForwardHook = Callable[..., None]  # (module, args, output)
@@ -100,13 +100,27 @@ class UNet(NoisePredictor):
 
     @property
     def text_width(self) -> int:
-        """Channels D of the text embeddings that the cross-attention reads."""
-        return int(self.inner.config.cross_attention_dim)  # type: ignore[union-attr, arg-type]
+        """Channels D of the text embeddings that it reads, before a projection of its own where it has one."""
+        config: Any = self.inner.config
+        return int(config.cross_attention_dim if config.encoder_hid_dim is None else config.encoder_hid_dim)
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
         """``float32[B, C, h, w]`` of unit noise at timestep 500, and text ``float32[B, T, D]``."""
         feeds = super().make_example(batch, latents)
         return feeds | {UNET.inputs[2]: torch.randn(batch, latents.tokens, self.text_width)}
+
+
+class GuidanceUNet(UNet):
+    """The same with ``timestep_cond float32[B, G]``, the embedding of the guidance scale that it was distilled with."""
+
+    def forward(  # type: ignore[override]
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor
+    ) -> Tensor:
+        return self.inner(sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False)[0]
+
+    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        channels = int(self.inner.config.time_cond_proj_dim)  # type: ignore[union-attr, arg-type]
+        return super().make_example(batch, latents) | {GUIDANCE_INPUT: torch.randn(batch, channels)}
 
 
 class UnconditionalUNet(NoisePredictor):

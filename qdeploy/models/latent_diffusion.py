@@ -15,6 +15,7 @@ from qdeploy.artifacts.components import UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.base.errors import ModelError
 from qdeploy.models.components import (
     BertTextEncoder,
+    GuidanceUNet,
     TextEncoder,
     TorchComponent,
     UnconditionalUNet,
@@ -23,6 +24,7 @@ from qdeploy.models.components import (
     VaeEncoder,
     VqDecoder,
 )
+from qdeploy.models.part_checks import check_finite, check_vocabulary
 from qdeploy.models.tokenizing import PromptTokenizer
 
 AnyComponent = TypeVar("AnyComponent", bound=TorchComponent)
@@ -45,6 +47,7 @@ class LatentDiffusion:
     scheduler_config: Mapping[str, Any]
     latents: LatentInfo
     loras: tuple[str, ...] = ()  # FILE:SCALE of each one that was fused
+    corrections: tuple[str, ...] = ()  # settings that are used otherwise than the files have them
 
     @property
     def reads_text(self) -> bool:
@@ -105,6 +108,16 @@ class LatentDiffusion:
         """Tokens that each text encoder knows."""
         return {name: encoder.vocabulary for name, encoder in self.text_encoders.items()}
 
+    @property
+    def guidance_channels(self) -> int | None:
+        """Channels of the guidance scale's embedding that the UNet reads; None where it reads none."""
+        return getattr(self.unet.inner.config, "time_cond_proj_dim", None)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the UNet runs with and without the text, for classifier-free guidance."""
+        return self.reads_text and self.guidance_channels is None
+
     @torch.no_grad()
     def embed(self, input_ids: Mapping[str, Tensor]) -> Tensor:
         """Text embeddings ``float32[B, T, D]`` of what :meth:`tokenize` gave: all text encoders' channels, joined."""
@@ -140,6 +153,7 @@ class ModelParts:
     text: each text encoder with its tokenizer, by component name; empty for an unconditional model.
     scaling_factor: of the latents; the decoder is given latents divided by it.
     sample_size: height and width of the latents, or both in one number.
+    corrections: settings that are used otherwise than the files have them.
     """
 
     unet: nn.Module
@@ -148,6 +162,7 @@ class ModelParts:
     scheduler_config: Mapping[str, Any]
     scaling_factor: float
     sample_size: int | tuple[int, int]
+    corrections: tuple[str, ...] = ()
 
 
 def assemble_model(parts: ModelParts, *, source: str, folder: Path, sha256: str) -> LatentDiffusion:
@@ -173,10 +188,11 @@ def assemble_model(parts: ModelParts, *, source: str, folder: Path, sha256: str)
         folder=folder,
         sha256=sha256,
         text_encoders=text_encoders,
-        unet=freeze((UNet if text_encoders else UnconditionalUNet)(unet)),
+        unet=freeze(choose_unet(unet, bool(text_encoders))(unet)),
         vae_decoder=freeze((VqDecoder if is_vq(vae) else VaeDecoder)(vae)),
         scheduler_config=parts.scheduler_config,
         latents=latents,
+        corrections=parts.corrections,
     )
 
 
@@ -197,8 +213,11 @@ def check_parts(parts: ModelParts, source: str) -> None:
             f"{source}: the UNet takes {config.in_channels} channels and gives {config.out_channels}, the VAE has "
             f"{channels}; models that read another picture without a mask, or learn a variance, are not supported"
         )
-    if config.class_embed_type is not None or config.num_class_embeds is not None:
-        raise ModelError(f"{source}: the UNet reads class labels, which is not supported; use a model without")
+    check_finite(parts.unet, source, "UNet")
+    check_finite(parts.vae, source, "VAE")
+    for name, text in parts.text.items():
+        check_finite(text.encoder, source, name)
+        check_vocabulary(text.tokenizer, text.encoder, source)
 
 
 def is_vq(vae: Any) -> bool:
@@ -210,6 +229,13 @@ def count_latent_channels(vae: Any) -> int:
     """C of the latents that the decoder is given."""
     embedded = vae.config.vq_embed_dim if is_vq(vae) else None
     return int(vae.config.latent_channels if embedded is None else embedded)
+
+
+def choose_unet(unet: Any, reads_text: bool) -> type[UNet | UnconditionalUNet]:
+    """The component class by what the UNet reads besides x and t."""
+    if not reads_text:
+        return UnconditionalUNet
+    return UNet if unet.config.time_cond_proj_dim is None else GuidanceUNet
 
 
 def wrap_text_encoder(text: TextParts) -> TextEncoder:

@@ -2,15 +2,16 @@
 
 Layouts: diffusers' and PEFT's (``unet.….to_q.lora_A.weight``, and the older ``….processor.to_q_lora.down.weight``)
 and kohya's (``lora_unet_…_to_q.lora_down.weight`` with ``.alpha``, ``lora_te_…``; LoCon's convolutions too).
-Safetensors only; ``peft`` is not needed.
+Safetensors only, or the folder that PEFT saved; ``peft`` is not needed. Strengths are in ``lora_settings.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,21 +23,26 @@ from torch import Tensor, nn
 from qdeploy.artifacts.components import TEXT_ENCODER, UNET, get_kind
 from qdeploy.base.errors import ModelError, join_names
 from qdeploy.base.files import hash_file
-from qdeploy.base.names import matches_name
+from qdeploy.models.config_files import parse_json, read_config
 from qdeploy.models.latent_diffusion import LatentDiffusion
+from qdeploy.models.lora_settings import CONFIG_FILE, LoraSettings, find_lora_file, settings_from_config
 from qdeploy.models.options import LoraFile
 from qdeploy.models.rewrites.surgery import copy_module
+from qdeploy.models.weight_files import check_safetensors
 
-PREFIXES = {UNET.name: ("unet.", ""), TEXT_ENCODER.name: ("text_encoder.",)}
+PREFIXES = {UNET.name: ("unet.", ""), TEXT_ENCODER.name: ("text_encoder.", "")}
 KOHYA_PREFIXES = {UNET.name: "lora_unet_", TEXT_ENCODER.name: "lora_te_"}
 OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 OTHER_METHODS = ("hada_", "lokr_", "lora_mid", "lora_magnitude_vector", "dora_scale", "oft_", ".diff", ".bias")
 METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's LoraConfig, names prefixed by the component
 
+ALPHA_TYPES = (torch.int16, torch.int32, torch.int64)  # in which some trainers store a whole alpha
+MAX_KEYS = 100_000
+WRAPPED = "base_model.model."  # how PEFT's own files begin
 KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<layer>.+?)"
-    r"(?:(?P<down>(?:\.lora_A(?:\.default)?|\.lora_down|\.lora_linear_layer\.down|[._]lora\.down)\.weight)"
-    r"|(?P<up>(?:\.lora_B(?:\.default)?|\.lora_up|\.lora_linear_layer\.up|[._]lora\.up)\.weight)"
+    r"(?P<layer>.+?)"
+    r"(?:(?P<down>(?:\.lora_A(?:\.[\w-]+)?|\.lora_down|\.lora_linear_layer\.down|[._]lora\.down)\.weight)"
+    r"|(?P<up>(?:\.lora_B(?:\.[\w-]+)?|\.lora_up|\.lora_linear_layer\.up|[._]lora\.up)\.weight)"
     r"|(?P<alpha>(?:_lora)?\.alpha))"
 )
 
@@ -75,18 +81,43 @@ class LowRankUpdate:
         return self.strength * (self.up.flatten(1) @ self.down.flatten(1)).view(shape) if fits else None
 
 
-def fuse_lora(model: LatentDiffusion, file: Path, scale: float = 1.0) -> LatentDiffusion:
-    """``model`` with the LoRA in ``file`` added to its weights; the original is unchanged.
+@dataclass(frozen=True)
+class LoraFileContent:
+    """What one LoRA file holds, and the settings in its header and next to it.
 
-    The new ``sha256`` depends on both files and the scale. Raises ModelError, naming the keys, when ``file`` is not
-    a plain LoRA in safetensors, holds a key that the model has no layer for, or has a layer of another shape.
+    used: the files that it was read from, the weights first.
     """
-    updates = read_lora(model, file)
+
+    file: Path
+    tensors: Mapping[str, Tensor]
+    header: Mapping[str, Any]
+    config: LoraSettings | None
+    used: tuple[Path, ...]
+
+    def find_settings(self, component: str) -> LoraSettings:
+        """Of the header where it speaks of ``component``, else of the config next to the file."""
+        prefix = f"{component}."
+        own = {key.removeprefix(prefix): value for key, value in self.header.items() if key.startswith(prefix)}
+        if own:
+            return settings_from_config(own, f"{self.file}: {METADATA}")
+        return LoraSettings(str(self.file)) if self.config is None else self.config
+
+
+def fuse_lora(model: LatentDiffusion, file: Path, scale: float = 1.0) -> LatentDiffusion:
+    """``model`` with the LoRA in ``file``, or in a folder of PEFT's, added to its weights; the original is unchanged.
+
+    The new ``sha256`` depends on both files, the LoRA's settings and the scale. Raises ModelError, naming the keys,
+    when ``file`` is not a plain LoRA in safetensors, holds a key that the model has no layer for, or has a layer of
+    another shape.
+    """
+    content = read_lora_file(file)
+    updates = match_updates(model, content)
     components = {name: copy_module(model.component(name)) for name in {address.component for address in updates}}
     for address, update in updates.items():
         layer = components[address.component].inner.get_submodule(address.layer)
-        add_update(layer, update, scale, f"{file}: {address.layer}")
-    digest = hashlib.sha256(f"{model.sha256} lora {hash_file(file)} {float(scale)!r}\n".encode()).hexdigest()
+        add_update(layer, update, scale, f"{content.file}: {address.layer}")
+    hashes = " ".join(map(hash_file, content.used))
+    digest = hashlib.sha256(f"{model.sha256} lora {hashes} {float(scale)!r}\n".encode()).hexdigest()
     loras = (*model.loras, str(LoraFile(file, scale)))
     return replace(model.with_components(components), sha256=digest, loras=loras)
 
@@ -106,53 +137,68 @@ def add_update(layer: nn.Module, update: LowRankUpdate, scale: float, name: str)
     layer.weight = nn.Parameter(fused, requires_grad=False)
 
 
-def read_lora(model: LatentDiffusion, file: Path) -> dict[LayerAddress, LowRankUpdate]:
-    """The updates in ``file`` by the layers of ``model`` that they are for; every key is used."""
-    tensors, metadata = read_safetensors(file)
+def match_updates(model: LatentDiffusion, content: LoraFileContent) -> dict[LayerAddress, LowRankUpdate]:
+    """The updates by the layers of ``model`` that they are for; every key is used."""
     addresses = list_addresses(model)
     parts_by_address: dict[LayerAddress, dict[str, Tensor]] = {}
     unknown = []
-    for key, tensor in tensors.items():
+    for key, tensor in content.tensors.items():
         match = KEY.fullmatch(key)
-        address = None if match is None else addresses.get(match["layer"])
+        address = None if match is None else addresses.get(match["layer"].replace(WRAPPED, "", 1))
         if match is None or address is None:
             unknown.append(key)
         else:
             assert match.lastgroup is not None  # one of the three roles
-            parts_by_address.setdefault(address, {})[match.lastgroup] = tensor.float()
-    check_keys(model, file, list(tensors), unknown)
-    if sum(map(len, parts_by_address.values())) != len(tensors):
-        raise ModelError(f"{file} names a layer twice, in two layouts; it cannot be said which is meant")
-    try:
-        return {address: build_update(file, address, parts, metadata) for address, parts in parts_by_address.items()}
-    except (TypeError, ValueError, AttributeError) as exc:
-        raise ModelError(f"{file}: its {METADATA} cannot be understood ({exc}); get the LoRA again") from exc
+            parts_by_address.setdefault(address, {})[match.lastgroup] = read_numbers(content.file, key, tensor)
+    check_keys(model, content.file, list(content.tensors), unknown)
+    if sum(map(len, parts_by_address.values())) != len(content.tensors):
+        raise ModelError(
+            f"{content.file} names a layer twice, in two layouts or for two adapters; it cannot be said which is "
+            "meant; give a file with one of them"
+        )
+    return {address: build_update(content, address, parts) for address, parts in parts_by_address.items()}
 
 
-def build_update(
-    file: Path, address: LayerAddress, parts: Mapping[str, Tensor], metadata: Mapping[str, Any]
-) -> LowRankUpdate:
-    """One layer's tensors, checked to be whole; without an alpha of its own the metadata's, else the rank."""
+def build_update(content: LoraFileContent, address: LayerAddress, parts: Mapping[str, Tensor]) -> LowRankUpdate:
+    """One layer's tensors, checked to be whole; without an alpha of its own the settings', else the rank."""
     missing = [role for role in ("down", "up") if role not in parts]
     if missing:
-        raise ModelError(f"{file}: {address.layer} has no {' and no '.join(missing)} weight; get the LoRA again")
+        raise ModelError(
+            f"{content.file}: {address.layer} has no {' and no '.join(missing)} weight; get the LoRA again"
+        )
     rank = parts["down"].shape[0] if parts["down"].dim() else 0
     if rank == 0 or parts["up"].dim() < 2 or ("alpha" in parts and parts["alpha"].numel() != 1):
-        raise ModelError(f"{file}: {address.layer} is malformed; get the LoRA again")
-    alpha = parts["alpha"].item() if "alpha" in parts else read_alpha(metadata, address, rank)
-    return LowRankUpdate(parts["down"], parts["up"], alpha / rank)
+        raise ModelError(f"{content.file}: {address.layer} is malformed; get the LoRA again")
+    if "alpha" in parts:
+        return LowRankUpdate(parts["down"], parts["up"], parts["alpha"].item() / rank)
+    names = list_spellings(address.component, address.layer)
+    return LowRankUpdate(
+        parts["down"], parts["up"], content.find_settings(address.component).compute_strength(names, rank)
+    )
 
 
-def read_alpha(metadata: Mapping[str, Any], address: LayerAddress, rank: int) -> float:
-    """Alpha by PEFT's LoraConfig: the layer's own in ``alpha_pattern``, else ``lora_alpha``; the rank without either.
+def read_numbers(file: Path, key: str, tensor: Tensor) -> Tensor:
+    """``float32`` of a tensor of real numbers; ModelError for complex and other ones."""
+    if not tensor.is_floating_point() and not (key.endswith("alpha") and tensor.dtype in ALPHA_TYPES):
+        raise ModelError(f"{file}: {key} has type {tensor.dtype}, expected real numbers; get the LoRA again")
+    return tensor.float()
 
-    rsLoRA divides by the root of the rank instead (Kalajdzievski 2023, arXiv:2312.03732).
-    """
-    own = {key.removeprefix(f"{address.component}."): value for key, value in metadata.items()}
-    pattern = own.get("alpha_pattern") or {}
-    chosen = [value for tail, value in pattern.items() if matches_name(address.layer, (tail,))]
-    alpha = float([*chosen, own.get("lora_alpha", rank)][0])
-    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+
+def read_lora_file(path: Path) -> LoraFileContent:
+    """The LoRA in the file or folder ``path``, with PEFT's settings where there are any."""
+    file = find_lora_file(path)
+    tensors, header = read_safetensors(file)
+    is_peft = any(".lora_A" in key for key in tensors)
+    config_file = file.with_name(CONFIG_FILE)
+    config = None
+    if is_peft and not header and os.path.lexists(config_file):
+        config = settings_from_config(read_config(config_file), str(config_file))
+    elif not header and any(key.startswith(WRAPPED) for key in tensors):
+        raise ModelError(
+            f"{file} was saved by PEFT and there is no {CONFIG_FILE} next to it, which says how strong it "
+            "is (lora_alpha, use_rslora); put it there"
+        )
+    return LoraFileContent(file, tensors, header, config, (file,) if config is None else (file, config_file))
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
@@ -160,16 +206,22 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(file, "get the LoRA again")
         with safe_open(file, framework="pt") as tensors_file:
-            metadata = json.loads((tensors_file.metadata() or {}).get(METADATA) or "{}")
-            tensors = {key: tensors_file.get_tensor(key) for key in tensors_file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, ValueError, OSError) as exc:
+            metadata = parse_json((tensors_file.metadata() or {}).get(METADATA) or "{}")
+            keys = list(tensors_file.keys())
+            if len(keys) > MAX_KEYS:
+                raise ValueError(f"{len(keys)} tensors, expected at most {MAX_KEYS}")
+            tensors = {key: tensors_file.get_tensor(key) for key in keys}
+    except (ModelError, SafetensorError, ValueError, OSError) as exc:
         raise ModelError(
             f"{file} cannot be read as a LoRA in safetensors ({exc}); give such a file, other formats may run code"
         ) from exc
     if not tensors:
         raise ModelError(f"{file} holds no tensors; give a LoRA")
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    if not isinstance(metadata, dict):
+        raise ModelError(f"{file}: its {METADATA} is {reprlib.repr(metadata)}, expected an object; get the LoRA again")
+    return tensors, metadata
 
 
 def check_keys(model: LatentDiffusion, file: Path, keys: list[str], unknown: list[str]) -> None:

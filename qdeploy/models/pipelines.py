@@ -5,6 +5,7 @@ Weights are read from safetensors only, never from pickles, and never from the n
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,17 @@ import torch
 from torch import nn
 
 from qdeploy.artifacts.components import TEXT_ENCODER, name_component, name_tokenizer
-from qdeploy.base.errors import ModelError, join_names
-from qdeploy.base.files import read_json
+from qdeploy.base.errors import ModelError, UsageError, join_names
+from qdeploy.models.config_files import check_regular, read_config
+from qdeploy.models.corrections import correct_sample_size, correct_scheduler
 from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
+from qdeploy.models.module_configs import (
+    check_text_config,
+    check_unet_config,
+    check_vae_config,
+    read_sample_size,
+)
+from qdeploy.models.weight_files import check_weight_files, choose_variant
 
 SCHEDULER = "scheduler"
 TOKENIZER_FILE = "tokenizer.json"
@@ -58,6 +67,12 @@ CLIP = TextEncoderSpec(
     "text_encoder", "CLIPTextModel", "CLIPTokenizer", ("vocab.json", "merges.txt"), "openai/clip-vit-large-patch14"
 )
 BERT = TextEncoderSpec("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
+# Optional parts of StableDiffusionPipeline, and what leaving one out means.
+LEFT_OUT: Mapping[str, str] = {
+    "safety_checker": "pictures that it would black out are shown",
+    "feature_extractor": "only the safety checker reads it",
+    "image_encoder": "only IP-Adapters read it",
+}
 PIPELINES: Mapping[str, PipelineSpec] = {
     "StableDiffusionPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
     "StableDiffusionInpaintPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
@@ -66,21 +81,31 @@ PIPELINES: Mapping[str, PipelineSpec] = {
 }
 
 
+def read_pipeline_class(folder: Path) -> str:
+    """The pipeline class of ``model_index.json``; ModelError for an unknown one."""
+    name = read_config(folder / "model_index.json").get("_class_name")
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise ModelError(f"{folder} is a {reprlib.repr(name)}; this version takes folders of {', '.join(PIPELINES)}")
+    return name
+
+
 def read_pipeline_spec(folder: Path) -> PipelineSpec:
-    """The pipeline class of ``model_index.json``; ModelError for an unknown one or when a part's folder is missing."""
-    name = read_json(folder / "model_index.json")["_class_name"]
-    if name not in PIPELINES:
-        raise ModelError(f"{folder} is a {name}; this version takes folders of {', '.join(PIPELINES)}")
-    missing = [part for part in PIPELINES[name].folders if not (folder / part).is_dir()]
+    """What the folder's pipeline is made of; ModelError for an unknown one or when a part's folder is missing."""
+    spec = PIPELINES[read_pipeline_class(folder)]
+    missing = [part for part in spec.folders if not (folder / part).is_dir()]
     if missing:
         raise ModelError(f"{folder} is incomplete: no folder {', '.join(missing)}; copy the whole pipeline folder")
-    return PIPELINES[name]
+    return spec
 
 
-def parts_from_folder(folder: Path, allow_download: bool = False) -> ModelParts:
-    """Read every part of the pipeline; ModelError says which one is missing or broken."""
-    spec = read_pipeline_spec(folder)
-    unet: Any = load_diffusers_module(folder / "unet", (spec.unet,))
+def parts_from_folder(
+    folder: Path, allow_download: bool = False, remedy: str = "copy the whole pipeline folder again"
+) -> ModelParts:
+    """Read every part of the pipeline, settings first; ModelError says which one is missing or broken."""
+    spec, pipeline = read_pipeline_spec(folder), read_pipeline_class(folder)
+    scheduler, unet_size, corrections = check_configs(folder, spec, pipeline)
+    check_weight_files(folder, spec.folders, remedy)
+    unet = load_diffusers_module(folder / "unet", (spec.unet,))
     vae = load_diffusers_module(folder / spec.vae_folder, spec.vae)
     text = {
         name: TextParts(
@@ -93,10 +118,38 @@ def parts_from_folder(folder: Path, allow_download: bool = False) -> ModelParts:
         unet,
         vae,
         text,
-        scheduler_config=read_json(folder / SCHEDULER / "scheduler_config.json"),
-        scaling_factor=read_scaling_factor(vae, read_json(folder / spec.vae_folder / "config.json")),
-        sample_size=unet.config.sample_size,
+        scheduler_config=scheduler,
+        scaling_factor=read_scaling_factor(vae, read_config(folder / spec.vae_folder / "config.json")),
+        sample_size=unet_size,
+        corrections=(*corrections, *list_left_out(folder)),
     )
+
+
+def check_configs(
+    folder: Path, spec: PipelineSpec, pipeline: str
+) -> tuple[dict[str, Any], int | tuple[int, int], tuple[str, ...]]:
+    """The scheduler's settings and the latents' size as the pipeline uses them, and what it corrects in the files."""
+    unet_path, scheduler_path = folder / "unet" / "config.json", folder / SCHEDULER / "scheduler_config.json"
+    unet_config = read_config(unet_path)
+    check_unet_config(unet_path, unet_config)
+    vae_path = folder / spec.vae_folder / "config.json"
+    check_vae_config(vae_path, read_config(vae_path))
+    for text in spec.text_encoders.values():
+        text_path = folder / text.folder / "config.json"
+        check_text_config(text_path, read_config(text_path))
+    size, size_corrections = correct_sample_size(unet_config, pipeline)
+    try:
+        scheduler, corrections = correct_scheduler(read_config(scheduler_path), pipeline)
+    except UsageError as exc:
+        raise ModelError(f"{scheduler_path}: {exc}") from exc
+    return scheduler, read_sample_size(unet_path, size), tuple(map(str, (*corrections, *size_corrections)))
+
+
+def list_left_out(folder: Path) -> tuple[str, ...]:
+    """Parts that ``model_index.json`` names and no bundle runs."""
+    index = read_config(folder / "model_index.json")
+    present = [name for name in LEFT_OUT if index.get(name) not in (None, [None, None])]
+    return tuple(f"model_index.json `{name}`: left out, {LEFT_OUT[name]}" for name in present)
 
 
 def load_diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
@@ -104,11 +157,16 @@ def load_diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
     import diffusers
 
     module: nn.Module
-    name = read_json(folder / "config.json").get("_class_name")
+    name = read_config(folder / "config.json").get("_class_name")
     if name not in classes:
-        raise ModelError(f"{folder} holds a {name}, expected {' or '.join(classes)}")
+        raise ModelError(f"{folder} holds a {reprlib.repr(name)}, expected {' or '.join(classes)}")
     module, info = getattr(diffusers, name).from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+        folder,
+        variant=choose_variant(folder, "diffusion_pytorch_model"),
+        use_safetensors=True,
+        local_files_only=True,
+        torch_dtype=torch.float32,
+        output_loading_info=True,
     )
     check_complete(folder, info)
     return module
@@ -124,7 +182,12 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
     logging.disable_progress_bar()  # loading shows one of its own on every call
     library: Any = transformers if hasattr(transformers, spec.encoder) else latent_diffusion
     module, info = getattr(library, spec.encoder).from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        folder,
+        variant=choose_variant(folder, "model"),
+        use_safetensors=True,
+        local_files_only=True,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     check_complete(folder, info)
     return module
@@ -145,6 +208,9 @@ def load_tokenizer(folder: Path, spec: TextEncoderSpec, allow_download: bool = F
     import transformers
 
     tokenizer_class = getattr(transformers, spec.tokenizer)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_dir():
+            check_regular(path)
     missing = [name for name in spec.vocabulary if not (folder / name).is_file()]
     if not missing or (folder / TOKENIZER_FILE).is_file():
         return tokenizer_class.from_pretrained(folder, local_files_only=True)

@@ -23,22 +23,23 @@ TOKENIZER_MODEL = "emoji"  # the built-in model whose CLIP tokenizer a random mo
 
 def make_random_model(name: str, seed: int = 0) -> LatentDiffusion:
     """The narrowed architecture called ``name`` with seeded random weights; the caller's random state is kept."""
-    sizes = narrow(get_architecture(name))
+    full = get_architecture(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = make_parts(sizes)
+        parts = make_parts(full)
     folder = find_builtin_folder(TOKENIZER_MODEL)
     return assemble_model(parts, source=f"random:{name}", folder=folder, sha256=hash_weights(parts))
 
 
-def make_parts(sizes: Architecture) -> ModelParts:
-    """Every part, its weights drawn as each class draws them; a codebook as far apart as unit-variance latents."""
+def make_parts(full: Architecture) -> ModelParts:
+    """Every part, narrowed, its weights drawn as each class draws them; a codebook as far apart as unit latents."""
+    sizes = narrow(full)
     factor = sizes.first_stage.factor
     make, config = choose_first_stage_class(sizes.first_stage, sizes.side * factor, sizes.scaling_factor)
     vae: Any = make(**config)
     if sizes.first_stage.n_embed is not None:
         vae.quantize.embedding.weight.data.normal_()
-    heads = read_heads(sizes.kind, sizes.unet.channel_mult, None)
+    heads = read_heads(sizes.kind, full.unet.model_channels, sizes.unet.channel_mult, None)
     unet = build_unet(lambda unet_class, config: unet_class(**config), sizes.unet, heads, sizes.side)
     text = {}
     if sizes.unet.context_dim is not None:

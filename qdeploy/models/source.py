@@ -9,12 +9,12 @@ from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.base.files import hash_file
 from qdeploy.models.builtin import PREFIX, REINSTALL, describe_builtins, find_builtin_folder, list_builtins
 from qdeploy.models.checkpoints import SUFFIXES
+from qdeploy.models.config_files import check_regular
 from qdeploy.models.latent_diffusion import LatentDiffusion, assemble_model
 from qdeploy.models.lora import fuse_lora
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import parts_from_folder, read_pipeline_spec
 from qdeploy.models.single_file import hash_source, is_single_file, parts_from_file
-from qdeploy.models.weight_files import check_weight_files
 
 __all__ = [
     "LatentDiffusion",
@@ -37,7 +37,9 @@ def find_model_folder(source: str) -> Path:
             f"{source} does not exist; give a diffusers folder, a checkpoint file ({', '.join(SUFFIXES)}) or "
             f"{describe_builtins()}"
         )
-    if not (folder / "model_index.json").is_file():
+    if not folder.is_dir():
+        check_regular(folder)
+    if not (folder / "model_index.json").exists():
         raise ModelError(f"{source} is not a diffusers pipeline folder: no model_index.json in it")
     read_pipeline_spec(folder)
     return folder
@@ -61,9 +63,8 @@ def load_folder(source: str, options: ModelOptions) -> LatentDiffusion:
         raise UsageError(f"--ema and --config are for checkpoint files; {source} is a folder or a built-in model")
     try:
         folder = find_model_folder(source)
-        is_builtin = source.startswith(PREFIX)
-        check_weight_files(folder, REINSTALL if is_builtin else "copy the file again")
-        parts = parts_from_folder(folder, options.allow_download)
+        remedy = REINSTALL if source.startswith(PREFIX) else "copy the file again"
+        parts = parts_from_folder(folder, options.allow_download, remedy)
     except ModelError:
         raise
     except Exception as exc:  # diffusers, transformers and safetensors each have their own trees
@@ -89,5 +90,6 @@ def hash_weights(folder: Path) -> str:
     """One hash over every weight file of the folder, by name."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
+        check_regular(path)
         digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
     return digest.hexdigest()

@@ -1,27 +1,80 @@
-"""Check that the weight files of a model folder are complete before anything is read."""
+"""Find the weight files of a model folder, and check that they are complete before anything is read."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qdeploy.base.errors import ModelError
-from qdeploy.models.pipelines import read_pipeline_spec
+from qdeploy.base.errors import ModelError, join_names
+from qdeploy.models.config_files import check_regular
+
+SUFFIX = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+SHARD = r"-\d{5}-of-\d{5}"
+MAX_HEADER_BYTES = 16 * 2**20  # the tensors' names and shapes; Stable Diffusion's take 0.2 MiB
 
 
-def check_weight_files(folder: Path, remedy: str) -> None:
-    """ModelError that names the first weight file of the pipeline that is shorter or longer than its header says.
+def check_weight_files(folder: Path, parts: tuple[str, ...], remedy: str) -> None:
+    """ModelError that names the first weight file of ``parts`` that is shorter or longer than its header says.
 
     Only headers are read. Not all libraries that load the weights would name the file.
     """
-    for part in read_pipeline_spec(folder).folders:
-        for path in sorted((folder / part).glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="numpy"):
-                    pass
-            except SafetensorError as exc:
-                raise ModelError(
-                    f"{path} is cut or damaged: it has {path.stat().st_size:,} bytes, which is not what its header "
-                    f"says ({exc}); {remedy}"
-                ) from exc
+    for part in parts:
+        for path in sorted((folder / part).iterdir()):
+            if path.suffix == SUFFIX:
+                check_safetensors(path, remedy)
+            elif path.suffix in (*PICKLES, ".json", ".txt") and not path.is_dir():
+                check_regular(path)
+
+
+def check_safetensors(path: Path, remedy: str = "copy the file again") -> None:
+    """ModelError unless ``path`` is a regular file as long as its header says."""
+    check_regular(path)
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    try:
+        if header_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
+            raise ValueError(f"a header of {header_bytes:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, ValueError) as exc:
+        raise ModelError(
+            f"{path} is cut or damaged: it has {path.stat().st_size:,} bytes, which is not what its header "
+            f"says ({exc}); {remedy}"
+        ) from exc
+
+
+def choose_variant(folder: Path, stem: str) -> str | None:
+    """The variant of the weights ``STEM.VARIANT.safetensors`` to load; None for ``STEM.safetensors`` itself.
+
+    ModelError names what is there instead, or between which ones to choose.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    if f"{stem}{SUFFIX}" in names or f"{stem}{SUFFIX}.index.json" in names:
+        return None
+    pattern = re.compile(rf"{stem}\.([\w-]+?)(?:{SHARD})?{SUFFIX}|{stem}{SHARD}\.([\w-]+){SUFFIX}")
+    matches = {name: match[1] or match[2] for name in names if (match := pattern.fullmatch(name))}
+    variants = sorted(set(matches.values()))
+    if len(variants) == 1:
+        return variants[0]
+    if variants:
+        raise ModelError(
+            f"{folder} has weights only in the variants {', '.join(variants)}; keep the files of the one to load, or "
+            f"name them {stem}{SUFFIX}"
+        )
+    raise ModelError(f"{folder} has no {stem}{SUFFIX}; {_describe_others(folder, names, stem)}")
+
+
+def _describe_others(folder: Path, names: list[str], stem: str) -> str:
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        return (
+            f"there is {join_names(pickles)}, a pickle, which may run code and is not read: save the model as "
+            "safetensors, in diffusers with `pipeline.save_pretrained(FOLDER, safe_serialization=True)`"
+        )
+    others = [name for name in names if name.lower().endswith(SUFFIX)]
+    if others:
+        return f"there is {join_names(others)}; give it the name {stem}{SUFFIX} if it is this model's"
+    return f"there is {join_names(names) or 'nothing'}; copy the whole pipeline folder"

@@ -68,15 +68,17 @@ def measure_fidelity(
     curve: list[float] = []
 
     def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        expected = reference.predict(x, t, context)
-        prediction = candidate.predict(x, t, context)
+        expected = reference.predict(x, t, context, guidance_scale=guidance_scale)
+        prediction = candidate.predict(x, t, context, guidance_scale=guidance_scale)
         curve.append(sqnr_db(expected, prediction))
         return expected
 
     noise = np.random.default_rng(0).standard_normal((len(prompts), *reference.latents.shape), np.float32)
     cond = uncond = None
     if reference.reads_text:
-        cond, uncond = reference.encode(prompts), np.repeat(reference.encode([""]), len(prompts), axis=0)
+        cond = reference.encode(prompts)
+        if reference.model.guidance_channels is None:
+            uncond = np.repeat(reference.encode([""]), len(prompts), axis=0)
     final = denoise(predict, scheduler, noise, cond, uncond, guidance_scale)
     request = {"prompt": list(prompts)} if candidate.reads_text else {"count": len(prompts)}
     result = candidate(**request, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler_name, latents=noise)

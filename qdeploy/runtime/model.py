@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import SCHEDULER, Bundle, tokenizer_file
-from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.components import GUIDANCE_INPUT, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
 from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction
 from qdeploy.base.arrays import Feeds
@@ -22,6 +22,7 @@ from qdeploy.runtime.components import BundleComponent, LoadedBundle
 from qdeploy.runtime.image import pixels_from_decoded
 from qdeploy.runtime.results import Clock
 from qdeploy.runtime.tokenizer import Tokenizer
+from qdeploy.sampling.guidance_embedding import embed_guidance_scale
 
 Array = NDArray[np.float32]
 
@@ -79,14 +80,31 @@ class BundleModel:
         latents = self.component(VAE_ENCODER.name).run({VAE_ENCODER.input: image}, clock)
         return latents * np.float32(self.latents.scaling_factor)
 
-    def predict(self, x: Array, t: int, context: Array | None, clock: Clock | None = None, at_once: int = 1) -> Array:
+    @property
+    def guidance_channels(self) -> int | None:
+        """Channels of the guidance scale's embedding that the UNet reads; None where it reads none."""
+        info = self.bundle.manifest.unet.inputs.get(GUIDANCE_INPUT)
+        return None if info is None else info.shape[1]
+
+    def predict(
+        self,
+        x: Array,
+        t: int,
+        context: Array | None,
+        clock: Clock | None = None,
+        at_once: int = 1,
+        guidance_scale: float = 7.5,
+    ) -> Array:
         """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included.
 
         ``context`` is ``float32[B, T, D]``, None for an unconditional bundle. An inpainting UNet reads 2 C + 1
-        channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open.
+        channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open. Only a UNet
+        with `timestep_cond` reads ``guidance_scale``.
         """
         values = (x, np.array(t, np.int64), *(() if context is None else (context,)))
         feeds: Feeds = dict(zip(UNET.inputs, values, strict=False))
+        if self.guidance_channels is not None:
+            feeds = {**feeds, GUIDANCE_INPUT: embed_guidance_scale(guidance_scale, self.guidance_channels, len(x))}
         noise_pred = self.component(UNET.name).run(feeds, clock, at_once)
         return noise_pred if self._noise_correction is None else self._noise_correction.apply(noise_pred, t)
 

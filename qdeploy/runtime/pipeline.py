@@ -119,6 +119,7 @@ class Pipeline:
             latents=checks.check_latents(latents, len(seeds), size.shape),
             size=size,
             source=source,
+            reads_guidance=self.model.guidance_channels is not None,
         )
         return Run(self.model, request, stop, callback).run()
 
@@ -138,13 +139,16 @@ class Pipeline:
         """The same of pictures ``float32[B, 3, H, W]`` in [-1, 1]; BundleError when the bundle has no encoder."""
         return self.model.encode_unit(image)
 
-    def predict(self, x: Array, t: int, context: Array | None, *, at_once: int = 1) -> Array:
+    def predict(
+        self, x: Array, t: int, context: Array | None, *, at_once: int = 1, guidance_scale: float = 7.5
+    ) -> Array:
         """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included.
 
         ``context`` is ``float32[B, T, D]``, None for an unconditional bundle. An inpainting UNet reads 2 C + 1
-        channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open.
+        channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open. Only a UNet
+        with `timestep_cond` reads ``guidance_scale``.
         """
-        return self.model.predict(x, t, context, at_once=at_once)
+        return self.model.predict(x, t, context, at_once=at_once, guidance_scale=guidance_scale)
 
     def decode(self, latents: Array) -> NDArray[np.uint8]:
         """Pictures ``uint8[B, H, W, 3]`` of final latents, or a preview of those of a :class:`Step`."""

@@ -33,6 +33,7 @@ class GenerationRequest:
 
     prompts, negative_prompts: None for an unconditional bundle; as many of the second as of the first.
     size: the bundle's latents at the height and width that the pictures are to have.
+    reads_guidance: whether the bundle's UNet reads the guidance scale.
     """
 
     prompts: tuple[str, ...] | None
@@ -47,11 +48,12 @@ class GenerationRequest:
     latents: Array | None
     size: LatentInfo
     source: SourcePicture | None
+    reads_guidance: bool = False
 
     @property
     def is_guided(self) -> bool:
-        """Whether the UNet runs twice a picture and step."""
-        return self.prompts is not None and self.guidance_scale != 1
+        """Whether the UNet runs twice a picture and step, which one that reads the guidance scale never does."""
+        return self.prompts is not None and self.guidance_scale != 1 and not self.reads_guidance
 
     @property
     def per_prompt(self) -> int:

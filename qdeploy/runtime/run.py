@@ -135,7 +135,9 @@ class Run:
                 context.flags.writeable = False  # the same at every step: an engine may keep it on its device
             position = f"in step {next(calls)} of {count} (timestep {t})"
             try:
-                return self._model.predict(self._unet_input(x), t, context, self._clock, 1 + request.is_guided)
+                return self._model.predict(
+                    self._unet_input(x), t, context, self._clock, 1 + request.is_guided, request.guidance_scale
+                )
             except NonFiniteError as exc:
                 raise NonFiniteError(
                     f"the output of unet holds NaN or infinity {position}; the bundle is broken or guidance_scale "

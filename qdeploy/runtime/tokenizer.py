@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qdeploy.base.documents import read_bytes
 from qdeploy.base.errors import BundleError
+from qdeploy.base.tokens import choose_expansions, list_expansions
 from qdeploy.runtime.tokenizer_file import REMEDY, open_backend
 from qdeploy.runtime.weighting import WeightedText
 
@@ -43,6 +44,7 @@ class Tokenizer:
         data = read_bytes(path, error=BundleError, remedy=REMEDY)
         self._backend = open_backend(data, str(path), length)
         self._length = length
+        self._expansions = list_expansions(token.content for token in self._backend.get_added_tokens_decoder().values())
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """``int64[B, length]`` of plain prompts; one that had to be cut is logged as a warning."""
@@ -50,6 +52,7 @@ class Tokenizer:
 
     def encode(self, prompts: Sequence[WeightedText]) -> Tokens:
         """Ids and weights; a token has the weight of its first character. A cut prompt is logged as a warning."""
+        prompts = [self._expand(prompt) for prompt in prompts]
         encodings = self._backend.encode_batch([prompt.text for prompt in prompts])
         truncated = tuple(
             _find_truncated(prompt.text, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)
@@ -60,6 +63,16 @@ class Tokenizer:
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         weights = [_list_weights(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)]
         return Tokens(ids, np.array(weights, np.float32), truncated)
+
+    def _expand(self, prompt: WeightedText) -> WeightedText:
+        """``prompt`` with all vectors of each token that has several."""
+        if not self._expansions:
+            return prompt
+        encoding = self._backend.encode(prompt.text, add_special_tokens=False)
+        tokens = [token for piece in (encoding, *encoding.overflowing) for token in piece.tokens]
+        for token, expansion in choose_expansions(tokens, self._expansions).items():
+            prompt = prompt.replace(token, expansion)
+        return prompt
 
 
 def _find_truncated(text: str, encoding: Encoding) -> str:

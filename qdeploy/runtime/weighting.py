@@ -48,6 +48,15 @@ class WeightedText:
         """``text`` as it is, all of it with weight 1."""
         return cls(text, (1.0,) * len(text))
 
+    def replace(self, old: str, new: str) -> WeightedText:
+        """Each ``old`` as ``new``, which has the weight of its first character."""
+        pieces, weights, start = [], [], 0
+        while (position := self.text.find(old, start)) >= 0:
+            pieces += [self.text[start:position], new]
+            weights += [*self.weights[start:position], *[self.weights[position]] * len(new)]
+            start = position + len(old)
+        return WeightedText("".join([*pieces, self.text[start:]]), (*weights, *self.weights[start:]))
+
 
 def parse_weights(prompt: str) -> WeightedText:
     """The weights in ``prompt``; RequestError for one that is no number or beyond ``MAX_WEIGHT``."""

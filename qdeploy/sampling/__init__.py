@@ -16,7 +16,7 @@ from qdeploy.sampling.euler_ancestral import EulerAncestralDiscrete
 from qdeploy.sampling.lcm import LCM
 from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule, NormalSource
 from qdeploy.sampling.pndm import PNDM
-from qdeploy.sampling.settings import refuse_unknown
+from qdeploy.sampling.settings import CONFIG_FILE, read_count, refuse_unknown
 from qdeploy.sampling.unipc import UniPCMultistep
 
 __all__ = [
@@ -30,10 +30,12 @@ __all__ = [
     "NoiseSchedule",
     "Scheduler",
     "UniPCMultistep",
+    "check_scheduler",
     "make_scheduler",
     "replace_scheduler",
 ]
 
+TRIED_STEPS = (20, 4, 1)  # a usual request's, the fewest of a Runge-Kutta start, and the fewest of all
 CLASS_NAMES = {
     "pndm": "PNDMScheduler",
     "ddim": "DDIMScheduler",
@@ -103,7 +105,7 @@ def make_scheduler(
         return MAKERS[class_name](config, steps, eta, rng)
     raise UsageError(
         f"scheduler `_class_name`: got {class_name!r}, supported: {', '.join(CLASS_NAMES.values())}; "
-        f"choose one with --scheduler {'|'.join(CLASS_NAMES)}"
+        f"choose one with --scheduler {'|'.join(CLASS_NAMES)}, or write its class into {CONFIG_FILE}"
     )
 
 
@@ -111,9 +113,30 @@ def replace_scheduler(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """``config`` for the scheduler called ``name``, as diffusers' ``X.from_config(other.config)`` makes it.
 
     Settings in the file are kept; those a live diffusers config lists as mere defaults of its own class
-    (``_use_default_values``) are left to the new one's defaults.
+    (``_use_default_values``) are left to the new one's defaults, but for DDIM's of clipping x0 to ±1: latents are
+    clipped only where the file says so, as ``StableDiffusionPipeline`` has it.
     """
     if name not in CLASS_NAMES:
         raise UsageError(f"unknown --scheduler {name!r}; known schedulers: {', '.join(CLASS_NAMES)}")
-    dropped = {"_use_default_values", *config.get("_use_default_values", ())}
-    return {key: value for key, value in config.items() if key not in dropped} | {"_class_name": CLASS_NAMES[name]}
+    refuse_unknown(config)
+    defaults = config.get("_use_default_values")
+    dropped = {"_use_default_values", *(map(str, defaults) if isinstance(defaults, list | tuple) else ())}
+    kept = {key: value for key, value in config.items() if key not in dropped} | {"_class_name": CLASS_NAMES[name]}
+    was_ddim = config.get("_class_name") == CLASS_NAMES["ddim"]
+    return kept if name != "ddim" or was_ddim else {"clip_sample": False} | kept
+
+
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """UsageError for settings that no request could be served with, named as ``make_scheduler`` names them."""
+    train_steps = read_count(config, "num_train_timesteps", 1000, minimum=1) if isinstance(config, Mapping) else 1
+    refused: RequestError | None = None
+    for steps in TRIED_STEPS:
+        if steps <= train_steps:
+            try:
+                make_scheduler(config, steps, rng=np.random.default_rng(0))
+            except RequestError as exc:  # of this number of steps
+                refused = exc
+            else:
+                return
+    assert refused is not None  # 1 step is always tried
+    raise UsageError(f"{CONFIG_FILE} allows no number of steps: {refused}")

@@ -19,6 +19,13 @@ from qdeploy.sampling.noise_schedule import Floats, Latents, NoiseSchedule, Norm
 from qdeploy.sampling.settings import check_steps, read_choice, read_flag
 from qdeploy.sampling.x0_range import X0Range
 
+VARIANCES = (
+    None,
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+)  # DDPM's too, which change nothing
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 # The last three are DEIS's and UniPC's, which a converted config carries; diffusers runs midpoint for them.
 SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
@@ -37,7 +44,7 @@ class DPMSolverSettings:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DPMSolverSettings:
         """Read and check the settings in a ``scheduler_config.json``."""
-        read_choice(config, "variance_type", None, (None,))
+        read_choice(config, "variance_type", None, VARIANCES)
         algorithm = read_choice(config, "algorithm_type", "dpmsolver++", ALGORITHMS)
         # the third-order stochastic step of diffusers has a coefficient that does not vanish with h
         orders = (1, 2) if algorithm == "sde-dpmsolver++" else (1, 2, 3)

@@ -47,7 +47,7 @@ def _timesteps_and_sigmas(
     else:  # one more level than there are timesteps: the last is the result's, whatever `final_sigmas_type` says
         sigmas = np.exp(np.linspace(np.log(trained[-1]), np.log(trained[0]), steps + 1))
     if spacing is not None:
-        sigmas = space_levels(config, spacing, (float(sigmas[0]), float(sigmas[-1])), steps)
+        sigmas = space_levels(config, spacing, sigmas[::-1], steps)
         timesteps = interpolate_timesteps(sigmas, trained)
     last = float(trained[0]) if final == "sigma_min" else 0.0
     return timesteps, np.append(sigmas, last)[: steps + 1]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule, NormalSource
-from qdeploy.sampling.settings import check_steps, make_unsupported_error, read_count, read_number
+from qdeploy.sampling.settings import check_steps, make_unsupported_error, read_count, read_positive
 from qdeploy.sampling.x0_range import X0Range
 
 DEFAULT_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -30,7 +30,7 @@ class LCM:
     def __init__(self, config: Mapping[str, Any], steps: int, rng: NormalSource | None = None) -> None:
         self._schedule = NoiseSchedule.from_config({**DEFAULT_BETAS, **config})
         self._range = X0Range.from_config(config, clips=False)
-        self._timestep_scaling = read_number(config, "timestep_scaling", 10.0)
+        self._timestep_scaling = read_positive(config, "timestep_scaling", 10.0)
         check_steps(steps, self._schedule.train_steps)
         self.timesteps = _choose_timesteps(config, self._schedule.train_steps, steps)
         self._schedule.refuse_epsilon_without_signal(self.timesteps)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.sampling.noise_schedule import Floats, Schedule
-from qdeploy.sampling.settings import make_unsupported_error, read_flag, read_number, refuse_flags
+from qdeploy.sampling.settings import make_unsupported_error, read_flag, read_positive, refuse_flags
 
 UNSUPPORTED_SPACINGS = ("use_flow_sigmas", "use_dynamic_shifting")
 KARRAS_RHO = 7.0
@@ -27,13 +27,18 @@ def choose_level_spacing(config: Mapping[str, Any], known: Sequence[str]) -> str
     return enabled[0] if enabled else None
 
 
-def space_levels(config: Mapping[str, Any], spacing: str, ends: tuple[float, float], steps: int) -> Floats:
-    """``float64[steps]`` falling levels by the rule ``spacing`` between ``ends``, the highest and the lowest.
+def space_levels(config: Mapping[str, Any], spacing: str, rising: NDArray[np.floating], steps: int) -> Floats:
+    """``float64[steps]`` falling levels by the rule ``spacing`` between the ends of ``rising`` ones.
 
-    An Euler config's `sigma_max` and `sigma_min` override ``ends``, except with `use_lu_lambdas`.
+    An Euler config's `sigma_max` and `sigma_min` override the ends, except with `use_lu_lambdas`, whose ends are
+    the logarithms in the type of ``rising``: float64 ones of a float32 schedule miss its first timestep by rounding.
     """
-    high, low = ends if spacing == "use_lu_lambdas" else _level_range(config, *ends)
     ramp = np.linspace(0, 1, steps)
+    if spacing == "use_lu_lambdas":  # Lu et al. 2022, arXiv:2206.00927, uniform in log-SNR
+        logs = np.log(rising)
+        last, first = float(logs[0]), float(logs[-1])
+        return np.exp(first + ramp * (last - first))
+    high, low = _level_range(config, float(rising[-1]), float(rising[0]))
     if spacing == "use_karras_sigmas":  # Karras et al. 2022, arXiv:2206.00364, equation 5
         first, last = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
         levels: Floats = (first + ramp * (last - first)) ** KARRAS_RHO
@@ -83,9 +88,9 @@ def _lower_beta_cdf(x: Floats, shape: float) -> Floats:
 def _level_range(config: Mapping[str, Any], high: float, low: float) -> tuple[float, float]:
     """Highest and lowest level; `sigma_max` and `sigma_min` override the given ones."""
     if config.get("sigma_max") is not None:
-        high = read_number(config, "sigma_max", high)
+        high = read_positive(config, "sigma_max", high)
     if config.get("sigma_min") is not None:
-        low = read_number(config, "sigma_min", low)
+        low = read_positive(config, "sigma_min", low)
     if not 0 < low <= high < math.inf:
         raise make_unsupported_error("sigma_min, sigma_max", (low, high), "0 < sigma_min < sigma_max")
     return high, low

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from qdeploy.base.errors import RequestError
 from qdeploy.sampling.level_spacings import choose_level_spacing, interpolate_timesteps, space_levels
 from qdeploy.sampling.noise_schedule import Floats, NoiseSchedule, Schedule
-from qdeploy.sampling.settings import make_unsupported_error, read_choice, read_count, read_flag, read_number
+from qdeploy.sampling.settings import (
+    MAX_NUMBER,
+    make_unsupported_error,
+    read_choice,
+    read_count,
+    read_flag,
+    read_number,
+)
 from qdeploy.sampling.timesteps import SPACINGS, leading, linspace, trailing
 
 UNIPC_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -34,7 +41,7 @@ def compute_dpm_levels(config: Mapping[str, Any], schedule: NoiseSchedule, steps
     if spacing is None:
         levels = np.interp(timesteps, np.arange(len(trained)), trained)
     else:
-        levels = space_levels(config, spacing, _get_ends(trained), steps)
+        levels = space_levels(config, spacing, trained, steps)
         rounds = config.get("beta_schedule", "linear") != "squaredcos_cap_v2"
         timesteps = _timesteps_from_levels(
             levels, trained, rounds and spacing in ("use_karras_sigmas", "use_lu_lambdas")
@@ -54,7 +61,7 @@ def compute_unipc_levels(config: Mapping[str, Any], schedule: NoiseSchedule, ste
     if spacing is None:
         levels, lowest = np.interp(timesteps, np.arange(len(trained)), trained), float(trained[0])
     else:
-        levels = space_levels(config, spacing, _get_ends(trained), steps)
+        levels = space_levels(config, spacing, trained, steps)
         timesteps, lowest = _timesteps_from_levels(levels, trained, spacing == "use_karras_sigmas"), float(levels[-1])
     return timesteps, _check_falling(levels, lowest if final == "sigma_min" else 0.0)
 
@@ -76,7 +83,7 @@ def alpha_sigma(level: float) -> tuple[float, float]:
 
 def _count_unclipped(config: Mapping[str, Any], trained: Schedule) -> int:
     """Count of the timesteps that are not noisier than `lambda_min_clipped`."""
-    lowest_log_snr = read_number(config, "lambda_min_clipped", -math.inf)
+    lowest_log_snr = read_number(config, "lambda_min_clipped", -math.inf, high=MAX_NUMBER)
     end = int(np.count_nonzero(-np.log(trained) >= lowest_log_snr))
     if end == 0:
         raise make_unsupported_error("lambda_min_clipped", lowest_log_snr, f"at most {-math.log(trained[0]):.3f} here")
@@ -92,10 +99,6 @@ def _space_timesteps(config: Mapping[str, Any], end: int, train_steps: int, step
     if spacing == "leading":
         return leading(steps + 1, end, steps_offset)[:0:-1]
     return trailing(steps, end, train_steps)[::-1]
-
-
-def _get_ends(trained: Schedule) -> tuple[float, float]:
-    return float(trained[-1]), float(trained[0])
 
 
 def _timesteps_from_levels(levels: Floats, trained: Schedule, rounded: bool) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ Latents = NDArray[np.float32]
 Schedule = NDArray[np.float32]
 Floats = NDArray[np.float64]
 
+LEAST_SIGNAL = 1e-15  # of alpha_bar; the cosine schedule of 4000 timesteps ends at 1e-10
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -52,6 +53,7 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that a ``scheduler_config.json`` describes."""
         betas = _betas_from_config(config)
+        _check_schedule(config, betas)
         if read_flag(config, "rescale_betas_zero_snr", False):
             betas = zero_terminal_snr(betas)
         prediction_type = read_choice(config, "prediction_type", "epsilon", PREDICTION_TYPES)
@@ -138,17 +140,28 @@ def _betas_from_config(config: Mapping[str, Any]) -> Schedule:
     for name, beta in (("beta_start", start), ("beta_end", end)):
         if not 0 < beta < 1:
             raise make_unsupported_error(name, beta, "a number between 0 and 1, both excluded")
+    if start > end:
+        raise make_unsupported_error("beta_start", start, f"at most beta_end={end:g}: noise grows with the timestep")
     if beta_schedule == "scaled_linear":
         return linear_betas(start**0.5, end**0.5, train_steps) ** 2
     return linear_betas(start, end, train_steps)
 
 
 def _check_trained_betas(values: Any, train_steps: int) -> Schedule:
-    try:
-        betas = np.array(values, np.float32)
-    except (TypeError, ValueError) as exc:
-        raise make_unsupported_error("trained_betas", values, "a list of numbers") from exc
-    if betas.shape != (train_steps,) or not np.all((betas > 0) & (betas < 1)):
-        supported = f"num_train_timesteps={train_steps} numbers between 0 and 1, both excluded"
+    supported = f"num_train_timesteps={train_steps} numbers between 0 and 1, both excluded"
+    if not isinstance(values, list | tuple | np.ndarray):
+        raise make_unsupported_error("trained_betas", values, "a list of numbers, " + supported)
+    if len(values) != train_steps or not all(type(beta) in (int, float) and 0 < beta < 1 for beta in values):
         raise make_unsupported_error("trained_betas", values, supported)
-    return betas
+    return np.array(values, np.float32)
+
+
+def _check_schedule(config: Mapping[str, Any], betas: Schedule) -> None:
+    """UsageError for betas so small that float32 sees no noise, or so large that it sees no signal left."""
+    alpha_bar = cumulative_alphas(betas)
+    if alpha_bar[0] < 1 and alpha_bar[-1] >= LEAST_SIGNAL and np.all(np.diff(alpha_bar) < 0):
+        return
+    supported = "betas whose noise grows with each timestep and leaves some of the signal, as float32 sees it"
+    if config.get("trained_betas") is not None:
+        raise make_unsupported_error("trained_betas", config["trained_betas"], supported)
+    raise make_unsupported_error("beta_start, beta_end", (float(betas[0]), float(betas[-1])), supported)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.sampling.noise_schedule import Floats
-from qdeploy.sampling.settings import make_unsupported_error, read_flag, read_number
+from qdeploy.sampling.settings import read_flag, read_number, read_positive
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,12 @@ class X0Range:
     def from_config(cls, config: Mapping[str, Any], clips: bool | None) -> X0Range:
         """``clips`` is the class's default of `clip_sample`; None for a class without that setting."""
         if read_flag(config, "thresholding", False):
-            ratio, ceiling = (
-                read_number(config, "dynamic_thresholding_ratio", 0.995),
-                read_number(config, "sample_max_value", 1.0),
+            return cls(
+                ratio=read_number(config, "dynamic_thresholding_ratio", 0.995, low=0, high=1),
+                ceiling=read_positive(config, "sample_max_value", 1.0),
             )
-            if not 0 <= ratio <= 1:
-                raise make_unsupported_error("dynamic_thresholding_ratio", ratio, "a number from 0 to 1")
-            if not ceiling > 0:
-                raise make_unsupported_error("sample_max_value", ceiling, "a number above 0")
-            return cls(ratio=ratio, ceiling=ceiling)
         if clips is not None and read_flag(config, "clip_sample", clips):
-            return cls(clip=read_number(config, "clip_sample_range", 1.0))
+            return cls(clip=read_positive(config, "clip_sample_range", 1.0))
         return cls()
 
     def limit(self, x0: Floats) -> Floats:

@@ -77,7 +77,7 @@ def test_every_layer_of_the_table_runs_in_integers(int8_bundle: Path, table: Qua
             if layer.removesuffix(".rest") in quant.layers:
                 assert finding.op_type in ("QLinearConv", "MatMulIntegerToFloat")
                 macs[layer] += finding.macs if layer in quant.layers else 0
-        batch = choose_graph_batch(name, reads_text=True)
+        batch = choose_graph_batch(name, is_guided=True)
         assert +macs == {layer: batch * quant.macs[layer] for layer in quant.layers}
         audit.check(name, quant)
 

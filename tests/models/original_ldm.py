@@ -632,7 +632,7 @@ FULL = {
 def tiny(name: str) -> Sizes:
     """The same layout, narrow."""
     full = FULL[name]
-    text = None if full.text is None else replace(full.text, width=128, layers=2, vocab_size=50)
+    text = None if full.text is None else replace(full.text, width=128, layers=2, vocab_size=514)
     context = None if text is None else text.width
     n_embed = None if full.first_stage.n_embed is None else 64
     return replace(

@@ -8,6 +8,7 @@ import copy
 import os
 import pickle
 import sys
+import time
 import types
 import zipfile
 from collections.abc import Callable
@@ -172,17 +173,60 @@ def test_another_format(tmp_path: Path, content: bytes, words: str, suffix: str)
         read_checkpoint(path)
 
 
-def test_the_wrong_suffix(tmp_path: Path) -> None:
-    for path, other in ((write(tmp_path, "ckpt"), "x.safetensors"), (write(tmp_path, "safetensors"), "x.ckpt")):
-        with pytest.raises(ModelError, match="not a checkpoint"):
-            read_checkpoint(path.rename(tmp_path / other))
-    with pytest.raises(ModelError, match=r"ending in \.ckpt"):
-        read_checkpoint(tmp_path / "x.onnx")
-    with pytest.raises(ModelError, match="not a file"):
-        read_checkpoint(tmp_path / "absent.ckpt")
+@pytest.mark.parametrize("name", ["x.ckpt", "x.pth", "x.bin", "x.SAFETENSORS", "x"])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_a_file_is_read_by_its_content(tmp_path: Path, suffix: str, name: str) -> None:
+    assert read_checkpoint(write(tmp_path, suffix).rename(tmp_path / name)).keys() == WEIGHTS.keys()
+
+
+def test_an_archive_under_the_name_of_safetensors(tmp_path: Path) -> None:
+    """torch.load chooses by that suffix."""
+    with pytest.raises(ModelError, match=r"x\.safetensors is not .* but a torch\.save file; rename it to \.ckpt"):
+        read_checkpoint(write(tmp_path, "ckpt").rename(tmp_path / "x.safetensors"))
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder.ckpt").mkdir()
-    with pytest.raises(ModelError, match="not a file"):
-        read_checkpoint(tmp_path / "folder.ckpt")
+    (tmp_path / "device.ckpt").symlink_to("/dev/zero")
+    for name in ("absent.ckpt", "folder.ckpt", "device.ckpt"):
+        with pytest.raises(ModelError, match="not a file"):
+            read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (b"\x80\x02" + b"]0" * 2_000_000 + b".", "more than 2,000,000 instructions"),
+        (b"\x80\x02" + b"X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"0" * 3_000_000, "instructions"),
+        (b"c" + b"a" * (65 * 2**20), "longer than 64 MiB|at most 64 MiB"),
+    ],
+    ids=["opcodes", "strings", "line"],
+)
+def test_pickles_of_nothing_but_instructions_end_at_once(tmp_path: Path, code: bytes, words: str, zipped: bool) -> None:
+    path = tmp_path / "model.ckpt"
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model/data.pkl", code)
+    else:
+        path.write_bytes(code)
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=rf"model\.ckpt .*({words})"):
+        read_checkpoint(path)
+    assert time.monotonic() - start < 30
+
+
+def test_complex_weights_are_named(tmp_path: Path) -> None:
+    torch.save(WEIGHTS | {"c": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "c.ckpt")
+    with pytest.raises(ModelError, match=r"c\.ckpt: `c` holds complex numbers"):
+        read_checkpoint(tmp_path / "c.ckpt")
+
+
+def test_a_header_beyond_reason(tmp_path: Path) -> None:
+    header = b"{" + b" " * (17 * 2**20) + b"}"
+    (tmp_path / "h.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match=r"a header of 17,825,794 bytes"):
+        read_checkpoint(tmp_path / "h.safetensors")
 
 
 def test_archives_that_grow(tmp_path: Path) -> None:

@@ -212,6 +212,41 @@ def test_third_order_equals_diffusers_in_float64(config: Config) -> None:
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("betas", [*BETAS, {"trained_betas": TRAINED, "num_train_timesteps": 100}], ids=label)
+def test_uniform_log_snr_starts_at_the_last_trained_timestep(betas: Config, zero_snr: bool) -> None:
+    """The ends are the float32 log-sigmas, as diffusers takes them; those of float64 give 998 or 995 for 999."""
+    for first, last in ((0.0001, 0.02), (0.00085, 0.012), (0.0015, 0.0195), (0.0015, 0.0155)):
+        ends = {} if "trained_betas" in betas else {"beta_start": first, "beta_end": last}
+        predicts = "v_prediction" if zero_snr else "epsilon"
+        config = make_config(
+            "dpm++", betas, ends, use_lu_lambdas=True, rescale_betas_zero_snr=zero_snr, prediction_type=predicts
+        )
+        for steps in (2, 5, 10, 20):
+            reference = make_reference(config, steps, torch.float32)
+            assert new_scheduler(config, steps).timesteps.tolist() == whole(reference.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_train_timesteps", 10**9), ("num_train_timesteps", 10**18), ("steps_offset", 10**30),
+        ("beta_start", 10**400), ("beta_start", 1e-320), ("beta_end", 1e-310), ("sample_max_value", float("inf")),
+        ("trained_betas", {"0": 0.1}), ("trained_betas", [[0.1]] * 1000), ("trained_betas", [10**400] * 1000),
+    ],
+)  # fmt: skip
+def test_numbers_beyond_reason_are_named(setting: str, value: Any) -> None:
+    with pytest.raises(UsageError, match="beta_start" if setting == "beta_end" else setting):
+        make_scheduler(make_config("ddim", {setting: value}, thresholding=True), 10)
+
+
+@pytest.mark.parametrize("settings", [[], None, 3, "ddim"])
+def test_what_is_no_object_is_refused(settings: Any) -> None:
+    for use in (lambda: make_scheduler(settings, 10), lambda: replace_scheduler(settings, "ddim")):
+        with pytest.raises(UsageError, match=r"expected an object; edit scheduler_config\.json"):
+            use()
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("betas", [*BETAS, {"trained_betas": TRAINED, "num_train_timesteps": 100}], ids=label)
 def test_schedule(betas: Config, zero_snr: bool) -> None:
     config = make_config("ddim", betas, rescale_betas_zero_snr=zero_snr)
     ours, reference = NoiseSchedule.from_config(config), diffusers.DDIMScheduler.from_config(dict(config))

@@ -119,7 +119,12 @@ def run_calibration(
     on_progress: OnProgress = ignore_progress,
     checkpoint: Path | None = None,
 ) -> CalibrationSet:
-    """Run the mode that ``request`` names; ModelError for a UNet that reads a mask, which no mode provides."""
+    """Run the mode that ``request`` names; ModelError for a UNet that reads what no mode provides."""
+    if model.guidance_channels is not None:
+        raise ModelError(
+            f"{model.source}: its UNet reads the guidance scale (`time_cond_proj_dim`), which calibration does not "
+            "record yet; export it in fp32 or fp16"
+        )
     if model.unet.in_channels != model.latents.channels:
         raise ModelError(
             f"{model.source}: its UNet inpaints: it reads a mask besides latents, which calibration does not record "

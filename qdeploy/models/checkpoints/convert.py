@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qdeploy.artifacts.components import TEXT_ENCODER
 from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints import first_stage, text, unet
+from qdeploy.models.checkpoints.config_keys import check_keys
 from qdeploy.models.checkpoints.file import read_checkpoint
-from qdeploy.models.checkpoints.heads import read_heads
+from qdeploy.models.checkpoints.heads import Heads, read_heads
 from qdeploy.models.checkpoints.kinds import (
     COND_STAGE,
     FIRST_STAGE,
@@ -27,10 +29,14 @@ from qdeploy.models.checkpoints.kinds import (
     select_part,
     swap_in_ema,
 )
-from qdeploy.models.checkpoints.original_config import OriginalConfig, read_config
-from qdeploy.models.checkpoints.schedule import read_scaling_factor, read_scheduler_config
+from qdeploy.models.checkpoints.original_config import MAX_SIDE, OriginalConfig, find_config, read_config
+from qdeploy.models.checkpoints.schedule import V_PREDICTION, ZERO_SNR, read_scaling_factor, read_scheduler_config
 
 IMAGE_SIDE = {SD1: 512, UNCONDITIONAL: 256, TEXT2IMG: 256}  # of the published models
+MARKS = {
+    V_PREDICTION: "prediction_type v_prediction",
+    ZERO_SNR: "DDIM with rescale_betas_zero_snr, since no signal is left at the first timestep",
+}
 MISSING = {
     SD1: ("tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14, in a folder `tokenizer`",),
     TEXT2IMG: ("tokenizer: vocab.txt of bert-base-uncased, in a folder `tokenizer`",),
@@ -53,6 +59,7 @@ class ConvertedCheckpoint:
     scaling_factor: float
     sample_size: int  # latents' side
     missing: tuple[str, ...]  # what no checkpoint holds, and where to get it
+    corrections: tuple[str, ...]  # what is used otherwise than the file has it
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class CheckpointFacts:
     image_side: int
     ema: bool  # averaged weights of the UNet besides the last ones
     missing: tuple[str, ...]
+    corrections: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,15 @@ class _OpenCheckpoint:
     config: OriginalConfig | None
     unet: unet.UNetLayout
     first_stage: first_stage.FirstStageLayout
+    corrections: tuple[str, ...] = ()
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         return select_part(self.tensors, prefix)
 
     @property
     def sample_size(self) -> int:
-        size = None if self.config is None else self.config.number("image_size")
-        return IMAGE_SIDE[self.kind] // self.first_stage.factor if size is None else int(size)
+        size = None if self.config is None else self.config.integer("image_size", high=MAX_SIDE)
+        return IMAGE_SIDE[self.kind] // self.first_stage.factor if size is None else size
 
     @property
     def image_side(self) -> int:
@@ -93,32 +102,19 @@ class _OpenCheckpoint:
 def convert_checkpoint(path: Path, config: Path | None = None, ema: bool = False) -> ConvertedCheckpoint:
     """The modules of an original CompVis checkpoint, exactly; nothing is fetched, nothing in the file is executed.
 
-    ``config``: the original YAML, needed only where heads, betas or scale are not those of a published model.
-    ``ema``: take the averaged UNet, which the original LDM sampling scripts use. ModelError says what is wrong.
+    ``config``: the original YAML, needed only where heads, betas or scale are not those of a published model;
+    without it the one next to the file that has its name is read. ``ema``: take the averaged UNet, which the original
+    LDM sampling scripts use. ModelError says what is wrong.
     """
     with _name_file_in_errors(path):
-        checkpoint = _open(path, config, ema)
-        vq = checkpoint.first_stage.n_embed is not None
-        scale = read_scaling_factor(checkpoint.kind, checkpoint.tensors, checkpoint.config, vq)
-        heads = read_heads(checkpoint.kind, checkpoint.unet.channel_mult, checkpoint.config)
-        return ConvertedCheckpoint(
-            kind=checkpoint.kind,
-            scheduler_config=read_scheduler_config(checkpoint.kind, checkpoint.tensors, checkpoint.config),
-            unet=unet.convert_unet(checkpoint.part(UNET), checkpoint.unet, heads, checkpoint.sample_size),
-            vae=first_stage.convert_first_stage(
-                checkpoint.part(FIRST_STAGE), checkpoint.first_stage, checkpoint.image_side, scale
-            ),
-            text_encoders=_convert_text_encoders(checkpoint),
-            scaling_factor=scale,
-            sample_size=checkpoint.sample_size,
-            missing=MISSING[checkpoint.kind],
-        )
+        return _convert(_open(path, config, ema))
 
 
 def describe_checkpoint(path: Path, config: Path | None = None) -> CheckpointFacts:
-    """Kind, sizes and gaps of a checkpoint; no module is built and no weight read."""
+    """Kind, sizes and gaps of a checkpoint; its names and shapes are checked, and no weight is read."""
     with _name_file_in_errors(path):
         checkpoint = _open(path, config, ema=False)
+        missing = [*MISSING[checkpoint.kind], *_check_convertible(checkpoint)]
     parts = {TEXT_ENCODER.name: COND_STAGE, "unet": UNET, "vae": FIRST_STAGE}
     counts = {name: sum(t.numel() for t in checkpoint.part(prefix).values()) for name, prefix in parts.items()}
     return CheckpointFacts(
@@ -127,13 +123,67 @@ def describe_checkpoint(path: Path, config: Path | None = None) -> CheckpointFac
         latents=(checkpoint.first_stage.embed_dim, checkpoint.sample_size, checkpoint.sample_size),
         image_side=checkpoint.image_side,
         ema=has_ema(checkpoint.tensors),
-        missing=MISSING[checkpoint.kind],
+        missing=tuple(missing),
+        corrections=checkpoint.corrections,
     )
 
 
+def _convert(checkpoint: _OpenCheckpoint) -> ConvertedCheckpoint:
+    vq = checkpoint.first_stage.n_embed is not None
+    scale = read_scaling_factor(checkpoint.kind, checkpoint.tensors, checkpoint.config, vq)
+    layout = checkpoint.unet
+    heads = read_heads(checkpoint.kind, layout.model_channels, layout.channel_mult, checkpoint.config)
+    return ConvertedCheckpoint(
+        kind=checkpoint.kind,
+        scheduler_config=read_scheduler_config(checkpoint.kind, checkpoint.tensors, checkpoint.config),
+        unet=unet.convert_unet(checkpoint.part(UNET), layout, heads, checkpoint.sample_size),
+        vae=first_stage.convert_first_stage(
+            checkpoint.part(FIRST_STAGE), checkpoint.first_stage, checkpoint.image_side, scale
+        ),
+        text_encoders=_convert_text_encoders(checkpoint),
+        scaling_factor=scale,
+        sample_size=checkpoint.sample_size,
+        missing=MISSING[checkpoint.kind],
+        corrections=checkpoint.corrections,
+    )
+
+
+def _check_convertible(checkpoint: _OpenCheckpoint) -> list[str]:
+    """ModelError where a tensor finds no place; else what only the original YAML can say."""
+    gaps = []
+    layout, vq = checkpoint.unet, checkpoint.first_stage.n_embed is not None
+    heads = Heads(number=1)
+    for read in (
+        lambda: read_heads(checkpoint.kind, layout.model_channels, layout.channel_mult, checkpoint.config),
+        lambda: read_scaling_factor(checkpoint.kind, checkpoint.tensors, checkpoint.config, vq),
+        lambda: read_scheduler_config(checkpoint.kind, checkpoint.tensors, checkpoint.config),
+    ):
+        try:
+            value = read()
+            heads = value if isinstance(value, Heads) else heads
+        except ModelError as exc:
+            if checkpoint.config is not None:
+                raise
+            gaps.append(str(exc))
+    hollow = replace(checkpoint, tensors={name: _empty(tensor) for name, tensor in checkpoint.tensors.items()})
+    unet.convert_unet(hollow.part(UNET), layout, heads, hollow.sample_size)
+    first_stage.convert_first_stage(hollow.part(FIRST_STAGE), hollow.first_stage, hollow.image_side, 1.0)
+    _convert_text_encoders(hollow)
+    return gaps
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory."""
+    return torch.zeros(()).expand(tensor.shape)
+
+
 def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
-    tensors = read_checkpoint(path)
+    tensors, corrections = _correct(read_checkpoint(path))
+    beside = find_config(path) if config is None else None
+    config = beside if config is None else config
     original = None if config is None else read_config(config)
+    if beside is not None:
+        corrections.append(f"{beside.name} next to the file: read as its original configuration (--config)")
     kind = detect_kind(tensors, original)
     tensors = swap_in_ema(tensors) if ema else tensors
     checkpoint = _OpenCheckpoint(
@@ -142,20 +192,39 @@ def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
         original,
         unet.read_layout(select_part(tensors, UNET)),
         first_stage.read_layout(select_part(tensors, FIRST_STAGE)),
+        tuple(corrections),
     )
     if original is not None:
-        unet.check_config(checkpoint.unet, original)
-        first_stage.check_config(checkpoint.first_stage, original)
-        if kind == TEXT2IMG:
-            text.check_bert_config(checkpoint.part(COND_STAGE), original)
+        _check_config(checkpoint, original)
     return checkpoint
+
+
+def _check_config(checkpoint: _OpenCheckpoint, original: OriginalConfig) -> None:
+    check_keys(original, inpaints=checkpoint.unet.in_channels == 2 * checkpoint.first_stage.embed_dim + 1)
+    unet.check_config(checkpoint.unet, original)
+    first_stage.check_config(checkpoint.first_stage, original)
+    if checkpoint.kind == TEXT2IMG:
+        text.check_bert_config(checkpoint.part(COND_STAGE), original)
+
+
+def _correct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The first stage's attention under the original's names, and a line where it had others."""
+    stage = select_part(tensors, FIRST_STAGE)
+    renamed = first_stage.rename_attention(stage)
+    marks = [f"tensor `{name}`: {what}" for name, what in MARKS.items() if name in tensors]
+    if renamed.keys() == stage.keys() and all(renamed[name].dim() == stage[name].dim() for name in stage):
+        return tensors, marks
+    others = {name: value for name, value in tensors.items() if name.removeprefix(FIRST_STAGE) not in stage}
+    corrected = others | {FIRST_STAGE + name: value for name, value in renamed.items()}
+    return corrected, [*marks, "first stage's attention: diffusers' names -> the original's, which map one to one"]
 
 
 def _convert_text_encoders(checkpoint: _OpenCheckpoint) -> dict[str, nn.Module]:
     if checkpoint.kind == UNCONDITIONAL:
         return {}
-    convert = text.convert_clip if checkpoint.kind == SD1 else text.convert_bert
-    return {TEXT_ENCODER.name: convert(checkpoint.part(COND_STAGE))}
+    weights = checkpoint.part(COND_STAGE)
+    is_clip = checkpoint.kind == SD1
+    return {TEXT_ENCODER.name: text.convert_clip(weights, checkpoint.config) if is_clip else text.convert_bert(weights)}
 
 
 @contextmanager

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError
+from qdeploy.models.weight_files import check_safetensors
 
-SUFFIXES = (".ckpt", ".pt", ".safetensors")
+SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")  # usual ones; a file is read by its content
 REMEDY = "get the original file again, or save its weights as .safetensors"
 MAX_FILE_BYTES = 64 * 2**30
 MAX_PICKLE_BYTES = 64 * 2**20  # the tree of names and shapes; Stable Diffusion's with EMA and optimizer has 2 MiB
+MAX_OPCODES = 2_000_000  # Stable Diffusion's file with EMA and optimizer has 400,000
+MAX_TENSORS = 100_000
 ZIP_MAGIC = b"PK\x03\x04"  # how torch.load tells its two formats apart
+PICKLE_MAGIC = b"\x80"  # of protocol 2 and later
 LEGACY_PICKLES = 5  # before torch 1.6: magic number, protocol, system, the object, storage keys
 
 PLAIN = re.compile(  # what tensors and containers are made of; torch's own, narrower list has the last word
@@ -90,7 +94,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     _check_file(path)
     try:
-        loaded = _load_safetensors(path) if path.suffix == ".safetensors" else torch_load(path)
+        loaded = _load_safetensors(path) if is_safetensors(path) else torch_load(path)
     except ValueError as exc:
         raise ModelError(f"{path} is not a checkpoint of plain weights ({exc}); {REMEDY}") from exc
     nested = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict)
@@ -98,6 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ModelError(f"{path} holds no tensors by name, neither directly nor in a `state_dict`; {REMEDY}")
     _check_sizes(tensors, path)
+    _refuse_complex(dict(loaded["state_dict"] if nested else loaded), path)
     return tensors
 
 
@@ -144,7 +149,7 @@ def _read_zip_globals(path: Path) -> set[str]:
         if len(trees) != 1 or trees[0].file_size > MAX_PICKLE_BYTES:
             raise ValueError(f"expected one data.pkl of at most {MAX_PICKLE_BYTES >> 20} MiB in it")
         with archive.open(trees[0]) as tree:
-            return set(_iter_globals(tree))
+            return set(_iter_globals(BoundedReader(tree)))
 
 
 def _read_legacy_globals(path: Path) -> set[str]:
@@ -152,13 +157,44 @@ def _read_legacy_globals(path: Path) -> set[str]:
         if file.read(64).startswith(b"version https://git-lfs"):
             raise ValueError("it is a Git LFS pointer, not the file itself")
         file.seek(0)
-        return {name for _ in range(LEGACY_PICKLES) for name in _iter_globals(file)}
+        reader = BoundedReader(file)
+        return {name for _ in range(LEGACY_PICKLES) for name in _iter_globals(reader)}
 
 
-def _iter_globals(pickle: IO[bytes]) -> Iterator[str]:
+class BoundedReader:
+    """A file for ``pickletools``, which ends after ``MAX_PICKLE_BYTES``; a line or string may claim to be endless."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._left = MAX_PICKLE_BYTES
+        self.opcodes = 0
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes."""
+        return self._count(self._file.read(min(size, self._left + 1)))
+
+    def readline(self) -> bytes:
+        """Up to the end of a line."""
+        return self._count(self._file.readline(self._left + 1))
+
+    def _count(self, piece: bytes) -> bytes:
+        self._left -= len(piece)
+        if self._left < 0:
+            raise ValueError(f"its pickle is longer than {MAX_PICKLE_BYTES >> 20} MiB, of names and shapes only")
+        return piece
+
+    def count_opcode(self) -> None:
+        """ValueError for more instructions than any checkpoint has."""
+        self.opcodes += 1
+        if self.opcodes > MAX_OPCODES:
+            raise ValueError(f"its pickle has more than {MAX_OPCODES:,} instructions")
+
+
+def _iter_globals(pickle: BoundedReader) -> Iterator[str]:
     """Dotted names that one pickle asks for, read without running it, in Python 3's spelling."""
     recent, memo = ["", ""], dict[Any, str]()
-    for opcode, argument, _ in pickletools.genops(pickle):
+    for opcode, argument, _ in pickletools.genops(pickle):  # type: ignore[arg-type]
+        pickle.count_opcode()
         if opcode.name in ("GLOBAL", "INST"):
             yield _modernize_name(*str(argument).split(" ", 1))
         elif opcode.name == "STACK_GLOBAL":
@@ -196,14 +232,49 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        check_safetensors(path)
         return load_file(path)
-    except (SafetensorError, OSError, KeyError) as exc:
+    except (ModelError, SafetensorError, OSError, KeyError) as exc:
         raise ValueError(_explain(exc)) from exc
 
 
+def may_be_checkpoint(path: Path) -> bool:
+    """Whether the file begins as an archive, a pickle or safetensors, or has the name of a checkpoint."""
+    start = _read_start(path)
+    return (
+        path.suffix.lower() in SUFFIXES
+        or _begins_as_pickle(start)
+        or _begins_as_safetensors(start, path.stat().st_size)
+    )
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the content begins as a safetensors file's; a cut one is known by its suffix."""
+    start = _read_start(path)
+    if _begins_as_safetensors(start, path.stat().st_size):
+        return True
+    if path.suffix == ".safetensors" and _begins_as_pickle(start):
+        raise ModelError(f"{path} is not a checkpoint in safetensors but a torch.save file; rename it to .ckpt")
+    return path.suffix.lower() == ".safetensors" and not _begins_as_pickle(start)
+
+
+def _read_start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(9)
+
+
+def _begins_as_safetensors(start: bytes, size_bytes: int) -> bool:
+    """Length of the header, then the header's first character."""
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size_bytes - 8
+
+
+def _begins_as_pickle(start: bytes) -> bool:
+    """An archive, or a pickle of protocol 2 to 5; a length in eight bytes begins so too, but ends in zeros."""
+    is_pickle = start[:1] == PICKLE_MAGIC and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return start.startswith(ZIP_MAGIC) or (is_pickle and start[4:8] != bytes(4))
+
+
 def _check_file(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise ModelError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
     if not path.is_file() or not 0 < path.stat().st_size <= MAX_FILE_BYTES:
         raise ModelError(f"{path} is not a file of 1 byte to {MAX_FILE_BYTES >> 30} GiB; {REMEDY}")
 
@@ -213,6 +284,15 @@ def _filter_tensors(loaded: Any) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         return {}
     return {name: value.detach() for name, value in loaded.items() if isinstance(name, str) and _is_plain(value)}
+
+
+def _refuse_complex(loaded: Mapping[str, Any], path: Path) -> None:
+    """No model here has complex weights, and leaving one out would look like a missing tensor."""
+    names = [str(name) for name, value in loaded.items() if isinstance(value, Tensor) and value.is_complex()]
+    if names:
+        raise ModelError(f"{path}: `{names[0]:.100}` holds complex numbers, expected real ones; {REMEDY}")
+    if len(loaded) > MAX_TENSORS:
+        raise ModelError(f"{path} holds {len(loaded)} entries, expected at most {MAX_TENSORS} tensors; {REMEDY}")
 
 
 def _is_plain(value: Any) -> bool:

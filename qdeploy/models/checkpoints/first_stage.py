@@ -5,6 +5,7 @@ diffusers' ``convert_ldm_vae_checkpoint`` renames encoder and decoder; the codeb
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +19,15 @@ from qdeploy.models.checkpoints.kinds import FIRST_STAGE
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
 CODEBOOK = "quantize.embedding.weight"
+ORIGINAL_NAMES = {  # by those of diffusers, today's and before 0.12
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
+    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
+    "q": "q", "k": "k", "v": "v", "proj_out": "proj_out",
+}  # fmt: skip
+FOREIGN_ATTENTION = re.compile(
+    r"(?P<block>(?:encoder|decoder)\.mid\.attn_1\.)"
+    rf"(?P<leaf>{'|'.join(map(re.escape, ORIGINAL_NAMES))})\.(?P<kind>weight|bias)"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,23 @@ class FirstStageLayout:
     def factor(self) -> int:
         """Pixels a latent, along a side."""
         return 1 << (len(self.ch_mult) - 1)
+
+
+def rename_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the middle attention under the original's names and as the 1x1 convolutions that they are.
+
+    Some merging tools write diffusers' names and matrices into an original file (kohya-ss/sd-scripts issue 618).
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        match = FOREIGN_ATTENTION.fullmatch(name)
+        if match is None:
+            renamed[name] = tensor
+            continue
+        leaf = ORIGINAL_NAMES[match["leaf"]]
+        is_matrix = match["kind"] == "weight" and tensor.dim() == 2
+        renamed[f"{match['block']}{leaf}.{match['kind']}"] = tensor[:, :, None, None] if is_matrix else tensor
+    return renamed
 
 
 def read_layout(weights: Mapping[str, Tensor]) -> FirstStageLayout:
@@ -63,6 +90,7 @@ def check_config(layout: FirstStageLayout, config: OriginalConfig) -> None:
     config.check(config.ddconfig, {name: getattr(layout, name) for name in fields})
     sizes = {"embed_dim": layout.embed_dim} | ({} if layout.n_embed is None else {"n_embed": layout.n_embed})
     config.check(config.params("first_stage_config"), sizes)
+    config.check(config.ddconfig, {"double_z": layout.n_embed is None})
 
 
 def convert_first_stage(

@@ -26,11 +26,14 @@ UNSUPPORTED = (
     ("cond_stage_model.model.", "has an OpenCLIP text encoder, as Stable Diffusion 2.x does"),
     ("cond_stage_model.embedding.", "is a class-conditional LDM"),
     ("down_blocks.", "holds one module in diffusers' names; give the diffusers folder that it belongs to"),
-    ("lora_", "is a LoRA, not a model"),
+    ("lora_", "is a LoRA, not a model; give it to --lora"),
+    ("control_model.", "is a ControlNet, whose picture of control is not fed; give the model that it controls"),
+    ("embedding_manager.", "holds a textual inversion in training; put its embedding into a diffusers folder"),
+    ("denoiser.sigmas", "has noise levels of sgm's denoiser; save it without `denoiser.sigmas` if it is of this kind"),
 )
 # Not weights of a part: schedule buffers, losses and discriminators, position indices, LitEma's own counters.
 EXTRAS = re.compile(
-    r"(betas|logvar|lvlb_weights|scale_factor|cond_ids|(log_one_minus_|sqrt_(recip(m1)?_|one_minus_)?)?alphas_cumprod"
+    r"(betas|v_pred|ztsnr|logvar|lvlb_weights|scale_factor|cond_ids|(log_one_minus_|sqrt_(recip(m1)?_|one_minus_)?)?alphas_cumprod"
     r"(_prev)?|posterior_\w+|loss\..*|model_ema\.(decay|num_updates)|first_stage_model\.(loss\..*|colorize)"
     r"|first_stage_model\.model_ema\..*|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"
     r"|cond_stage_model\.(logit_scale|text_projection))"

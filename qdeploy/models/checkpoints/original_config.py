@@ -6,23 +6,29 @@ Its layout: ``model.params`` holds the schedule, ``scale_factor`` and ``image_si
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qdeploy.base.errors import ModelError
+from qdeploy.models.config_files import check_regular
 
-MAX_YAML_BYTES = 2**20
+MAX_YAML_BYTES = 2**17  # the published ones have 2 kB
+MAX_SIDE = 4096  # of latents
+MAX_TIMESTEPS = 10_000
+MAX_SCALE = 1e6
 REMEDY = "give the YAML that the checkpoint was published with"
 
 
 @dataclass(frozen=True)
 class OriginalConfig:
-    """One YAML file; ``model`` is its ``model.params``."""
+    """One YAML file; ``model`` is its ``model.params``, ``target`` the class that they are for."""
 
     path: Path
     model: Mapping[str, Any]
+    target: object = None
 
     def params(self, stage: str) -> Mapping[str, Any]:
         """``params`` of ``unet_config``, ``first_stage_config`` or ``cond_stage_config``; empty where it has none."""
@@ -36,12 +42,35 @@ class OriginalConfig:
         config = self.params("first_stage_config").get("ddconfig")
         return config if isinstance(config, Mapping) else {}
 
-    def number(self, name: str, section: Mapping[str, Any] | None = None) -> float | None:
-        """A number of ``model.params`` (or of ``section``); None where it is not given."""
+    def number(
+        self,
+        name: str,
+        section: Mapping[str, Any] | None = None,
+        low: float = -MAX_SCALE,
+        high: float = MAX_SCALE,
+    ) -> float | None:
+        """A number of ``model.params`` (or of ``section``) in range; None where it is not given."""
         value = (self.model if section is None else section).get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ModelError(f"{self.path}: `{name}` is {value!r}, expected a number; {REMEDY}")
+        if value is not None and (type(value) not in (int, float) or not low <= value <= high):
+            expected = f"a number from {low:g} to {high:g}"
+            raise ModelError(f"{self.path}: `{name}` is {reprlib.repr(value)}, expected {expected}; {REMEDY}")
         return value
+
+    def integer(
+        self, name: str, section: Mapping[str, Any] | None = None, low: int = 1, high: int = 2**20
+    ) -> int | None:
+        """A whole number in range; None where it is not given."""
+        value = self.number(name, section, low, high)
+        if value is not None and type(value) is not int:
+            raise ModelError(f"{self.path}: `{name}` is {value!r}, expected a whole number; {REMEDY}")
+        return None if value is None else int(value)
+
+    def flag(self, name: str, section: Mapping[str, Any]) -> bool:
+        """True or false; false where it is not given."""
+        value = section.get(name)
+        if value not in (None, True, False) or type(value) is int:
+            raise ModelError(f"{self.path}: `{name}` is {reprlib.repr(value)}, expected true or false; {REMEDY}")
+        return value is True
 
     def check(self, section: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
         """ModelError where ``section`` states something else than ``actual``, which was read off the tensors."""
@@ -49,23 +78,46 @@ class OriginalConfig:
             stated = section.get(name, value)
             stated = tuple(stated) if isinstance(stated, list) else stated
             if stated != value:
-                raise ModelError(f"{self.path}: `{name}` is {stated}, the checkpoint's weights say {value}; {REMEDY}")
+                raise ModelError(
+                    f"{self.path}: `{name}` is {reprlib.repr(stated)}, the checkpoint's weights say {value}; {REMEDY}"
+                )
+
+
+def find_config(checkpoint: Path) -> Path | None:
+    """The YAML next to ``checkpoint`` that has its name, as web UIs look for it; None where there is none."""
+    path = checkpoint.with_suffix(".yaml")
+    return path if path.exists() else None
 
 
 def read_config(path: Path) -> OriginalConfig:
-    """Parse a YAML without objects; ModelError when it is not an original model's."""
+    """Parse a YAML without objects and aliases; ModelError when it is not an original model's."""
     import yaml
 
+    check_regular(path)
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ModelError(f"{path} is larger than {MAX_YAML_BYTES >> 10} KiB; {REMEDY}")
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_make_loader())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
-        raise ModelError(f"{path} is not a readable YAML file ({str(exc).splitlines()[0]}); {REMEDY}") from exc
+        reason = (str(exc) or type(exc).__name__).splitlines()[0]
+        raise ModelError(f"{path} is not a readable YAML file ({reason}); {REMEDY}") from exc
     try:
-        model = loaded["model"]["params"]
-    except (KeyError, TypeError) as exc:
+        model, target = loaded["model"]["params"], loaded["model"].get("target")
+    except (KeyError, TypeError, AttributeError) as exc:
         raise ModelError(f"{path} has no `model.params`; {REMEDY}") from exc
     if not isinstance(model, Mapping) or not isinstance(model.get("unet_config"), Mapping):
         raise ModelError(f"{path} has no `model.params.unet_config`; {REMEDY}")
-    return OriginalConfig(path, model)
+    return OriginalConfig(path, model, target)
+
+
+def _make_loader() -> Any:
+    """PyYAML's safe loader without aliases, which make a small file a huge document."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+                raise yaml.YAMLError("it has aliases, which no published configuration has")
+            return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    return PlainLoader

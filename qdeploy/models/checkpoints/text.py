@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from itertools import count
 from typing import Any
@@ -28,10 +29,11 @@ BERT_NAMES = (  # LDMBert's names; a layer is two of the original's, attention a
 )
 
 
-def convert_clip(weights: Mapping[str, Tensor]) -> nn.Module:
+def convert_clip(weights: Mapping[str, Tensor], config: OriginalConfig | None = None) -> nn.Module:
     """``FrozenCLIPEmbedder``'s transformer, from its names below ``cond_stage_model.``.
 
-    transformers 5 has no ``text_model`` level in ``CLIPTextModel`` any more, and position indices are not stored.
+    A YAML that takes an earlier layer (clip skip) gets a model that ends with it. transformers 5 has no ``text_model``
+    level in ``CLIPTextModel`` any more, and position indices are not stored.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
     from transformers import CLIPTextModel
@@ -41,15 +43,47 @@ def convert_clip(weights: Mapping[str, Tensor]) -> nn.Module:
         raise ModelError(f"the text encoder has weights outside its transformer: `{foreign[0]}`")
     named = convert_ldm_clip_checkpoint({f"cond_stage_model.{name}": value for name, value in weights.items()})
     named = {name.removeprefix("text_model."): value for name, value in named.items()}
+    stated = _count_layers(named, "encoder.layers.{}.mlp.fc1.weight")
+    layers = stated if config is None else choose_layers(config, stated)
+    named = {name: value for name, value in named.items() if _get_layer(name) < layers}
     vocab_size, width = named["embeddings.token_embedding.weight"].shape
-    config = build_clip_config(
+    clip_config = build_clip_config(
         vocab_size,
         width,
         inner=named["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        layers=_count_layers(named, "encoder.layers.{}.mlp.fc1.weight"),
+        layers=layers,
         positions=named["embeddings.position_embedding.weight"].shape[0],
     )
-    return build_module(CLIPTextModel, config, named, "text encoder")
+    if config is not None:
+        config.check(config.params("cond_stage_config"), {"max_length": clip_config.max_position_embeddings})
+    return build_module(CLIPTextModel, clip_config, named, "text encoder")
+
+
+def choose_layers(config: OriginalConfig, layers: int) -> int:
+    """How many of the ``layers`` the YAML's text encoder runs before its final norm.
+
+    `layer: hidden` with `layer_idx: -2` and `penultimate` are clip skip as diffusers, web UIs and the models that
+    were trained with it compute it: the output of the last layer but one, through the final norm.
+    """
+    params = config.params("cond_stage_config")
+    layer, index = params.get("layer", "last"), config.integer("layer_idx", params, low=-layers, high=layers)
+    if layer == "last" or layer is None:
+        return layers
+    if layer == "penultimate":
+        index = -2
+    elif layer != "hidden" or index is None or index == 0:
+        raise ModelError(
+            f"{config.path}: `cond_stage_config` `layer` is {reprlib.repr(layer)} with `layer_idx` {index}, expected "
+            f"last, penultimate, or hidden with a layer_idx from {-layers} to {layers} but 0"
+        )
+    assert index is not None
+    return index if index > 0 else layers + 1 + index
+
+
+def _get_layer(name: str) -> int:
+    """The number of the layer that the weight belongs to; -1 for those that every model has."""
+    match = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return -1 if match is None else int(match[1])
 
 
 def build_clip_config(vocab_size: int, width: int, inner: int, layers: int, positions: int) -> Any:
@@ -98,6 +132,8 @@ def check_bert_config(weights: Mapping[str, Tensor], config: OriginalConfig) -> 
     sizes: dict[str, Any] = {
         "n_embed": weights["transformer.token_emb.weight"].shape[1],
         "n_layer": _count_layers(weights, "transformer.attn_layers.layers.{}.0.weight") // 2,
+        "vocab_size": weights["transformer.token_emb.weight"].shape[0],
+        "max_seq_len": weights["transformer.pos_emb.emb.weight"].shape[0],
     }
     config.check(config.params("cond_stage_config"), sizes)
 

@@ -80,6 +80,8 @@ def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
     fields = ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "context_dim")
     switches = ("use_scale_shift_norm", "resblock_updown")
     config.check(params, {name: getattr(layout, name) for name in (*fields, *switches)})
+    depth = {"transformer_depth": layout.transformer_depth} if layout.context_dim is not None else {}
+    config.check(params, {"use_spatial_transformer": layout.context_dim is not None, **depth})
     factors, levels = params.get("attention_resolutions"), len(layout.attention)
     resolutions = sorted(2**level for level, attends in enumerate(layout.attention) if attends)
     if isinstance(factors, list) and [factor for factor in sorted(factors) if factor < 2**levels] != resolutions:

@@ -1,0 +1,38 @@
+"""Check the parts of a model against one another, and that every weight is a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdeploy.base.errors import ModelError
+
+
+def check_finite(module: nn.Module, source: str, label: str) -> None:
+    """ModelError that names the first weight or buffer that holds NaN or infinity."""
+    for name, tensor in module.state_dict().items():
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor)  # both are NaN where one value is
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ModelError(
+                f"{source}: the {label}'s weight `{name}` holds NaN or infinity; get the model again, or train it "
+                "again where it came so"
+            )
+
+
+def check_vocabulary(tokenizer: Any, text: Any, source: str) -> None:
+    """ModelError where the tokenizer has a token for which the text encoder has no row."""
+    embedding = text.model.embed_tokens if type(text).__name__ == "LDMBertModel" else text.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if beyond:
+        number, token = beyond[0]
+        raise ModelError(
+            f"{source}: the tokenizer's token {token!r:.60} has id {number} and the text encoder {rows} rows"
+            + (f", as have {len(beyond) - 1} more" if len(beyond) > 1 else "")
+            + "; resize it (`text_encoder.resize_token_embeddings(len(tokenizer))`), give the token its embedding and "
+            "save both, or take the token out of the tokenizer"
+        )

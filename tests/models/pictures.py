@@ -1,0 +1,99 @@
+"""Whole pictures of a loaded float model and of diffusers' pipelines, from the same latents."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qdeploy.models.source import LatentDiffusion
+from qdeploy.sampling import make_scheduler
+from qdeploy.sampling.loop import PictureStreams, denoise, draw_unit_noise
+
+ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
+STEPS, GUIDANCE, PROMPT = 6, 4.0, "a red house"
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def first_latents(model: LatentDiffusion) -> NDArray[np.float32]:
+    return draw_unit_noise(model.latents.shape, [(0, 0)])
+
+
+@torch.no_grad()
+def paint(model: LatentDiffusion, config: Mapping[str, Any] | None = None, prompt: str = PROMPT) -> NDArray[np.float64]:
+    """The picture ``[H, W, 3]`` in grey levels, by the model's own modules and our scheduler."""
+    scheduler = make_scheduler(
+        model.scheduler_config if config is None else config, STEPS, rng=PictureStreams([(0, 0)])
+    )
+    cond = uncond = None
+    if model.reads_text:
+        (encoder,) = model.text_encoders.values()
+        hidden = encoder(encoder.tokenizer([prompt, ""])).numpy()
+        cond, uncond = hidden[:1], hidden[1:]
+
+    def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        text = () if context is None else (torch.from_numpy(context),)
+        return model.unet(torch.from_numpy(x), torch.tensor(t), *text).numpy()
+
+    final = denoise(predict, scheduler, first_latents(model), cond, uncond, GUIDANCE)
+    image = model.vae_decoder(torch.from_numpy(final / np.float32(model.latents.scaling_factor)))[0]
+    return np.rint((image.permute(1, 2, 0).numpy() / 2 + 0.5).clip(0, 1) * 255.0)
+
+
+def load_diffusers(folder: Path, scheduler: Any, way: str = "StableDiffusionPipeline") -> Any:
+    """diffusers' pipeline of the folder's parts, whose UNet is called with whole timesteps, as ours."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    forward = unet.forward
+    unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
+    pipeline = getattr(diffusers, way)(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def paint_diffusers(pipeline: Any, latents: NDArray[np.float32], prompt: str = PROMPT) -> NDArray[np.float64]:
+    with same_draws(pipeline.scheduler):
+        images = pipeline(
+            prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=torch.from_numpy(latents),
+            output_type="np",
+        ).images  # fmt: skip
+    return np.rint(images[0] * 255.0)
+
+
+@contextmanager
+def same_draws(scheduler: Any) -> Iterator[None]:
+    """A stochastic scheduler draws the same noise as ours for picture 0 of seed 0."""
+    streams = PictureStreams([(0, 0)])
+
+    def draw(shape: Any, **_: Any) -> torch.Tensor:
+        return torch.from_numpy(streams.standard_normal(tuple(shape)))
+
+    with mock.patch.object(sys.modules[type(scheduler).__module__], "randn_tensor", draw, create=True):
+        yield
+
+
+def assert_same(actual: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+    assert actual.shape == expected.shape
+    assert np.isfinite(expected).all()
+    assert expected.std() > 2  # else nothing is compared
+    assert np.abs(actual - expected).max() <= ONE_GREY_LEVEL

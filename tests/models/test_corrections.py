@@ -1,0 +1,180 @@
+"""What diffusers corrects in old folders when it loads them, is corrected here: whole pictures are the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from qdeploy.base.errors import ModelError, UsageError
+from qdeploy.inspection.describe import describe
+from qdeploy.models.corrections import correct_scheduler
+from qdeploy.models.source import load_model
+from qdeploy.sampling import CLASS_NAMES, replace_scheduler
+from tests.models.pictures import assert_same, edit_json, first_latents, load_diffusers, paint, paint_diffusers
+from tests.tiny import SCHEDULER
+
+BETAS = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
+OLD: dict[str, dict[str, Any]] = {
+    "ddim-silent": {"_class_name": "DDIMScheduler", "_diffusers_version": "0.2.2"},
+    "ddim-clips": {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0},
+    "ddim-alpha": {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "clip_sample": False, "steps_offset": 3},
+    "ddim-limits": {"_class_name": "DDIMScheduler", "thresholding": True, "sample_max_value": 1.5},
+    "pndm-silent": {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    "pndm-prk": {"_class_name": "PNDMScheduler"},
+    "pndm-clips": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": True},
+    "euler-leading": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    "dpm-null": {"_class_name": "DPMSolverMultistepScheduler", "steps_offset": None, "timestep_spacing": "leading"},
+    "lcm-clips": {"_class_name": "LCMScheduler", "clip_sample": True},
+}
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def write_scheduler(folder: Path, settings: dict[str, Any]) -> Path:
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(BETAS | settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_schedulers_make_diffusers_pictures(folder: Path, name: str) -> None:
+    write_scheduler(folder, OLD[name])
+    model = load_model(str(folder))
+    scheduler = getattr(diffusers, OLD[name]["_class_name"]).from_pretrained(folder / "scheduler")
+    assert_same(paint(model), paint_diffusers(load_diffusers(folder, scheduler), first_latents(model)))
+
+
+@pytest.mark.parametrize("target", CLASS_NAMES)
+@pytest.mark.parametrize("source", ["pndm-silent", "ddim-silent", "euler-leading"])
+def test_a_swap_brings_no_default_that_changes_the_latents(folder: Path, source: str, target: str) -> None:
+    write_scheduler(folder, OLD[source])
+    model = load_model(str(folder))
+    scheduler = getattr(diffusers, CLASS_NAMES[target]).from_config(BETAS | OLD[source])
+    expected = paint_diffusers(load_diffusers(folder, scheduler), first_latents(model))
+    assert_same(paint(model, replace_scheduler(model.scheduler_config, target)), expected)
+
+
+def test_a_ddim_in_place_of_an_original_files_pndm_does_not_clip() -> None:
+    from qdeploy.models.checkpoints.schedule import read_scheduler_config
+
+    config = read_scheduler_config("sd1", {}, None)
+    assert "clip_sample" not in config
+    assert replace_scheduler(config, "ddim")["clip_sample"] is False
+    assert replace_scheduler(config | {"clip_sample": True}, "ddim")["clip_sample"] is True
+
+
+def test_the_latents_size_of_files_before_0_9(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", lambda config: config.update(_diffusers_version="0.8.1"))
+    model = load_model(str(folder))
+    assert (model.latents.height, model.latents.image_width) == (64, 128)
+    scheduler = diffusers.PNDMScheduler.from_pretrained(folder / "scheduler")
+    assert load_diffusers(folder, scheduler).unet.config.sample_size == 64
+    facts = [text for label, text in describe(str(folder)) if label == "corrected"]
+    assert len(facts) == 1
+    assert "unet/config.json `sample_size`: 8 -> 64" in facts[0]
+    for version in ("0.9.0", "0.10.2", "0.42.1", "not a version", None):
+        edit_json(folder / "unet" / "config.json", lambda config, v=version: config.update(_diffusers_version=v))
+        assert load_model(str(folder)).latents.height == 8
+
+
+def test_inspect_prints_each_correction(folder: Path) -> None:
+    write_scheduler(folder, {"_class_name": "DDIMScheduler", "clip_sample": True, "predict_epsilon": True})
+    edit_json(folder / "model_index.json", lambda index: index.update(safety_checker=["diffusers", "Checker"]))
+    facts = [text for label, text in describe(str(folder)) if label == "corrected"]
+    assert [text.split(",")[0] for text in facts] == [
+        "scheduler_config.json `predict_epsilon`: True -> left out",
+        "scheduler_config.json `steps_offset`: missing -> 1",
+        "scheduler_config.json `clip_sample`: True -> False",
+        "model_index.json `safety_checker`: left out",
+    ]
+    write_scheduler(folder, {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1})
+    edit_json(folder / "model_index.json", lambda index: index.pop("safety_checker"))
+    assert [label for label, _ in describe(str(folder)) if label == "corrected"] == []
+
+
+def test_inpainting_folders_skip_the_runge_kutta_start(inpainting_folder: Path, tmp_path: Path) -> None:
+    folder = write_scheduler(shutil.copytree(inpainting_folder, tmp_path / "model"), {"_class_name": "PNDMScheduler"})
+    reference = load_diffusers(
+        folder, diffusers.PNDMScheduler.from_pretrained(folder / "scheduler"), "StableDiffusionInpaintPipeline"
+    )
+    config = load_model(str(folder)).scheduler_config
+    assert (config["skip_prk_steps"], config["steps_offset"]) == (True, 1)
+    assert (reference.scheduler.config.skip_prk_steps, reference.scheduler.config.steps_offset) == (True, 1)
+
+
+def test_other_pipelines_are_corrected_in_nothing(unconditional_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(unconditional_folder, tmp_path / "model")
+    write_scheduler(folder, {"_class_name": "DDIMScheduler"})
+    model = load_model(str(folder))
+    assert model.corrections == ()
+    pipeline = diffusers.LDMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = first_latents(model)
+    with pytest.MonkeyPatch.context() as patched:
+        home = "diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond"
+        patched.setattr(f"{home}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+        expected = pipeline(num_inference_steps=6, output_type="np").images
+    assert_same(paint(model), np.rint(expected[0] * 255.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"predict_epsilon": False}, "`predict_epsilon`: got False .*`prediction_type` 'sample'"),
+        ({"steps_offset": 10**30}, "`steps_offset`: got 1000+.*at most 10000"),
+        ({"num_train_timesteps": 10**9}, "`num_train_timesteps`: got 1000000000"),
+        ({"num_train_timesteps": 10**18}, "`num_train_timesteps`"),
+        ({"beta_start": "0.1"}, "`beta_start`: got '0.1', supported: a number"),
+        ({"clip_sample": 1}, "`clip_sample`: got 1"),
+        ({"trained_betas": "all"}, "`trained_betas`: got 'all', supported: a list"),
+        ({"prediction_type": ["epsilon"]}, r"`prediction_type`: got \['epsilon'\], supported: a word"),
+        ({"solver_order": 10**400}, "`solver_order`"),
+        ({"sigma_max": 10**400}, "`sigma_max`"),
+        ({"magic": 1}, "`magic`: got 1, supported: no setting of that name"),
+    ],
+)
+def test_settings_that_are_refused_by_name(folder: Path, settings: dict[str, Any], words: str) -> None:
+    write_scheduler(folder, {"_class_name": "PNDMScheduler", "steps_offset": 1} | settings)
+    with pytest.raises(ModelError, match=words):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"beta_start": 0.02, "beta_end": 0.01}, "`beta_start`: got 0.02, supported: at most beta_end"),
+        ({"beta_start": 1e-320, "beta_end": 1e-310}, "`beta_start, beta_end`"),
+        ({"beta_start": 0.9, "beta_end": 0.99999}, "`beta_start, beta_end`"),
+        ({"trained_betas": [1e-12] * 1000}, "`trained_betas`"),
+        ({"trained_betas": [0.1] * 999}, "`trained_betas`"),
+        ({"_class_name": "HeunDiscreteScheduler"}, "`_class_name`: got 'HeunDiscreteScheduler'"),
+        ({"timestep_spacing": "log"}, "`timestep_spacing`"),
+    ],
+)
+def test_what_no_request_could_run_is_refused_at_export(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    from qdeploy.export.exporter import export_bundle
+    from qdeploy.targets.base import load_target
+
+    write_scheduler(folder, {"_class_name": "PNDMScheduler"} | settings)
+    model = load_model(str(folder))
+    with pytest.raises(UsageError, match=words):
+        export_bundle(model, None, load_target("ort-cpu"), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_predict_epsilon_with_what_it_meant() -> None:
+    for settings in ({"predict_epsilon": True}, {"predict_epsilon": False, "prediction_type": "sample"}):
+        corrected, corrections = correct_scheduler({"_class_name": "DDIMScheduler"} | settings, "LDMPipeline")
+        assert "predict_epsilon" not in corrected
+        assert len(corrections) == 1

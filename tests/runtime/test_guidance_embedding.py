@@ -1,0 +1,82 @@
+"""UNets that read the guidance scale (latent consistency models): pictures are diffusers', and guidance is off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import qdeploy
+from qdeploy.base.errors import ModelError
+from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
+from qdeploy.export.exporter import export_bundle
+from qdeploy.export.open_dims import OpenDims
+from qdeploy.models.source import load_model
+from qdeploy.sampling.guidance_embedding import embed_guidance_scale
+from qdeploy.targets.base import load_target
+from tests.models.pictures import ONE_GREY_LEVEL, load_diffusers, same_draws
+from tests.tiny import SCHEDULER, UNET
+
+BETAS = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
+ROUND_OFF = 1e-3  # of float32 angles of some thousand radians
+
+
+@pytest.mark.parametrize("channels", [4, 9, 16, 256])
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5, 7.5, 8.5, 14.0, -2.0])
+def test_the_embedding_is_diffusers(channels: int, guidance_scale: float) -> None:
+    pipeline = diffusers.StableDiffusionPipeline
+    scale = torch.tensor(guidance_scale - 1).repeat(2)
+    expected = pipeline.get_guidance_scale_embedding(None, scale, embedding_dim=channels).numpy()
+    ours = embed_guidance_scale(guidance_scale, channels, 2)
+    assert (ours.shape, ours.dtype) == (expected.shape, np.float32)
+    assert np.abs(ours - expected).max() < ROUND_OFF
+
+
+def write_lcm(tiny_folder: Path, folder: Path, channels: int) -> Path:
+    shutil.copytree(tiny_folder, folder)
+    torch.manual_seed(6)
+    unet = diffusers.UNet2DConditionModel(**UNET, time_cond_proj_dim=channels)
+    unet.time_embedding.cond_proj.weight.data.normal_()  # else the scale would hardly matter
+    unet.save_pretrained(folder / "unet")
+    config = BETAS | {"_class_name": "LCMScheduler", "clip_sample": False}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.exports
+@pytest.mark.parametrize(("channels", "open_dims"), [(16, OpenDims()), (9, OpenDims(batch=True))])
+def test_pictures_are_diffusers(tiny_folder: Path, tmp_path: Path, channels: int, open_dims: OpenDims) -> None:
+    folder = write_lcm(tiny_folder, tmp_path / "lcm", channels)
+    model = load_model(str(folder))
+    manifest = export_bundle(model, None, load_target("ort-cpu"), tmp_path / "bundle", open_dims=open_dims)
+    batch = -1 if open_dims.batch else 1
+    assert manifest.components["unet"].inputs["timestep_cond"].shape == (batch, channels)
+    reference = load_diffusers(folder, diffusers.LCMScheduler.from_pretrained(folder / "scheduler"))
+    assert reference.unet.config.time_cond_proj_dim == channels
+    noise = np.random.default_rng(3).standard_normal((1, 4, 8, 8), np.float32)
+    pictures = {}
+    with qdeploy.load(tmp_path / "bundle") as pipe:
+        for guidance_scale in (1.5, 8.0):
+            with same_draws(reference.scheduler):
+                expected = reference(
+                    "a red house", num_inference_steps=4, guidance_scale=guidance_scale, output_type="np",
+                    latents=torch.from_numpy(noise), negative_prompt="blue",
+                ).images  # fmt: skip
+            actual = pipe("a red house", negative_prompt="blue", steps=4, guidance_scale=guidance_scale, latents=noise)
+            pictures[guidance_scale] = actual.pixels[0].astype(int)
+            assert expected.std() * 255 > 2
+            assert np.abs(pictures[guidance_scale] - np.rint(expected[0] * 255)).max() <= ONE_GREY_LEVEL
+        both = pipe(["a red house", "a cat"], steps=2, guidance_scale=8.0)
+        assert both.pixels.shape == (2, 16, 16, 3)
+    assert np.abs(pictures[1.5] - pictures[8.0]).max() > ONE_GREY_LEVEL
+
+
+def test_calibration_says_that_it_does_not_record_the_scale(tiny_folder: Path, tmp_path: Path) -> None:
+    model = load_model(str(write_lcm(tiny_folder, tmp_path / "lcm", 16)))
+    with pytest.raises(ModelError, match=r"`time_cond_proj_dim`.*export it in fp32 or fp16"):
+        calibrate_to_file(model, CalibrationRequest(samples=1, steps=1), tmp_path / "c.safetensors")
