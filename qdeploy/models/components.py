@@ -116,9 +116,13 @@ class GuidanceUNet(UNet):
     def forward(  # type: ignore[override]
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor
     ) -> Tensor:
-        return self.inner(sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False)[0]
+        """The model output for ``sample`` at ``timestep``, of its shape."""
+        options = {"timestep_cond": timestep_cond, "return_dict": False}
+        noise_pred: Tensor = self.inner(sample, timestep, encoder_hidden_states, **options)[0]
+        return noise_pred
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
+        """Also an embedding of the guidance scale."""
         channels = int(self.inner.config.time_cond_proj_dim)  # type: ignore[union-attr, arg-type]
         return super().make_example(batch, latents) | {GUIDANCE_INPUT: torch.randn(batch, channels)}
 
