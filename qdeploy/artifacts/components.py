@@ -39,10 +39,8 @@ class ComponentKind:
 
 
 TEXT_ENCODER = ComponentKind("text_encoder", ("input_ids",), "hidden", for_text=True)
-UNET = ComponentKind(
-    "unet", ("sample", "timestep", "encoder_hidden_states", "timestep_cond"), "noise_pred", in_loop=True
-)  # without text the first two; the last one only where the UNet reads the guidance scale
-GUIDANCE_INPUT = "timestep_cond"
+UNET = ComponentKind("unet", ("sample", "timestep", "encoder_hidden_states"), "noise_pred", in_loop=True)
+GUIDANCE_INPUT = "timestep_cond"  # a further input of a UNet that reads the guidance scale
 VAE_DECODER = ComponentKind("vae_decoder", ("latents",), "image", row_cost=2)
 VAE_ENCODER = ComponentKind("vae_encoder", ("image",), "latents", on_demand=True)
 
