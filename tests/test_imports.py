@@ -102,7 +102,7 @@ def test_every_way_to_a_picture_runs_without_torch(encoder_bundle: Path, tmp_pat
         "mask": ["--image", picture, "--mask", mask],
         "text": ["--negative", "blue", "--guidance-rescale", "0.5", "--weighting"],
     }.items():
-        out = tmp_path / f"{name}.png"
+        out = tmp_path / f"{name}-out.png"
         asked = ["--quiet", "generate", encoder_bundle, "a (red:1.2) cat", "-o", out, "--steps", "3", *options]
         run_blocked(command, *map(str, asked))
         assert Image.open(out).size == (16, 16)

@@ -69,7 +69,7 @@ def test_tokens_equal_transformers(source: str, tiny_folder: Path, tmp_path: Pat
 
     folder = tiny_folder if source == "tiny" else find_model_folder(source)
     model = load_model(str(folder))
-    write_tokenizer(model, tmp_path / "tokenizer" / "tokenizer.json")
+    write_tokenizer(model.text_encoders["text_encoder"].tokenizer, tmp_path / "tokenizer" / "tokenizer.json")
     length = model.latents.tokens
     prompts = corpus()
     reference = CLIPTokenizer.from_pretrained(folder / "tokenizer")

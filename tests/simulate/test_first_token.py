@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from qdeploy.artifacts.components import UNET
 from qdeploy.artifacts.table import Affine, ComponentQuant, LayerQuant, QuantTable, load_table, save_table
 from qdeploy.base.errors import TableError, UsageError
 from qdeploy.base.numerics import affine_from_range, sqnr_db
 from qdeploy.calibrate.dataset import CalibrationSet
-from qdeploy.calibrate.quantize import check_first_token, quantize_model
+from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.rounding.adaround import SoftLayer
 from qdeploy.calibrate.spec import QuantSpec, Reconstruction
+from qdeploy.calibrate.stages.prepare import check_first_token
 from qdeploy.export.exporter import export_component
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.layers import QuantLinear, QuantLinearFirstFloat
@@ -89,7 +91,7 @@ def test_a_convolution_has_no_tokens() -> None:
 @pytest.mark.parametrize("context_shape", [None, (1, 32), (16, 32)])
 def test_a_model_without_text_tokens_is_refused(context_shape: tuple[int, int] | None) -> None:
     with pytest.raises(UsageError, match="--first-token-float"):
-        check_first_token([], context_shape)
+        check_first_token([], {} if context_shape is None else {UNET.inputs[2]: np.zeros((1, *context_shape))})
 
 
 @pytest.mark.exports
