@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.artifacts.components import TEXT_ENCODER, UNET, get_kind
+from qdeploy.base.documents import parse_json
 from qdeploy.base.errors import ModelError, join_names
 from qdeploy.base.files import hash_file
-from qdeploy.models.config_files import parse_json, read_config
+from qdeploy.models.config_files import read_config
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.lora_settings import CONFIG_FILE, LoraSettings, find_lora_file, settings_from_config
 from qdeploy.models.options import LoraFile
@@ -208,7 +209,8 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     try:
         check_safetensors(file, "get the LoRA again")
         with safe_open(file, framework="pt") as tensors_file:
-            metadata = parse_json((tensors_file.metadata() or {}).get(METADATA) or "{}")
+            text = (tensors_file.metadata() or {}).get(METADATA) or "{}"
+            metadata = parse_json(text.encode(), f"its metadata {METADATA}", dict[str, Any], error=ModelError)
             keys = list(tensors_file.keys())
             if len(keys) > MAX_KEYS:
                 raise ValueError(f"{len(keys)} tensors, expected at most {MAX_KEYS}")

@@ -98,7 +98,7 @@ def test_a_sample_size_that_is_missing_or_a_pair(folder: Path) -> None:
         ("vae", {"shift_factor": 0.1}, "`shift_factor`: got 0.1"),
         ("vae", {"latents_mean": [0.0] * 4}, "`latents_mean`"),
         ("vae", {"scaling_factor": 0}, "`scaling_factor`: got 0"),
-        ("vae", {"scaling_factor": float("nan")}, "`scaling_factor`: got nan"),
+        ("vae", {"scaling_factor": float("nan")}, "is not readable as JSON"),
         ("vae", {"scaling_factor": [1.0]}, "`scaling_factor`"),
         ("vae", {"layers_per_block": 10**9}, "`layers_per_block`"),
         ("vae", {"block_out_channels": [8] * 99}, "`block_out_channels`"),
@@ -117,20 +117,21 @@ def test_settings_that_are_refused_by_name(folder: Path, file: str, settings: di
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "is not readable JSON"),
-        (b"[" * 100_000, "is not readable JSON .*nested deeper"),
-        (b'{"a": ' * 50 + b"1" + b"}" * 50, "nested deeper than 32"),
-        (b"\xff\xfe", "is not readable JSON"),
-        (b"[]", "expected a JSON object"),
-        (b"null", "expected a JSON object"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "is not readable JSON"),
-        (b" " * (2**20 + 1), "at most 1,048,576"),
+        (b"{", "is not readable as JSON"),
+        (b"[" * 100_000, "nests 100000 deep, more than the 32"),
+        (b'{"a": ' * 50 + b"1" + b"}" * 50, "nests 50 deep, more than the 32"),
+        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        (b"[]", "expected an object"),
+        (b"null", "expected an object"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "an integer of more than 64 bits"),
+        (b'{"a": NaN}', "is not readable as JSON"),
+        (b" " * (2**20 + 1), "more than the 1,048,576 bytes"),
     ],
 )
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 def test_a_broken_json_names_its_file(folder: Path, name: str, content: bytes, words: str) -> None:
     (folder / name).write_bytes(content)
-    with pytest.raises(ModelError, match=rf"{name} .*{words}|{name} {words}"):
+    with pytest.raises(ModelError, match=rf"{name}\W.*{words}"):
         load_model(str(folder))
 
 
