@@ -160,7 +160,9 @@ def test_inpainting_by_the_unet(
 ) -> None:  # fmt: skip
     with qdeploy.load(inpainting_bundle) as nine:
         diffusers_pipe = reference(
-            "StableDiffusionInpaintPipeline", inpainting_folder, make_diffusers_scheduler("pndm", nine.scheduler_config)
+            "StableDiffusionInpaintPipeline",
+            inpainting_folder,
+            make_diffusers_scheduler("pndm", nine.model.scheduler_config),
         )
         expected = diffusers_pipe(
             "a red house", image=Image.fromarray(picture), mask_image=Image.fromarray(mask), num_inference_steps=6,

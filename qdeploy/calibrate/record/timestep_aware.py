@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qdeploy.base.errors import UsageError
+from qdeploy.base.errors import CalibrationError, NonFiniteError, UsageError
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import RecordingCheckpoint
 from qdeploy.calibrate.dataset import CalibrationSet
@@ -119,12 +119,14 @@ def _run_trajectories(
     scheduler = make_scheduler(config, settings.steps, eta=settings.eta, rng=PictureStreams(seeds))
     noise = draw_unit_noise(model.latents.shape, seeds)
     recorder = _Recorder(model, scheduler, len(numbers), settings.record)
-    if conditioning is None:
-        final = denoise(recorder.predict, scheduler, noise, None, None, 1.0)
-    else:
+    cond = uncond = None
+    if conditioning is not None:
         cond = conditioning.contexts[conditioning.rows[numbers.start : numbers.stop]].numpy()
         uncond = conditioning.contexts[:1].expand(len(numbers), -1, -1).numpy()
+    try:
         final = denoise(recorder.predict, scheduler, noise, cond, uncond, settings.guidance_scale)
+    except NonFiniteError as exc:
+        raise CalibrationError(f"{exc}; the float model itself overflows there, so nothing can be recorded") from exc
     return {
         "sample": torch.stack(recorder.samples),
         "timestep": torch.tensor(recorder.timesteps),

@@ -88,7 +88,7 @@ def test_nan_names_the_step(tiny_model: LatentDiffusion) -> None:
             return super().forward(*feeds) * (float("nan") if self.calls == 2 else 1.0)
 
     broken = dataclasses.replace(tiny_model, unet=Overflowing(tiny_model.unet.inner))
-    with pytest.raises(CalibrationError, match=r"step 3 of 5 \(t = \d+\).*float model"):
+    with pytest.raises(CalibrationError, match=r"step 2 of 5 \(timestep \d+\).*float model"):
         record_trajectories(broken, ["x"], TimestepAwareSettings(1, 5, scheduler="ddim"))
 
 
