@@ -45,7 +45,7 @@ class Leftover:
 def stage_folder(final: Path, needed_bytes: int | None = None) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``final`` on success and is removed on any error.
 
-    An older folder at ``final`` stays untouched until the last two renames, and comes back if the second one fails.
+    An older folder at ``final`` stays untouched until the last two renames, and comes back unless both succeed.
     ``needed_bytes`` is for the text of DiskFullError.
     """
     final = final.absolute()
@@ -53,13 +53,8 @@ def stage_folder(final: Path, needed_bytes: int | None = None) -> Iterator[Path]
         (scratch / NEW).mkdir()
         yield scratch / NEW
         if final.exists():
-            final.rename(scratch / OLD)
-        try:
-            (scratch / NEW).rename(final)
-        except BaseException:
-            if (scratch / OLD).exists():
-                (scratch / OLD).rename(final)
-            raise
+            final.rename(scratch / OLD)  # back again by open_scratch unless the next rename succeeds
+        (scratch / NEW).rename(final)
 
 
 @contextmanager
@@ -107,7 +102,10 @@ def open_scratch(final: Path) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            _restore_old(scratch)
+        if final.exists() or not (scratch / OLD).is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)  # otherwise it holds the only copy of what was at ``final``
         if lock is not None:
             os.close(lock)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +56,17 @@ if TYPE_CHECKING:
     help="Least SQNR against the float model that a quantized component is exported with. Default: 20 dB less than its "
     "table had when it was made, and 3 at least.",
 )
+@click.option(
+    "--scheduler",
+    help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm, to go into the bundle in place of the model's own; needed "
+    "where the model has another one.",
+)
 @add_model_options
 @click.pass_obj
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
     dynamic: str | None, build: bool, profile: str | None, full_range: bool, min_sqnr_db: float | None,
-    model_options: ModelOptions,
+    scheduler: str | None, model_options: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
@@ -92,6 +98,7 @@ def export(
     from qdeploy.export.plans import check_buildable
     from qdeploy.inspection.describe import format_gate
     from qdeploy.models.source import load_model
+    from qdeploy.sampling import replace_scheduler
 
     prepare_outputs(Output(out, BUNDLE))
     open_dims = OpenDims.from_text(dynamic)
@@ -105,6 +112,8 @@ def export(
     if build:
         check_buildable(chosen)
     loaded = load_model(model or (source if table is None else table.model), model_options)
+    if scheduler is not None:
+        loaded = replace(loaded, scheduler_config=replace_scheduler(loaded.scheduler_config, scheduler))
     with show_progress(show) as on_progress, note_kept(lambda: f"nothing is kept: {out} is as it was"):
         manifest = export_bundle(
             loaded, table, chosen, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,

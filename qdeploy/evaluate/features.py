@@ -120,6 +120,8 @@ class RowFile:
         is_ours = stored.keys() == fresh.keys() and stored["key"] == key
         resumes = is_ours and _has_shape(self._file, shape)
         self.state = stored if resumes else fresh
+        if not resumes:  # before the rows exist: a run that is interrupted early is then known as ours
+            _write_state(self._marker, fresh)
         with explain_full_disk(self._file, 4 * shape[0] * shape[1]):
             self.values = open_memmap(self._file, "r+" if resumes else "w+", np.float32, shape)
             reserve_file(self._file)
@@ -140,9 +142,13 @@ class RowFile:
     def save(self) -> None:
         """Write the state."""
         self.values.flush()
-        with stage_file(self._marker) as scratch:
-            scratch.write_text(json.dumps(self.state), encoding="utf-8")
+        _write_state(self._marker, self.state)
         self._saved = self.read
+
+
+def _write_state(marker: Path, state: dict[str, Any]) -> None:
+    with stage_file(marker) as scratch:
+        scratch.write_text(json.dumps(state), encoding="utf-8")
 
 
 def reserve_file(path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import ModelError
+from qdeploy.sampling.config_file import MAX_CONFIG_BYTES, read_scheduler_file
 
-MAX_CONFIG_BYTES = 2**20  # trained betas of 4000 timesteps take 100 kB; everything else a few kB
 REMEDY = "copy the file again"
 
 
@@ -28,3 +28,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; ModelError names the file and what is wrong with it."""
     check_regular(path)
     return read_json_as(path, dict[str, Any], error=ModelError, remedy=REMEDY, max_bytes=MAX_CONFIG_BYTES)
+
+
+def read_scheduler_config(path: Path) -> dict[str, Any]:
+    """As :func:`read_config`, of a ``scheduler_config.json``, for which diffusers writes more than JSON."""
+    check_regular(path)
+    return read_scheduler_file(path, error=ModelError, remedy=REMEDY)

@@ -16,7 +16,7 @@ from torch import nn
 
 from qdeploy.artifacts.components import TEXT_ENCODER, name_component, name_tokenizer
 from qdeploy.base.errors import ModelError, UsageError, join_names
-from qdeploy.models.config_files import check_regular, read_config
+from qdeploy.models.config_files import check_regular, read_config, read_scheduler_config
 from qdeploy.models.corrections import correct_sample_size, correct_scheduler
 from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
 from qdeploy.models.module_configs import (
@@ -76,6 +76,7 @@ LEFT_OUT: Mapping[str, str] = {
 PIPELINES: Mapping[str, PipelineSpec] = {
     "StableDiffusionPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
     "StableDiffusionInpaintPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
+    "LatentConsistencyModelPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
     "LDMTextToImagePipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", (BERT,)),
     "LDMPipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DModel"),
 }
@@ -139,7 +140,7 @@ def check_configs(
         check_text_config(text_path, read_config(text_path))
     size, size_corrections = correct_sample_size(unet_config, pipeline)
     try:
-        scheduler, corrections = correct_scheduler(read_config(scheduler_path), pipeline)
+        scheduler, corrections = correct_scheduler(read_scheduler_config(scheduler_path), pipeline)
     except UsageError as exc:
         raise ModelError(f"{scheduler_path}: {exc}") from exc
     return scheduler, read_sample_size(unet_path, size), tuple(map(str, (*corrections, *size_corrections)))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import SCHEDULER
-from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import BundleError
 from qdeploy.base.numerics import psnr_db, sqnr_db
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import make_scheduler, replace_scheduler
+from qdeploy.sampling.config_file import read_scheduler_file
 from qdeploy.sampling.loop import PictureStreams, denoise
 
 
@@ -62,7 +61,7 @@ def measure_fidelity(
     # the streams that ``candidate`` draws from below: picture 0 of each prompt, or as many as there are prompts
     seeds = [(0, 0 if reference.reads_text else number) for number in range(len(prompts))]
     path = reference.bundle.path(SCHEDULER)
-    config = read_json_as(path, dict[str, Any], error=BundleError, remedy="export the bundle again")
+    config = read_scheduler_file(path, error=BundleError, remedy="export the bundle again")
     config = config if scheduler_name is None else replace_scheduler(config, scheduler_name)
     scheduler = make_scheduler(config, steps, rng=PictureStreams(seeds))
     curve: list[float] = []

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +15,12 @@ from qdeploy.artifacts.components import GUIDANCE_INPUT, TEXT_ENCODER, UNET, VAE
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
 from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction
 from qdeploy.base.arrays import Feeds
-from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import BundleError, TableError, UsageError
 from qdeploy.runtime.components import BundleComponent, LoadedBundle
 from qdeploy.runtime.image import pixels_from_decoded
 from qdeploy.runtime.results import Clock
 from qdeploy.runtime.tokenizer import Tokenizer
+from qdeploy.sampling.config_file import read_scheduler_file
 from qdeploy.sampling.guidance_embedding import embed_guidance_scale
 
 Array = NDArray[np.float32]
@@ -44,7 +43,7 @@ class BundleModel:
             for name in bundle.manifest.text_encoders
         }
         remedy = "export the bundle again"
-        self.scheduler_config = read_json_as(bundle.path(SCHEDULER), dict[str, Any], error=BundleError, remedy=remedy)
+        self.scheduler_config = read_scheduler_file(bundle.path(SCHEDULER), error=BundleError, remedy=remedy)
         self._noise_correction = load_bundle_correction(bundle)
 
     def component(self, name: str) -> BundleComponent:

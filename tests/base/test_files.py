@@ -58,6 +58,45 @@ def test_a_failing_last_rename_brings_the_old_folder_back(tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_interrupt_after_the_first_rename_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    rename = Path.rename
+
+    def interrupt_after_old(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if Path(target).name == "old":
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupt_after_old)
+    with pytest.raises(KeyboardInterrupt), stage_folder(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("new")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_only_copy_stays_where_it_cannot_be_moved_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    rename = Path.rename
+
+    def fail_but_for_old(path: Path, target: Path) -> Path:
+        if Path(target).name != "old":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_but_for_old)
+    with pytest.raises(OSError, match="Input/output"), stage_folder(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("new")
+    monkeypatch.undo()
+    (leftover,) = remove_leftovers(tmp_path / "out")
+    assert leftover.restored == tmp_path / "out"
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
 def test_a_file_appears_only_when_complete(tmp_path: Path) -> Never:
     with pytest.raises(RuntimeError), stage_file(tmp_path / "f") as scratch:
         scratch.write_text("half")

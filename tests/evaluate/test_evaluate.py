@@ -251,3 +251,17 @@ def test_calibrations_have_the_experiments_names() -> None:
     assert of(nearest | {"calibration": {"mode": "noise_data"}}) == "W/O"
     assert of(nearest | {"calibration": {"mode": "timestep_aware"}}) == "W"
     assert of({"spec": {"observer": "mse", "equalize": True}, "calibration": {"mode": "noise_data"}}) == "W"
+
+
+def test_features_that_were_begun_are_known_as_ours_at_once(tmp_path: Path) -> None:
+    """An interruption before the first save would otherwise leave rows without the file that says whose they are."""
+    from qdeploy.base.files import read_state
+    from qdeploy.evaluate.features import RowFile
+
+    RowFile(tmp_path / "set", ["pictures"], (4, 3))
+    assert read_state(tmp_path / "set.json")["read"] == 0
+    again = RowFile(tmp_path / "set", ["pictures"], (4, 3))
+    again.state["read"] = 2
+    again.save()
+    assert RowFile(tmp_path / "set", ["pictures"], (4, 3)).read == 2
+    assert RowFile(tmp_path / "set", ["others"], (4, 3)).read == 0

@@ -11,8 +11,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from qdeploy.base.errors import ModelError, UsageError
+from qdeploy.cli import main
 from qdeploy.inspection.describe import describe
 from qdeploy.models.corrections import correct_scheduler
 from qdeploy.models.source import load_model
@@ -124,6 +126,38 @@ def test_other_pipelines_are_corrected_in_nothing(unconditional_folder: Path, tm
         patched.setattr(f"{home}.randn_tensor", lambda *_, **__: torch.from_numpy(noise))
         expected = pipeline(num_inference_steps=6, output_type="np").images
     assert_same(paint(model), np.rint(expected[0] * 255.0))
+
+
+@pytest.mark.exports
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "PNDMScheduler", "LCMScheduler", "HeunDiscreteScheduler"]
+)
+def test_a_scheduler_as_diffusers_saves_it_goes_the_whole_way(folder: Path, tmp_path: Path, name: str) -> None:
+    """diffusers writes DPM-Solver's default bound as -Infinity, which is no JSON."""
+    import qdeploy
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    getattr(diffusers, name)(**betas).save_pretrained(folder / "scheduler")
+    saved = (folder / "scheduler" / "scheduler_config.json").read_text()
+    assert ("-Infinity" in saved) == (name == "DPMSolverMultistepScheduler")
+    scheduler = ["--scheduler", "ddim"] if name == "HeunDiscreteScheduler" else []
+    done = CliRunner().invoke(main, ["export", str(folder), "-o", str(tmp_path / "bundle"), *scheduler])
+    assert done.exit_code == 0, done.output
+    assert "Infinity" not in (tmp_path / "bundle" / "scheduler" / "scheduler_config.json").read_text()
+    with qdeploy.load(tmp_path / "bundle") as pipe:
+        assert pipe("a cat", steps=2, scheduler="dpm++").pixels.shape == (1, 16, 16, 3)
+        assert pipe("a cat", steps=4).pixels.shape == (1, 16, 16, 3)
+
+
+def test_a_saved_bound_of_minus_infinity_clips_nothing(tmp_path: Path) -> None:
+    from qdeploy.sampling import make_scheduler
+    from qdeploy.sampling.config_file import read_scheduler_file
+
+    theirs = diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2")
+    theirs.save_pretrained(tmp_path)
+    config = read_scheduler_file(tmp_path / "scheduler_config.json", error=ModelError, remedy="")
+    theirs.set_timesteps(20)
+    assert make_scheduler(config, 20).timesteps.tolist() == theirs.timesteps.tolist()
 
 
 @pytest.mark.parametrize(

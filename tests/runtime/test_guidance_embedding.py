@@ -19,7 +19,7 @@ from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import load_model
 from qdeploy.sampling.guidance_embedding import embed_guidance_scale
 from qdeploy.targets.base import load_target
-from tests.models.pictures import ONE_GREY_LEVEL, load_diffusers, same_draws
+from tests.models.pictures import ONE_GREY_LEVEL, edit_json, load_diffusers, same_draws
 from tests.tiny import SCHEDULER, UNET
 
 BETAS = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
@@ -49,14 +49,26 @@ def write_lcm(tiny_folder: Path, folder: Path, channels: int) -> Path:
 
 
 @pytest.mark.exports
-@pytest.mark.parametrize(("channels", "open_dims"), [(16, OpenDims()), (9, OpenDims(batch=True))])
-def test_pictures_are_diffusers(tiny_folder: Path, tmp_path: Path, channels: int, open_dims: OpenDims) -> None:
+@pytest.mark.parametrize(
+    ("channels", "open_dims", "pipeline"),
+    [
+        (16, OpenDims(), "StableDiffusionPipeline"),
+        (9, OpenDims(batch=True), "StableDiffusionPipeline"),
+        (16, OpenDims(), "LatentConsistencyModelPipeline"),
+    ],
+)
+def test_pictures_are_diffusers(
+    tiny_folder: Path, tmp_path: Path, channels: int, open_dims: OpenDims, pipeline: str
+) -> None:
     folder = write_lcm(tiny_folder, tmp_path / "lcm", channels)
+    edit_json(folder / "model_index.json", lambda index: index.update(_class_name=pipeline))
     model = load_model(str(folder))
     manifest = export_bundle(model, None, load_target("ort-cpu"), tmp_path / "bundle", open_dims=open_dims)
     batch = -1 if open_dims.batch else 1
     assert manifest.components["unet"].inputs["timestep_cond"].shape == (batch, channels)
-    reference = load_diffusers(folder, diffusers.LCMScheduler.from_pretrained(folder / "scheduler"))
+    reference = load_diffusers(folder, diffusers.LCMScheduler.from_pretrained(folder / "scheduler"), pipeline)
+    # the pipeline of latent consistency models reads no negative prompt, and without guidance none has an effect
+    negative = {} if pipeline.startswith("Latent") else {"negative_prompt": "blue"}
     assert reference.unet.config.time_cond_proj_dim == channels
     noise = np.random.default_rng(3).standard_normal((1, 4, 8, 8), np.float32)
     pictures = {}
@@ -65,7 +77,7 @@ def test_pictures_are_diffusers(tiny_folder: Path, tmp_path: Path, channels: int
             with same_draws(reference.scheduler):
                 expected = reference(
                     "a red house", num_inference_steps=4, guidance_scale=guidance_scale, output_type="np",
-                    latents=torch.from_numpy(noise), negative_prompt="blue",
+                    latents=torch.from_numpy(noise), **negative,
                 ).images  # fmt: skip
             actual = pipe("a red house", negative_prompt="blue", steps=4, guidance_scale=guidance_scale, latents=noise)
             pictures[guidance_scale] = actual.pixels[0].astype(int)
