@@ -37,7 +37,7 @@ class RecipeStep:
     @property
     def key(self) -> str:
         """Identifies the step's output: equal for equal settings and equal inputs, at any path."""
-        text = json.dumps([self.name, dict(self.settings), dict(self.inputs)], sort_keys=True, default=str)
+        text = json.dumps([self.name, dict(self.settings), dict(self.inputs)], sort_keys=True, default=_text_from_path)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -62,7 +62,9 @@ def write_receipt(receipts: Path, step: RecipeStep, sha256: str | None = None) -
     """Record that ``step`` was finished, with the hash of its output."""
     document = {"key": step.key, "sha256": sha256, "settings": dict(step.settings), "made_from": dict(step.inputs)}
     with stage_file(receipts / f"{step.name}.json") as scratch:
-        scratch.write_text(json.dumps(document | {"qdeploy": read_version()}, indent=1, default=str) + "\n", "utf-8")
+        scratch.write_text(
+            json.dumps(document | {"qdeploy": read_version()}, indent=1, default=_text_from_path) + "\n", "utf-8"
+        )
 
 
 def hash_path(path: Path) -> str:
@@ -90,3 +92,10 @@ def hash_path_or_none(path: Path) -> str | None:
         return hash_path(path)
     except (OSError, BundleError):
         return None
+
+
+def _text_from_path(value: object) -> str:
+    """For JSON. Anything else is refused: a function's text, for one, holds its address, another in each process."""
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a receipt holds JSON values and paths, got {value!r}")

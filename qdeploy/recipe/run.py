@@ -116,7 +116,7 @@ def run_recipe(recipe: Recipe, model: FloatModel, folder: Path, on_progress: OnP
     table_sha256 = run_one(
         "quantize", table, spec.list_result_settings(), {"calibration": calibration_sha256}, quantize
     )
-    export_settings = {**asdict(target), "with_encoder": recipe.with_encoder}
+    export_settings = {**target.settings, "with_encoder": recipe.with_encoder}
     bundle_sha256 = run_one("export", bundle, export_settings, {"table": table_sha256}, export)
     model.unload()
     job = sample.job(bundle, bundle_sha256)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdeploy.base.errors import UsageError
 from qdeploy.base.progress import OnProgress
@@ -137,6 +137,12 @@ class Target:
     def precisions(self) -> tuple[str, ...]:
         """What ``--precision`` may say, the float one first."""
         return tuple(precision for precision in PRECISIONS if precision not in self.missing_precisions)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that its graphs depend on, as JSON values."""
+        named = {"target": self.name, "engine": self.engine, "opset": self.opset, "passes": list(self.passes)}
+        return named | asdict(self.numerics)
 
     def in_full_range(self) -> Target:
         """The target with 8-bit weight codes up to +-127, where it would take those within +-64."""

@@ -276,6 +276,14 @@ def test_interrupted_runs_go_on_to_the_same_pictures(
     assert bytes_below(folder / "pictures") == bytes_below(finished_folder / "pictures")
 
 
+def test_a_receipt_is_keyed_by_values_and_paths_only(tmp_path: Path) -> None:
+    assert (
+        RecipeStep("a", tmp_path, {"data": tmp_path}, {}).key == RecipeStep("a", tmp_path, {"data": tmp_path}, {}).key
+    )
+    with pytest.raises(TypeError, match="JSON values and paths"):
+        RecipeStep("a", tmp_path, {"check": lambda path: ""}, {}).key  # noqa: B018
+
+
 def test_only_a_missing_picture_is_made(small: Callable[..., Recipe], again: Path, tmp_path: Path) -> None:
     for number in (1, 3):
         (again / "pictures" / f"00000{number}.png").unlink()

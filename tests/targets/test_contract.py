@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,14 @@ BETWEEN_FLOAT_AND_INTEGER_DB = (30, 100)  # a graph in int8 is below, one in flo
 @pytest.fixture(params=list_targets())
 def target(request: pytest.FixtureRequest) -> Target:
     return load_target(request.param)
+
+
+def test_its_settings_are_json_values_and_tell_it_from_every_other(target: Target) -> None:
+    """A recipe's receipt is keyed by them, in another process than the one that reads it."""
+    written = json.dumps(target.settings)
+    others = [json.dumps(load_target(name).settings) for name in list_targets() if name != target.name]
+    assert written not in [*others, json.dumps(replace(target, opset=1).settings)]
+    assert (json.dumps(target.in_full_range().settings) == written) == (not target.numerics.half_range_weights)
 
 
 def test_its_name_is_its_files(target: Target) -> None:
