@@ -30,7 +30,7 @@ from benchmarks.protocol import (
 from qdeploy.artifacts.noise_correction import NoiseCorrection
 from qdeploy.artifacts.table import load_table
 from qdeploy.base.errors import QdeployError
-from qdeploy.base.files import read_json, stage_file
+from qdeploy.base.files import stage_file
 from qdeploy.base.progress import OnProgress, show_progress
 from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.models.source import LatentDiffusion, load_model
@@ -180,14 +180,14 @@ def list_rows(bench: QualityBench) -> dict[str, Callable[[], QualityFigures]]:
 def read_figures(work: WorkFolder, name: str) -> QualityFigures | None:
     """A row measured before; None when it was not."""
     path = work.figures_path(name)
-    return QualityFigures(**read_json(path)) if path.exists() else None
+    return QualityFigures(**json.loads(path.read_text())) if path.exists() else None
 
 
 def import_rows(work: WorkFolder, report: Path, reference: Reference) -> None:
     """Put the rows of an earlier report of the same model and protocol into a work folder that lacks them."""
     if not report.exists():
         return
-    document = read_json(report)
+    document = json.loads(report.read_text())
     if (document["model_sha256"], document["protocol"]) != (reference.model_sha256, asdict(reference.protocol)):
         return
     names = [field.name for field in fields(QualityFigures)]

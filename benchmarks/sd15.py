@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.ptq_quality import describe_setup
 from qdeploy.artifacts.table import ComponentQuant, load_table, save_table
 from qdeploy.base.errors import QdeployError
-from qdeploy.base.files import read_json, stage_file, stage_folder
+from qdeploy.base.files import stage_file, stage_folder
 from qdeploy.base.progress import show_progress
 from qdeploy.bench.memory import read_peak_bytes
 from qdeploy.calibrate.component import CalibratedComponent
@@ -77,7 +77,7 @@ def make_model(work: Path) -> dict[str, Any]:
             shutil.copytree(small / part, folder / part)
         shutil.copy(small / "model_index.json", folder)
         config = folder / "tokenizer" / "tokenizer_config.json"
-        config.write_text(json.dumps(read_json(config) | {"model_max_length": TOKENS}))
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": TOKENS}))
         unet: Any = UNet2DConditionModel(**UNET)
         convert_to_half(unet).save_pretrained(folder / "unet")
         convert_to_half(AutoencoderKL(**VAE)).save_pretrained(folder / "vae")

@@ -7,7 +7,6 @@ folder, and each graph has the signature that the manifest says and its componen
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from qdeploy.artifacts.bundle_files import (
     read_graph,
 )
 from qdeploy.artifacts.components import COMPONENTS, UNET, get_kind, list_text_encoders, name_tokenizer
+from qdeploy.artifacts.decibels import Decibels, limit_db
 from qdeploy.artifacts.graph_contract import find_mismatches
 from qdeploy.artifacts.graph_file import GraphFile, Signature
 from qdeploy.base.documents import Positive, Share, ShortText, parse_json, read_bytes
@@ -42,13 +42,11 @@ MODEL_KINDS: Mapping[str, tuple[str, ...]] = {
     UNCONDITIONAL: tuple(name for name in COMPONENTS if not get_kind(name).for_text),
 }  # a bundle's or a model's kind -> the components that it has at least
 MAX_MANIFEST_BYTES = 4 * 2**20
-MAX_DB = 999.0  # written for infinity, which JSON lacks: equal outputs
 TENSOR_TYPES = ("float32", "float16", "int64", "int32", "uint8", "bool")
 WEIGHT_BITS, ACT_BITS = {2, 3, 4, 5, 6, 7, 8, 16, 32}, (8, 16, 32)
 PRECISIONS = ("fp32", "fp16", "int8")
 Side = Annotated[int, Meta(ge=1, le=2**20)]
 LatentSide = Annotated[int, Meta(ge=1, le=2**16)]
-Decibels = Annotated[float, Meta(ge=-MAX_DB, le=MAX_DB)]
 
 
 @dataclass(frozen=True)
@@ -202,12 +200,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         ],
     }
     for component in document["components"].values():
-        component.update({name: _limit_db(value) for name, value in component.items() if name.endswith("_db")})
+        measured = {name: db for name, db in component.items() if name.endswith("_db") and db is not None}
+        component.update({name: limit_db(db) for name, db in measured.items()})
     (folder / MANIFEST).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _limit_db(decibels: float | None) -> float | None:
-    return decibels if decibels is None or math.isnan(decibels) else min(max(decibels, -MAX_DB), MAX_DB)
 
 
 def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:

@@ -37,10 +37,10 @@ def check_names(manifest: Path, names: Iterable[str]) -> None:
             raise BundleError(f"{manifest} names {name!r}, which lies outside the bundle; the bundle is refused")
         if not name.isprintable() or PurePosixPath(name).as_posix() != name or not parts:
             raise BundleError(f"{manifest} names {name!r}, expected a plain relative path; the bundle is refused")
-        twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
-        if twin is not name:
+        earlier = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if earlier is not name:
             raise BundleError(
-                f"{manifest} names {twin!r} and {name!r}, which are one file on some systems; the bundle is refused"
+                f"{manifest} names {earlier!r} and {name!r}, which are one file on some systems; the bundle is refused"
             )
 
 

@@ -6,16 +6,16 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from qdeploy.artifacts.bundle import MANIFEST
 from qdeploy.base.encode import PNG_MARK
-from qdeploy.base.files import read_json
+from qdeploy.base.files import read_state
 from qdeploy.base.outputs import OutputKind
 
 HEAD_BYTES = 4096  # where a mark is, if the file has one
 MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 MAX_PICKLE_BYTES = 2**20
+MAX_DOCUMENT_BYTES = 64 * 2**20  # figures and features of many pictures
 QDIFFUSION_MARK = "made_by"  # key in a .pt file; Q-Diffusion reads only the keys that it knows
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by file managers into every folder that is looked at
 PAGE_MARK = b'<meta name="generator" content="qdeploy">'
@@ -54,7 +54,7 @@ def is_own_qdiffusion(path: Path) -> bool:
 
 def is_own_bundle(path: Path) -> bool:
     """Whether the folder holds a manifest of ours and nothing that it does not list."""
-    document = read_document(path / MANIFEST)
+    document = read_state(path / MANIFEST, MAX_DOCUMENT_BYTES)
     try:
         if not {"schema_version", "components", "latents"} <= document.keys():
             return False
@@ -75,22 +75,13 @@ def list_names(folder: Path) -> list[str]:
 
 def is_own_evaluation(path: Path) -> bool:
     """Whether the file is a result of `evaluate`."""
-    return {"settings", "environment", "contenders", "schema_version"} <= read_document(path).keys()
+    return {"settings", "environment", "contenders", "schema_version"} <= read_state(path, MAX_DOCUMENT_BYTES).keys()
 
 
 def is_own_receipt(path: Path) -> bool:
     """Whether the file is a receipt or another state of ours."""
-    document = read_document(path)
+    document = read_state(path, MAX_DOCUMENT_BYTES)
     return "key" in document or set(document) == {"scale"}
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none."""
-    try:
-        document = read_json(path)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 CALIBRATION = OutputKind(
@@ -109,7 +100,7 @@ EVALUATION_TABLE = OutputKind(
 )
 FEATURES = OutputKind(
     "features of pictures",
-    lambda path: "positions" in read_document(path.with_suffix(".json")),
+    lambda path: "positions" in read_state(path.with_suffix(".json"), MAX_DOCUMENT_BYTES),
     "no .json is there",
 )
 RECEIPT = OutputKind("a receipt", is_own_receipt, "it is no such JSON")

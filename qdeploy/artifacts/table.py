@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.artifacts.components import get_kind
+from qdeploy.artifacts.decibels import limit_db, restore_db
 from qdeploy.artifacts.noise_correction import NoiseCorrection
 from qdeploy.artifacts.table_header import (
     HALF_WEIGHT,
-    MAX_DB,
     SCHEMA_VERSION,
     ComponentHeader,
     LayerHeader,
@@ -178,9 +178,9 @@ class _TableReader:
             float_layers=entry.float_layers,
             macs={name: layer.macs for name, layer in entry.layers.items()},
             rewrites=entry.rewrites,
-            sensitivity_db={name: _restore_db(db) for name, db in entry.sensitivity_db.items()},
+            sensitivity_db={name: restore_db(db) for name, db in entry.sensitivity_db.items()},
             attention=entry.attention,
-            simulator_sqnr_db=None if entry.simulator_sqnr_db is None else _restore_db(entry.simulator_sqnr_db),
+            simulator_sqnr_db=None if entry.simulator_sqnr_db is None else restore_db(entry.simulator_sqnr_db),
         )
 
     def _read_layer(self, path: str, header: LayerHeader) -> LayerQuant:
@@ -244,19 +244,10 @@ def _component_header(quant: ComponentQuant) -> dict[str, Any]:
         "layers": {name: _layer_header(layer, quant.macs[name]) for name, layer in quant.layers.items()},
         "float_layers": {name: asdict(layer) for name, layer in quant.float_layers.items()},
         "rewrites": list(quant.rewrites),
-        "sensitivity_db": {name: _limit_db(db) for name, db in quant.sensitivity_db.items()},
+        "sensitivity_db": {name: limit_db(db) for name, db in quant.sensitivity_db.items()},
         "attention": {name: asdict(attention) for name, attention in quant.attention.items()},
-        "simulator_sqnr_db": None if quant.simulator_sqnr_db is None else _limit_db(quant.simulator_sqnr_db),
+        "simulator_sqnr_db": None if quant.simulator_sqnr_db is None else limit_db(quant.simulator_sqnr_db),
     }
-
-
-def _limit_db(decibels: float) -> float:
-    """Infinity, of equal outputs, as the largest number that the file holds."""
-    return decibels if math.isnan(decibels) else min(max(decibels, -MAX_DB), MAX_DB)
-
-
-def _restore_db(decibels: float) -> float:
-    return math.copysign(math.inf, decibels) if abs(decibels) >= MAX_DB else decibels
 
 
 def _check_packed(packed: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:

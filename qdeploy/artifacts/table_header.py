@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from qdeploy.artifacts.decibels import Decibels
 from qdeploy.artifacts.table_layers import Affine, AttentionQuant, FloatLayer
 from qdeploy.base.documents import Count, Natural, Positive, ShortText, parse_json
 from qdeploy.base.errors import TableError
@@ -15,8 +16,6 @@ from qdeploy.base.errors import TableError
 SCHEMA_VERSION = 2
 HALF_WEIGHT = "half_weight"
 MAX_LAYERS, MAX_PROBES = 2**14, 1024  # of a component; Stable Diffusion XL's UNet has under 1000 layers
-MAX_DB = 999.0  # written for infinity, which JSON lacks: equal outputs
-Decibels = Annotated[float, Meta(ge=-MAX_DB, le=MAX_DB)]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import diffusers
 import numpy as np
@@ -23,8 +20,8 @@ from qdeploy.models.source import find_model_folder, load_model
 from qdeploy.runtime.image import fit_image
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import CLASS_NAMES, replace_scheduler
-from qdeploy.sampling.loop import PictureStreams
 from qdeploy.targets.base import load_target
+from tests.models.pictures import same_draws
 from tests.shared_artifacts import build_once
 
 ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
@@ -64,18 +61,6 @@ def reference(way: str, folder: Path, scheduler: Any) -> Any:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextmanager
-def same_draws(scheduler: Any) -> Iterator[None]:
-    """A stochastic scheduler draws the same noise as ours for picture 0 of seed 0."""
-    streams = PictureStreams([(0, 0)])
-
-    def draw(shape: Any, **_: Any) -> torch.Tensor:
-        return torch.from_numpy(streams.standard_normal(tuple(shape)))
-
-    with mock.patch.object(sys.modules[type(scheduler).__module__], "randn_tensor", draw, create=True):
-        yield
 
 
 @pytest.fixture

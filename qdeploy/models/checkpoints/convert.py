@@ -179,11 +179,11 @@ def _empty(tensor: Tensor) -> Tensor:
 
 def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
     tensors, corrections = _correct(read_checkpoint(path))
-    beside = find_config(path) if config is None else None
-    config = beside if config is None else config
+    neighbour = find_config(path) if config is None else None
+    config = neighbour if config is None else config
     original = None if config is None else read_config(config)
-    if beside is not None:
-        corrections.append(f"{beside.name} next to the file: read as its original configuration (--config)")
+    if neighbour is not None:
+        corrections.append(f"{neighbour.name} next to the file: read as its original configuration (--config)")
     kind = detect_kind(tensors, original)
     tensors = swap_in_ema(tensors) if ema else tensors
     checkpoint = _OpenCheckpoint(
