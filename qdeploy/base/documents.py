@@ -86,9 +86,7 @@ def parse_yaml(
         document = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         _check_values(document)
         return convert(document, schema, allow_unknown)
-    except yaml.YAMLError as exc:
-        raise error(_format_error(name, "YAML", ValueError(" ".join(str(exc).split())), remedy)) from exc
-    except (ValueError, RecursionError) as exc:
+    except (ValueError, RecursionError, yaml.YAMLError) as exc:
         raise error(_format_error(name, "YAML", exc, remedy)) from exc
 
 
@@ -245,7 +243,8 @@ def _format_error(name: str, form: str, exc: Exception, remedy: str) -> str:
     if isinstance(exc, RecursionError):
         return _join(f"{name} is nested too deep", remedy)
     is_ours = type(exc) is ValueError
-    return _join(f"{name}: {exc}" if is_ours else f"{name} is not readable as {form} ({exc})", remedy)
+    reason = " ".join(str(exc).split())
+    return _join(f"{name}: {reason}" if is_ours else f"{name} is not readable as {form} ({reason})", remedy)
 
 
 def _join(text: str, remedy: str) -> str:

@@ -290,7 +290,7 @@ def test_a_schedule_that_is_no_ramp_is_kept_value_by_value(tmp_path: Path) -> No
         (("linear_end: 0.0155", "linear_end: high"), "linear_end.*expected a number"),
         (("__is_unconditional__", "{target: x}"), "another kind of model"),
         (("  params:\n", "  other:\n"), "model.params"),
-        (("model:\n", "model: !!python/object/apply:os.getcwd []\n"), "not a readable YAML"),
+        (("model:\n", "model: !!python/object/apply:os.getcwd []\n"), "not readable as YAML"),
         (("num_heads: 8", "num_heads: -1"), "neither `num_heads`"),
         (
             ("num_heads: 8", "num_heads: 8\n        unused: 8"),

@@ -141,7 +141,7 @@ def test_v_prediction_needs_no_yaml_where_the_file_is_marked(source: LatentDiffu
         ("", {"image_size": 0}, "`image_size` is 0"),
         ("", {"image_size": 7.5}, "`image_size` is 7.5"),
         ("", {"image_size": -8}, "`image_size` is -8"),
-        ("", {"image_size": float("nan")}, "`image_size` is nan"),
+        ("", {"image_size": float("nan")}, "`model.params.image_size` is nan"),
         ("", {"image_size": 10**12}, "`image_size` is 1000000000000"),
         ("", {"scale_factor": 0}, "`scale_factor` is 0"),
         ("", {"scale_factor": [1, 2]}, r"`scale_factor` is \[1, 2\]"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdeploy.base.documents import parse_yaml, read_bytes
 from qdeploy.base.errors import ModelError
 from qdeploy.models.config_files import check_regular
 
@@ -90,17 +91,10 @@ def find_config(checkpoint: Path) -> Path | None:
 
 
 def read_config(path: Path) -> OriginalConfig:
-    """Parse a YAML without objects and aliases; ModelError when it is not an original model's."""
-    import yaml
-
+    """Read the YAML as an outside document; ModelError when it is not an original model's."""
     check_regular(path)
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise ModelError(f"{path} is larger than {MAX_YAML_BYTES >> 10} KiB; {REMEDY}")
-        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_make_loader())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
-        reason = (str(exc) or type(exc).__name__).splitlines()[0]
-        raise ModelError(f"{path} is not a readable YAML file ({reason}); {REMEDY}") from exc
+    data = read_bytes(path, error=ModelError, remedy=REMEDY, max_bytes=MAX_YAML_BYTES)
+    loaded = parse_yaml(data, str(path), dict[str, Any], error=ModelError, remedy=REMEDY, max_bytes=MAX_YAML_BYTES)
     try:
         model, target = loaded["model"]["params"], loaded["model"].get("target")
     except (KeyError, TypeError, AttributeError) as exc:
@@ -108,16 +102,3 @@ def read_config(path: Path) -> OriginalConfig:
     if not isinstance(model, Mapping) or not isinstance(model.get("unet_config"), Mapping):
         raise ModelError(f"{path} has no `model.params.unet_config`; {REMEDY}")
     return OriginalConfig(path, model, target)
-
-
-def _make_loader() -> Any:
-    """PyYAML's safe loader without aliases, which make a small file a huge document."""
-    import yaml
-
-    class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it has aliases, which no published configuration has")
-            return super().compose_node(parent, index)
-
-    return PlainLoader
