@@ -17,7 +17,8 @@ from qdeploy.base.protobuf import check_bytes, decode_text, get_message, get_num
 GRAPH, FUNCTION = 7, 25
 INITIALIZER, INPUT, OUTPUT = 5, 11, 12
 NAME, TYPE, TENSOR_TYPE, ELEMENT, SHAPE, DIMENSION, VALUE = 1, 2, 1, 1, 2, 1, 1
-OP_TYPE, TENSOR_NAME, EXTERNAL, KEY, TEXT, LOCATION = 4, 8, 13, 1, 2, "location"
+OP_TYPE, TENSOR_NAME, EXTERNAL, KEY, TEXT, LOCATION = 4, 8, 13, 1, 2, b"location"
+ENGINE_NODE = b"EPContext"
 OPEN = -1
 
 # Kind of message -> field -> kind of the messages in it, on every way to a tensor.
@@ -86,16 +87,22 @@ def _iter_locations(model: memoryview) -> Iterator[str]:
         if depth > MAX_DEPTH:
             raise ValueError(f"its graphs nest more than {MAX_DEPTH} messages deep")
         if kind == "tensor":
-            yield from map(_get_location, list_messages(message, EXTERNAL))
+            for entry in list_messages(message, EXTERNAL):
+                yield from _list_locations(entry)
             continue
-        if kind == "node" and _get_text(message, OP_TYPE) == "EPContext":
-            raise ValueError("it has a node EPContext, which runs an engine's compiled file")
         ways = WAYS[kind]
-        pending += [
-            (ways[number], check_bytes(value), depth + 1) for number, value in iter_fields(message) if number in ways
-        ]
+        for number, value in iter_fields(message):
+            if number in ways:
+                pending.append((ways[number], check_bytes(value), depth + 1))
+            elif kind == "node" and number == OP_TYPE and check_bytes(value) == ENGINE_NODE:
+                raise ValueError("it has a node EPContext, which runs an engine's compiled file")
 
 
-def _get_location(entry: memoryview) -> str:
-    """The file that an entry of ``external_data`` names; "" for offset, length and the like."""
-    return _get_text(entry, TEXT) if _get_text(entry, KEY) == LOCATION else ""
+def _list_locations(entry: memoryview) -> list[str]:
+    """The files that an entry of ``external_data`` may name; none for offset, length and the like.
+
+    Of a field that stands there twice, readers differ in which they take: each counts.
+    """
+    fields = [(number, check_bytes(value)) for number, value in iter_fields(entry) if number in (KEY, TEXT)]
+    is_location = any(number == KEY and value == LOCATION for number, value in fields)
+    return [decode_text(value) for number, value in fields if number == TEXT and is_location]
