@@ -24,6 +24,7 @@ INTERRUPTED = 130  # the exit code that a shell makes of Ctrl-C
 MILLION = 10**6
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 1000.0
+SCHEDULERS = "pndm, ddim, dpm++, euler, euler-a, unipc or lcm"  # for help; sampling has the classes, and imports NumPy
 
 
 class Number(click.FloatRange):

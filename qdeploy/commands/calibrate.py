@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdeploy.commands import GUIDANCE, PATH, SEED, SHARE, STEPS, Whole, add_model_options, is_typed, prepare_outputs
+from qdeploy.commands import (
+    GUIDANCE,
+    PATH,
+    SCHEDULERS,
+    SEED,
+    SHARE,
+    STEPS,
+    Whole,
+    add_model_options,
+    is_typed,
+    prepare_outputs,
+)
 
 if TYPE_CHECKING:
     from qdeploy.models.options import ModelOptions
@@ -28,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps of each.")
 @click.option("--record", type=STEPS, default=25, show_default=True, help="Steps of each to keep, evenly spaced.")
 @click.option("--guidance", type=GUIDANCE, default=7.5, show_default=True, help="Classifier-free guidance scale.")
-@click.option("--scheduler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: the model's own.")
+@click.option("--scheduler", help=f"{SCHEDULERS}. Default: the model's own.")
 @click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option(

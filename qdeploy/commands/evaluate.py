@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qdeploy.base.errors import UsageError
-from qdeploy.commands import GUIDANCE, PATH, SEED, STEPS, THREADS, Whole, prepare_outputs
+from qdeploy.commands import GUIDANCE, PATH, SCHEDULERS, SEED, STEPS, THREADS, Whole, prepare_outputs
 
 
 @click.command()
@@ -26,7 +26,7 @@ from qdeploy.commands import GUIDANCE, PATH, SEED, STEPS, THREADS, Whole, prepar
 @click.option("--steps", type=STEPS, default=25, show_default=True)
 @click.option("--guidance", type=GUIDANCE, default=7.5, show_default=True, help="Classifier-free guidance scale.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--scheduler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: each bundle's own.")
+@click.option("--scheduler", help=f"{SCHEDULERS}. Default: each bundle's own.")
 @click.option(
     "--batch", type=Whole(1, 4096), default=8, show_default=True, help="Pictures made together; changes none of them."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qdeploy.base.errors import UsageError
-from qdeploy.commands import PATH, Number, add_model_options, prepare_outputs
+from qdeploy.commands import PATH, SCHEDULERS, Number, add_model_options, prepare_outputs
 from qdeploy.targets.base import DEFAULT_TARGET, describe_targets, load_target
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--scheduler",
-    help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm, to go into the bundle in place of the model's own; needed "
-    "where the model has another one.",
+    help=f"{SCHEDULERS}, to go into the bundle in place of the model's own; needed where the model has another one.",
 )
 @add_model_options
 @click.pass_obj

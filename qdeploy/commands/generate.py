@@ -12,6 +12,7 @@ from qdeploy.commands import (
     MILLION,
     PATH,
     PIXELS,
+    SCHEDULERS,
     SEED,
     SHARE,
     STEPS,
@@ -57,7 +58,7 @@ MAX_NAMED = 100  # files that are named when they are written
 )
 @click.option("--weighting", is_flag=True, help="Read weights in PROMPT: (red:1.3), [less], \\( for a bracket itself.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--scheduler", help="pndm, ddim, dpm++, euler, euler-a, unipc or lcm. Default: the bundle's own.")
+@click.option("--scheduler", help=f"{SCHEDULERS}. Default: the bundle's own.")
 @click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--count", type=Whole(1, 10 * MILLION), default=1, show_default=True, help="Pictures to make.")
 @click.option("--allow-large", is_flag=True, help="Make pictures of more than 4.2 million pixels.")

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from qdeploy.cli import main
-from qdeploy.commands import Number, Whole, find_commands, load_command
+from qdeploy.commands import SCHEDULERS, Number, Whole, find_commands, load_command
+from qdeploy.sampling import CLASS_NAMES
 
 ENDLESS = ("nan", "inf", "-inf", "1e400", "1e39")
 
@@ -47,3 +48,10 @@ def test_the_ones_of_the_issue() -> None:
         arguments = ["quantize", "builtin:emoji", "--calib", "c", "-o", "x", option, "nan"]
         result = CliRunner().invoke(main, arguments, catch_exceptions=False)
         assert "got nan, expected a finite number, 0<x<=1000000" in result.output
+
+
+def test_help_names_every_scheduler() -> None:
+    assert SCHEDULERS.replace(" or ", ", ").split(", ") == list(CLASS_NAMES)
+    helped = [option for _, option in list_options() if option.name == "scheduler"]
+    assert len(helped) == 4
+    assert all((option.help or "").startswith(SCHEDULERS) for option in helped)
