@@ -133,13 +133,13 @@ class BundleComponent:
         ((name, expected),) = self.info.outputs.items()
         output = outputs.get(name)
         if not isinstance(output, np.ndarray):
-            raise EngineError(f"{self.name} put out no array {name!r}; export the bundle again")
+            raise EngineError(f"{self.name} returned no array {name!r}; export the bundle again")
         sides = zip(output.shape[1:], expected.shape[1:], strict=False)
         fits = output.ndim == len(expected.shape) and output.shape[:1] == (rows,)
         fits = fits and all(stated in (side, OPEN) for side, stated in sides)
         if not fits or output.dtype != np.dtype(expected.dtype):
             raise EngineError(
-                f"{self.name} put out {name} {output.dtype}{list(output.shape)}, the manifest says "
+                f"{self.name} returned {name} {output.dtype}{list(output.shape)}, the manifest says "
                 f"{expected.dtype}{list(expected.shape)}; export the bundle again"
             )
         return output

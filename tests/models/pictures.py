@@ -54,21 +54,36 @@ def paint(model: LatentDiffusion, config: Mapping[str, Any] | None = None, promp
     return np.rint((image.permute(1, 2, 0).numpy() / 2 + 0.5).clip(0, 1) * 255.0)
 
 
-def load_diffusers(folder: Path, scheduler: Any, way: str = "StableDiffusionPipeline") -> Any:
-    """diffusers' pipeline of the folder's parts, whose UNet is called with whole timesteps, as ours."""
+def load_diffusers_parts(folder: Path) -> dict[str, Any]:
+    """The model's modules in float32; its UNet rounds the timesteps that it is given, as a bundle's are whole.
+
+    Euler's fall between two where they are spread evenly; docs/design/schedulers.md says what rounding them costs.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     forward = unet.forward
     unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
-    pipeline = getattr(diffusers, way)(
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+    return dict(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        unet=unet,
+    )
+
+
+def build_diffusers(way: str, parts: Mapping[str, Any], scheduler: Any) -> Any:
+    """diffusers' pipeline ``way`` of these modules."""
+    pipeline = getattr(diffusers, way)(
+        **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_diffusers(folder: Path, scheduler: Any, way: str = "StableDiffusionPipeline") -> Any:
+    """diffusers' pipeline ``way`` of the model in ``folder``."""
+    return build_diffusers(way, load_diffusers_parts(folder), scheduler)
 
 
 def paint_diffusers(pipeline: Any, latents: NDArray[np.float32], prompt: str = PROMPT) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from qdeploy.runtime.image import fit_image
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import CLASS_NAMES, replace_scheduler
 from qdeploy.targets.base import load_target
-from tests.models.pictures import same_draws
+from tests.models.pictures import build_diffusers, load_diffusers_parts, same_draws
 from tests.shared_artifacts import build_once
 
 ONE_GREY_LEVEL = 1  # float32 round-off of two implementations can straddle a rounding boundary
@@ -34,33 +34,12 @@ def make_diffusers_scheduler(scheduler: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, made["_class_name"]).from_config(made)
 
 
-@functools.cache
-def load_parts(folder: Path) -> dict[str, Any]:
-    """The model's modules in float32, read once; its UNet rounds the timesteps that it is given."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    forward = unet.forward
-    unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
-    return dict(
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=unet,
-    )
+load_parts = functools.cache(load_diffusers_parts)  # these folders never change
 
 
 def reference(way: str, folder: Path, scheduler: Any) -> Any:
-    """diffusers' pipeline ``way`` of the model in ``folder``; its UNet is called with whole timesteps, as a bundle's.
-
-    Euler's fall between two where they are spread evenly; CONTRIBUTING says what rounding them costs.
-    """
-    pipeline = getattr(diffusers, way)(
-        **load_parts(folder), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    """diffusers' pipeline ``way`` of the model in ``folder``, whose modules are read once."""
+    return build_diffusers(way, load_parts(folder), scheduler)
 
 
 @pytest.fixture
