@@ -101,13 +101,19 @@ class UNet(NoisePredictor):
     @property
     def text_width(self) -> int:
         """Channels D of the text embeddings that it reads, before a projection of its own where it has one."""
-        config: Any = self.inner.config
-        return int(config.cross_attention_dim if config.encoder_hid_dim is None else config.encoder_hid_dim)
+        return read_text_width(self.inner.config)
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
         """``float32[B, C, h, w]`` of unit noise at timestep 500, and text ``float32[B, T, D]``."""
         feeds = super().make_example(batch, latents)
         return feeds | {UNET.inputs[2]: torch.randn(batch, latents.tokens, self.text_width)}
+
+
+def read_text_width(unet_config: Any) -> int:
+    """Channels of the texts that a ``UNet2DConditionModel`` reads; of a list, one for each level, all are the same."""
+    hidden, width = unet_config.encoder_hid_dim, unet_config.cross_attention_dim
+    width = width if hidden is None else hidden
+    return int(width[0] if isinstance(width, list | tuple) else width)
 
 
 class GuidanceUNet(UNet):

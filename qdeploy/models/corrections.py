@@ -34,9 +34,16 @@ class Correction:
         return f"{self.setting}: {self.before} -> {self.after}, {self.reason}"
 
 
-def correct_scheduler(config: Mapping[str, Any], pipeline: str) -> tuple[dict[str, Any], tuple[Correction, ...]]:
-    """``scheduler_config.json`` as the ``pipeline`` uses it; ModelError or UsageError for a setting that is refused."""
-    corrected, corrections = _drop_predict_epsilon(config)
+def correct_scheduler(
+    config: Mapping[str, Any], pipeline: str, class_name: str | None = None
+) -> tuple[dict[str, Any], tuple[Correction, ...]]:
+    """``scheduler_config.json`` as the ``pipeline`` uses it; ModelError or UsageError for a setting that is refused.
+
+    class_name: of ``model_index.json``, which diffusers builds from these settings whatever class they are of.
+    """
+    chosen, of_class = _set_class(config, class_name)
+    corrected, of_prediction = _drop_predict_epsilon(chosen)
+    corrections = [*of_class, *of_prediction]
     check_settings(corrected)
     for name, value in _list_scheduler_settings(corrected, pipeline).items():
         before = "missing" if name not in corrected else repr(corrected[name])
@@ -72,6 +79,25 @@ def _list_scheduler_settings(config: Mapping[str, Any], pipeline: str) -> dict[s
     if pipeline == INPAINTING and config.get("skip_prk_steps", class_name != CLASS_NAMES["pndm"]) is False:
         overrides["skip_prk_steps"] = True
     return overrides
+
+
+def _set_class(config: Mapping[str, Any], class_name: str | None) -> tuple[dict[str, Any], list[Correction]]:
+    """With the class of ``model_index.json``, and without settings that the file marks as mere defaults."""
+    defaults = config.get("_use_default_values")
+    dropped = {"_use_default_values", *(map(str, defaults) if isinstance(defaults, list) else ())}
+    kept = {name: value for name, value in config.items() if name not in dropped}
+    reason = "`_use_default_values` has it for its class's default"
+    corrections = [
+        Correction(f"scheduler_config.json `{name}`", repr(config[name]), "left out", reason)
+        for name in config
+        if name in dropped and not name.startswith("_")
+    ]
+    if class_name is None or kept.get("_class_name") == class_name:
+        return kept, corrections
+    before = repr(kept["_class_name"])[:60] if "_class_name" in kept else "missing"
+    reason = "as diffusers takes the class of model_index.json"
+    renamed = Correction("scheduler_config.json `_class_name`", before, repr(class_name), reason)
+    return kept | {"_class_name": class_name}, [renamed, *corrections]
 
 
 def _drop_predict_epsilon(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Correction]]:

@@ -23,8 +23,9 @@ from qdeploy.models.components import (
     VaeDecoder,
     VaeEncoder,
     VqDecoder,
+    read_text_width,
 )
-from qdeploy.models.part_checks import check_finite, check_vocabulary
+from qdeploy.models.part_checks import check_finite, check_text_width, check_vocabulary
 from qdeploy.models.tokenizing import PromptTokenizer
 
 AnyComponent = TypeVar("AnyComponent", bound=TorchComponent)
@@ -213,6 +214,9 @@ def check_parts(parts: ModelParts, source: str) -> None:
             f"{source}: the UNet takes {config.in_channels} channels and gives {config.out_channels}, the VAE has "
             f"{channels}; models that read another picture without a mask, or learn a variance, are not supported"
         )
+    if parts.text:
+        encoders = {name: text.encoder for name, text in parts.text.items()}
+        check_text_width(read_text_width(config), encoders, source)
     check_finite(parts.unet, source, "UNet")
     check_finite(parts.vae, source, "VAE")
     for name, text in parts.text.items():

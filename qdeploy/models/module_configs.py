@@ -80,6 +80,19 @@ def check_unet_config(path: Path, config: Mapping[str, Any]) -> None:
             f"guidance scale's embedding, from {MIN_GUIDANCE} to {MAX_GUIDANCE}"
         )
     check_sizes(path, config)
+    _check_text_width(path, config)
+
+
+def _check_text_width(path: Path, config: Mapping[str, Any]) -> None:
+    """ModelError for blocks that read texts of several widths, and for a list where diffusers takes a number."""
+    width, projected = config.get("cross_attention_dim"), config.get("encoder_hid_dim")
+    if isinstance(width, list) and any(type(item) is not int or item != width[0] for item in width):
+        raise ModelError(
+            f"{path} `cross_attention_dim`: got {reprlib.repr(width)}: the blocks read texts of several widths, and "
+            "one text is fed; use a model that has one number there"
+        )
+    if isinstance(projected, list):
+        raise ModelError(f"{path} `encoder_hid_dim`: got {reprlib.repr(projected)}, expected a number or null")
 
 
 def check_vae_config(path: Path, config: Mapping[str, Any]) -> None:

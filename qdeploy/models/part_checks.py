@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ def check_finite(module: nn.Module, source: str, label: str) -> None:
                 f"{source}: the {label}'s weight `{name}` holds NaN or infinity; get the model again, or train it "
                 "again where it came so"
             )
+
+
+def check_text_width(read: int, encoders: Mapping[str, Any], source: str) -> None:
+    """ModelError where the UNet reads texts of another width than its encoders give together."""
+    widths = {name: int(encoder.config.hidden_size) for name, encoder in encoders.items()}
+    if sum(widths.values()) != read:
+        given = " and ".join(f"{width} of the {name}" for name, width in widths.items())
+        raise ModelError(
+            f"{source}: the UNet reads texts of {read} channels (`cross_attention_dim`, or `encoder_hid_dim`), and is "
+            f"given {given} (`hidden_size`); one of them is another model's: copy the whole model again"
+        )
 
 
 def check_vocabulary(tokenizer: Any, text: Any, source: str) -> None:

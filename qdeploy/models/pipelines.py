@@ -5,6 +5,7 @@ Weights are read from safetensors only, never from pickles, and never from the n
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from qdeploy.base.errors import ModelError, UsageError, join_names
 from qdeploy.models.config_files import check_regular, read_config, read_scheduler_config
 from qdeploy.models.corrections import correct_sample_size, correct_scheduler
 from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
+from qdeploy.models.model_index import ModelIndex, read_model_index
 from qdeploy.models.module_configs import (
     check_text_config,
     check_unet_config,
@@ -28,6 +30,10 @@ from qdeploy.models.module_configs import (
 from qdeploy.models.weight_files import check_weight_files, choose_variant
 
 SCHEDULER = "scheduler"
+# What text encoders were saved with, and do not compute with: indices, and the parts of CLIP that see pictures.
+BESIDE_TEXT = re.compile(
+    r"(.*\.)?position_ids|(.*\.)?(text_projection|visual_projection)\.\w+|(.*\.)?logit_scale|(.*\.)?vision_model\..*"
+)
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -62,17 +68,20 @@ class PipelineSpec:
         text = [folder for name, spec in self.text_encoders.items() for folder in (spec.folder, name_tokenizer(name))]
         return (*text, "unet", self.vae_folder, SCHEDULER)
 
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Classes that each part may have, but for the scheduler; transformers has two names for a tokenizer."""
+        parts: dict[str, tuple[str, ...]] = {"unet": (self.unet,), self.vae_folder: self.vae}
+        for name, text in self.text_encoders.items():
+            parts[text.folder] = (text.encoder,)
+            parts[name_tokenizer(name)] = (text.tokenizer, f"{text.tokenizer}Fast")
+        return parts
+
 
 CLIP = TextEncoderSpec(
     "text_encoder", "CLIPTextModel", "CLIPTokenizer", ("vocab.json", "merges.txt"), "openai/clip-vit-large-patch14"
 )
 BERT = TextEncoderSpec("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
-# Optional parts of StableDiffusionPipeline, and what leaving one out means.
-LEFT_OUT: Mapping[str, str] = {
-    "safety_checker": "pictures that it would black out are shown",
-    "feature_extractor": "only the safety checker reads it",
-    "image_encoder": "only IP-Adapters read it",
-}
 PIPELINES: Mapping[str, PipelineSpec] = {
     "StableDiffusionPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
     "StableDiffusionInpaintPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
@@ -84,7 +93,7 @@ PIPELINES: Mapping[str, PipelineSpec] = {
 
 def read_pipeline_class(folder: Path) -> str:
     """The pipeline class of ``model_index.json``; ModelError for an unknown one."""
-    name = read_config(folder / "model_index.json").get("_class_name")
+    name = read_model_index(folder).pipeline
     if not isinstance(name, str) or name not in PIPELINES:
         raise ModelError(f"{folder} is a {reprlib.repr(name)}; this version takes folders of {', '.join(PIPELINES)}")
     return name
@@ -103,11 +112,11 @@ def parts_from_folder(
     folder: Path, allow_download: bool = False, remedy: str = "copy the whole pipeline folder again"
 ) -> ModelParts:
     """Read every part of the pipeline, settings first; ModelError says which one is missing or broken."""
-    spec, pipeline = read_pipeline_spec(folder), read_pipeline_class(folder)
-    scheduler, unet_size, corrections = check_configs(folder, spec, pipeline)
+    spec, index = read_pipeline_spec(folder), read_model_index(folder)
+    scheduler, unet_size, corrections = check_configs(folder, spec, index)
     check_weight_files(folder, spec.folders, remedy)
-    unet = load_diffusers_module(folder / "unet", (spec.unet,))
-    vae = load_diffusers_module(folder / spec.vae_folder, spec.vae)
+    unet = load_diffusers_module(folder / "unet", (spec.unet,), index)
+    vae = load_diffusers_module(folder / spec.vae_folder, spec.vae, index)
     text = {
         name: TextParts(
             load_text_encoder(folder / text_spec.folder, text_spec),
@@ -122,14 +131,16 @@ def parts_from_folder(
         scheduler_config=scheduler,
         scaling_factor=read_scaling_factor(vae, read_config(folder / spec.vae_folder / "config.json")),
         sample_size=unet_size,
-        corrections=(*corrections, *list_left_out(folder)),
+        corrections=(*corrections, *index.list_left_out(spec.folders)),
     )
 
 
 def check_configs(
-    folder: Path, spec: PipelineSpec, pipeline: str
+    folder: Path, spec: PipelineSpec, index: ModelIndex
 ) -> tuple[dict[str, Any], int | tuple[int, int], tuple[str, ...]]:
     """The scheduler's settings and the latents' size as the pipeline uses them, and what it corrects in the files."""
+    index.check_parts(spec.classes)
+    scheduler_class, pipeline = index.read_class(SCHEDULER, "PNDMScheduler"), str(index.pipeline)
     unet_path, scheduler_path = folder / "unet" / "config.json", folder / SCHEDULER / "scheduler_config.json"
     unet_config = read_config(unet_path)
     check_unet_config(unet_path, unet_config)
@@ -140,27 +151,18 @@ def check_configs(
         check_text_config(text_path, read_config(text_path))
     size, size_corrections = correct_sample_size(unet_config, pipeline)
     try:
-        scheduler, corrections = correct_scheduler(read_scheduler_config(scheduler_path), pipeline)
+        scheduler, corrections = correct_scheduler(read_scheduler_config(scheduler_path), pipeline, scheduler_class)
     except UsageError as exc:
         raise ModelError(f"{scheduler_path}: {exc}") from exc
     return scheduler, read_sample_size(unet_path, size), tuple(map(str, (*corrections, *size_corrections)))
 
 
-def list_left_out(folder: Path) -> tuple[str, ...]:
-    """Parts that ``model_index.json`` names and no bundle runs."""
-    index = read_config(folder / "model_index.json")
-    present = [name for name in LEFT_OUT if index.get(name) not in (None, [None, None])]
-    return tuple(f"model_index.json `{name}`: left out, {LEFT_OUT[name]}" for name in present)
-
-
-def load_diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
-    """The module whose class, one of ``classes``, the folder's ``config.json`` names."""
+def load_diffusers_module(folder: Path, classes: tuple[str, ...], index: ModelIndex) -> nn.Module:
+    """The module whose class, one of ``classes``, the folder's ``config.json`` and the ``index`` name."""
     import diffusers
 
     module: nn.Module
-    name = read_config(folder / "config.json").get("_class_name")
-    if name not in classes:
-        raise ModelError(f"{folder} holds a {reprlib.repr(name)}, expected {' or '.join(classes)}")
+    name = choose_class(folder, classes, index)
     module, info = getattr(diffusers, name).from_pretrained(
         folder,
         variant=choose_variant(folder, "diffusion_pytorch_model"),
@@ -171,6 +173,20 @@ def load_diffusers_module(folder: Path, classes: tuple[str, ...]) -> nn.Module:
     )
     check_complete(folder, info)
     return module
+
+
+def choose_class(folder: Path, classes: tuple[str, ...], index: ModelIndex) -> str:
+    """The class that ``config.json`` names, or the index where it is silent; ModelError where they disagree."""
+    indexed = index.read_class(folder.name, classes[0])
+    name = read_config(folder / "config.json").get("_class_name", indexed)
+    if name not in classes:
+        raise ModelError(f"{folder} holds a {reprlib.repr(name)}, expected {' or '.join(classes)}")
+    if indexed not in (None, name):
+        raise ModelError(
+            f"{folder} holds a {name}, {index.path} says {indexed}; correct the one that is wrong, or copy the whole "
+            "pipeline folder again"
+        )
+    return str(name)
 
 
 def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
@@ -190,17 +206,28 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
         dtype=torch.float32,
         output_loading_info=True,
     )
-    check_complete(folder, info)
+    check_complete(folder, info, BESIDE_TEXT)
     return module
 
 
-def check_complete(folder: Path, info: Mapping[str, Any]) -> None:
-    """ModelError when the weights lack tensors, which the libraries would fill with noise."""
+def check_complete(folder: Path, info: Mapping[str, Any], harmless: re.Pattern[str] | None = None) -> None:
+    """ModelError when the weights lack tensors, which the libraries would fill with noise, or hold more.
+
+    What is left over is part of a module that the config does not ask for; the libraries leave it out with a warning.
+    harmless: names that may be left over.
+    """
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"the weights in {folder} lack {join_names(missing)}; "
             "copy them again, or mend config.json if it is another model's"
+        )
+    surplus = sorted(name for name in info["unexpected_keys"] if harmless is None or not harmless.fullmatch(name))
+    if surplus:
+        raise ModelError(
+            f"the weights in {folder} hold {join_names(surplus)}, which the module of config.json has no place for, so "
+            "that pictures would lack what they do; get the config.json that was saved with them, or save the weights "
+            "without them"
         )
 
 

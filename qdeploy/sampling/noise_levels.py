@@ -83,7 +83,8 @@ def alpha_sigma(level: float) -> tuple[float, float]:
 
 def _count_unclipped(config: Mapping[str, Any], trained: Schedule) -> int:
     """Count of the timesteps that are not noisier than `lambda_min_clipped`."""
-    lowest_log_snr = read_number(config, "lambda_min_clipped", -math.inf, high=MAX_NUMBER)
+    stated = read_number(config, "lambda_min_clipped", -math.inf, high=MAX_NUMBER)
+    lowest_log_snr = max(stated, float(np.finfo(np.float32).min))  # numpy warns where it casts a lower one
     end = int(np.count_nonzero(-np.log(trained) >= lowest_log_snr))
     if end == 0:
         raise make_unsupported_error("lambda_min_clipped", lowest_log_snr, f"at most {-math.log(trained[0]):.3f} here")

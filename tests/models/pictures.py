@@ -55,21 +55,34 @@ def paint(model: LatentDiffusion, config: Mapping[str, Any] | None = None, promp
 
 
 def load_diffusers_parts(folder: Path) -> dict[str, Any]:
-    """The model's modules in float32; its UNet rounds the timesteps that it is given, as a bundle's are whole.
-
-    Euler's fall between two where they are spread evenly; docs/design/schedulers.md says what rounding them costs.
-    """
+    """The model's modules in float32; its UNet rounds the timesteps that it is given."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    forward = unet.forward
-    unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
+    round_timesteps(unet)
     return dict(
         vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet,
     )
+
+
+def round_timesteps(unet: Any) -> None:
+    """Let ``unet`` round the timesteps that it is given, as a bundle's are whole.
+
+    Euler's fall between two where they are spread evenly; docs/design/schedulers.md says what rounding them costs.
+    """
+    forward = unet.forward
+    unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
+
+
+def open_diffusers(folder: Path, way: str = "StableDiffusionPipeline") -> Any:
+    """diffusers' pipeline ``way`` as it opens the folder by itself, classes and configs read by its own rules."""
+    pipeline = getattr(diffusers, way).from_pretrained(folder, torch_dtype=torch.float32)
+    round_timesteps(pipeline.unet)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def build_diffusers(way: str, parts: Mapping[str, Any], scheduler: Any) -> Any:

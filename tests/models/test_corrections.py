@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,10 @@ def test_a_saved_bound_of_minus_infinity_clips_nothing(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     config = read_scheduler_file(tmp_path / "scheduler_config.json", error=ModelError, remedy="")
     theirs.set_timesteps(20)
-    assert make_scheduler(config, 20).timesteps.tolist() == theirs.timesteps.tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_scheduler(config, 20).timesteps.tolist() == theirs.timesteps.tolist()
+        assert make_scheduler(config | {"lambda_min_clipped": float("-inf")}, 20).timesteps[0] == theirs.timesteps[0]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_a_kl_first_stage_under_the_same_name(folder: Path) -> None:
     shutil.rmtree(folder / "vqvae")
     AutoencoderKL(**VAE | {"latent_channels": 3}).save_pretrained(folder / "vqvae")
     edit(folder / "vqvae" / "config.json", lambda config: config.pop("scaling_factor"))
+    edit(folder / "model_index.json", lambda index: index.update(vqvae=["diffusers", "AutoencoderKL"]))
     model = load_model(str(folder))
     assert type(model.vae_decoder) is VaeDecoder
     assert model.latents.scaling_factor == 0.18215
