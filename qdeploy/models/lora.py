@@ -12,7 +12,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's LoraConfig, name
 
 ALPHA_TYPES = (torch.int16, torch.int32, torch.int64)  # in which some trainers store a whole alpha
 MAX_KEYS = 100_000
+DIFFUSERS_STEM = "pytorch_lora_weights"
+COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
 WRAPPED = "base_model.model."  # how PEFT's own files begin
 KEY = re.compile(
     r"(?P<layer>.+?)"
@@ -189,10 +191,9 @@ def read_lora_file(path: Path) -> LoraFileContent:
     """The LoRA in the file or folder ``path``, with PEFT's settings where there are any."""
     file = find_lora_file(path)
     tensors, header = read_safetensors(file)
-    is_peft = any(".lora_A" in key for key in tensors)
     config_file = file.with_name(CONFIG_FILE)
     config = None
-    if is_peft and not header and os.path.lexists(config_file):
+    if is_saved_by_peft(file, tensors) and not header and os.path.lexists(config_file):
         config = settings_from_config(read_config(config_file), str(config_file))
     elif not header and any(key.startswith(WRAPPED) for key in tensors):
         raise ModelError(
@@ -200,6 +201,13 @@ def read_lora_file(path: Path) -> LoraFileContent:
             "is (lora_alpha, use_rslora); put it there"
         )
     return LoraFileContent(file, tensors, header, config, (file,) if config is None else (file, config_file))
+
+
+def is_saved_by_peft(file: Path, keys: Iterable[str]) -> bool:
+    """Whether a file has PEFT's keys, and is not diffusers' own, by name and keys, in which alpha is the rank."""
+    names = list(keys)
+    by_component = file.name.startswith(DIFFUSERS_STEM) and all(name.startswith(COMPONENTS) for name in names)
+    return any(".lora_A" in name for name in names) and not by_component
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

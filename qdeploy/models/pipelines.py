@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qdeploy.artifacts.components import TEXT_ENCODER, name_component, name_toke
 from qdeploy.base.errors import ModelError, UsageError, join_names
 from qdeploy.models.config_files import check_regular, read_config, read_scheduler_config
 from qdeploy.models.corrections import correct_sample_size, correct_scheduler
+from qdeploy.models.folder_notes import list_notes
 from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
 from qdeploy.models.model_index import ModelIndex, read_model_index
 from qdeploy.models.module_configs import (
@@ -124,15 +125,16 @@ def parts_from_folder(
         )
         for name, text_spec in spec.text_encoders.items()
     }
-    return ModelParts(
+    parts = ModelParts(
         unet,
         vae,
         text,
         scheduler_config=scheduler,
         scaling_factor=read_scaling_factor(vae, read_config(folder / spec.vae_folder / "config.json")),
         sample_size=unet_size,
-        corrections=(*corrections, *index.list_left_out(spec.folders)),
     )
+    notes = list_notes(folder, spec.vae_folder, [text_spec.folder for text_spec in spec.text], parts)
+    return replace(parts, corrections=(*corrections, *index.list_left_out(spec.folders), *notes))
 
 
 def check_configs(

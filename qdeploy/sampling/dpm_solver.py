@@ -26,7 +26,8 @@ VARIANCES = (
     "fixed_large",
     "fixed_large_log",
 )  # DDPM's too, which change nothing
-ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
+# DEIS's, which a converted config carries, stands for the plain one, as in diffusers.
+ALGORITHMS = {"dpmsolver++": "dpmsolver++", "sde-dpmsolver++": "sde-dpmsolver++", "deis": "dpmsolver++"}
 # The last three are DEIS's and UniPC's, which a converted config carries; diffusers runs midpoint for them.
 SOLVER_TYPES = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
 
@@ -45,7 +46,7 @@ class DPMSolverSettings:
     def from_config(cls, config: Mapping[str, Any]) -> DPMSolverSettings:
         """Read and check the settings in a ``scheduler_config.json``."""
         read_choice(config, "variance_type", None, VARIANCES)
-        algorithm = read_choice(config, "algorithm_type", "dpmsolver++", ALGORITHMS)
+        algorithm = ALGORITHMS[read_choice(config, "algorithm_type", "dpmsolver++", tuple(ALGORITHMS))]
         # the third-order stochastic step of diffusers has a coefficient that does not vanish with h
         orders = (1, 2) if algorithm == "sde-dpmsolver++" else (1, 2, 3)
         solver_type = SOLVER_TYPES[read_choice(config, "solver_type", "midpoint", tuple(SOLVER_TYPES))]

@@ -29,9 +29,10 @@ TEXTS = (
     "algorithm_type", "beta_schedule", "final_sigmas_type", "interpolation_type", "prediction_type", "sigma_schedule",
     "solver_type", "time_shift_type", "timestep_spacing", "timestep_type", "variance_type",
 )  # fmt: skip
+SEEDS = ("noise_sampler_seed",)  # of a class that is not made here
 LISTS = ("disable_corrector", "trained_betas")
 NULLS = ("solver_p",)  # another scheduler, in memory only
-KNOWN_SETTINGS = frozenset([*FLAGS, *COUNTS, *NUMBERS, *TEXTS, *LISTS, *NULLS])
+KNOWN_SETTINGS = frozenset([*FLAGS, *COUNTS, *NUMBERS, *TEXTS, *SEEDS, *LISTS, *NULLS])
 CONFIG_FILE = "scheduler_config.json"
 # Published models have 1000 training timesteps, some 4000; tables and arrays of this length are made of them.
 MAX_COUNT = 10_000
@@ -75,6 +76,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
             read_count(config, name, 0, minimum=0)
         elif name in NUMBERS:
             read_number(config, name, 0, high=MAX_NUMBER)
+        elif name in SEEDS:
+            read_number(config, name, 0)
         elif name in TEXTS and not isinstance(value, str):
             raise make_unsupported_error(name, value, "a word")
         elif name in LISTS and not _is_number_list(value):

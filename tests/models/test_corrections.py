@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.cli import main
@@ -21,7 +22,7 @@ from qdeploy.models.corrections import correct_scheduler
 from qdeploy.models.source import load_model
 from qdeploy.sampling import CLASS_NAMES, replace_scheduler
 from tests.models.pictures import assert_same, edit_json, first_latents, load_diffusers, paint, paint_diffusers
-from tests.tiny import SCHEDULER
+from tests.tiny import SCHEDULER, UNET
 
 BETAS = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
 OLD: dict[str, dict[str, Any]] = {
@@ -102,6 +103,40 @@ def test_inspect_prints_each_correction(folder: Path) -> None:
     write_scheduler(folder, {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1})
     edit_json(folder / "model_index.json", lambda index: index.pop("safety_checker"))
     assert [label for label, _ in describe(str(folder)) if label == "corrected"] == []
+
+
+def test_inspect_prints_what_else_is_read_otherwise(folder: Path, unconditional_folder: Path, tmp_path: Path) -> None:
+    """Variants, old names of the attention, tokens of several vectors, guidance that is fed, a silent VQ model."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    text.resize_token_embeddings(len(tokenizer))
+    text.save_pretrained(folder / "text_encoder")
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {}
+    for name, tensor in load_file(vae).items():
+        for new_leaf, old_leaf in names.items():
+            name = name.replace(new_leaf, old_leaf)
+        old[name] = tensor
+    save_file(old, vae, metadata={"format": "pt"})
+    diffusers.UNet2DConditionModel(**UNET, time_cond_proj_dim=8).save_pretrained(folder / "unet", variant="fp16")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    facts = [text for label, text in describe(str(folder)) if label == "corrected"]
+    assert facts == [
+        "vae: attention named `query`, `proj_attn` -> `to_q`, `to_out.0`, as diffusers renames it",
+        "unet: the weights' variant 'fp16' -> float32, since there is no diffusion_pytorch_model.safetensors",
+        "unet/config.json `time_cond_proj_dim` 8: the guidance scale is fed as an embedding, and the UNet runs once a "
+        "step, without classifier-free guidance",
+        "text_encoder: the token '<cat>' stands for its 3 vectors",
+    ]
+    silent = shutil.copytree(unconditional_folder, tmp_path / "silent")
+    edit_json(silent / "vqvae" / "config.json", lambda config: config.pop("scaling_factor"))
+    facts = [text for label, text in describe(str(silent)) if label == "corrected"]
+    assert facts == ["vqvae/config.json `scaling_factor`: missing -> 1, as CompVis trained VQ models"]
 
 
 def test_inpainting_folders_skip_the_runge_kutta_start(inpainting_folder: Path, tmp_path: Path) -> None:

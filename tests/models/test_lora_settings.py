@@ -154,6 +154,24 @@ def test_folders_that_are_no_lora(tiny_model: LatentDiffusion, tmp_path: Path) -
         fuse_lora(tiny_model, tmp_path / "device.safetensors")
 
 
+def test_a_file_of_diffusers_next_to_pefts_config(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
+    """A repository with both layouts: diffusers takes the rank for alpha in its own file and never reads the config."""
+    tensors = make_tensors(tiny_model, {("unet", TO_Q): RANK})
+    folder = write_folder(tmp_path / "peft", tensors, {"lora_alpha": 16})
+    weight = get_layer(tiny_model, "unet", TO_Q).weight
+    own = {name.replace("base_model.model.", "unet."): value for name, value in tensors.items()}
+    for name, prefix, strength in (
+        ("pytorch_lora_weights.safetensors", "unet.", 1.0),
+        ("pytorch_lora_weights.fp16.safetensors", "unet.", 1.0),
+        ("pytorch_lora_weights.safetensors", "base_model.model.", 4.0),
+        ("style.safetensors", "unet.", 4.0),
+    ):
+        save_file({key.replace("unet.", prefix, 1): value for key, value in own.items()}, folder / name)
+        fused = fuse_lora(tiny_model, folder / name)
+        expected = by_hand(weight, *tensors.values(), strength)
+        assert torch.allclose(get_layer(fused, "unet", TO_Q).weight, expected, atol=1e-5)
+
+
 def test_two_adapters_in_one_file(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     layers: Layers = {("unet", TO_Q): RANK}
     tensors = make_tensors(tiny_model, layers, ".one") | make_tensors(tiny_model, layers, ".two")

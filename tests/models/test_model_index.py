@@ -75,6 +75,7 @@ def test_a_scheduler_swapped_in_diffusers_and_saved(saved_folder: Path, tmp_path
         ("EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"),
         ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
         ("HeunDiscreteScheduler", "UniPCMultistepScheduler"),
+        ("DPMSolverMultistepScheduler", "PNDMScheduler"),
         ("LCMScheduler", "DDIMScheduler"),
         (None, "DDIMScheduler"),
     ],

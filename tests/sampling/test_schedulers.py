@@ -19,7 +19,7 @@ from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.commands import load_command
 from qdeploy.sampling import CLASS_NAMES, NoiseSchedule, make_scheduler, replace_scheduler
 from qdeploy.sampling.loop import PictureStreams, denoise, draw_unit_noise
-from qdeploy.sampling.settings import KNOWN_SETTINGS
+from qdeploy.sampling.settings import KNOWN_SETTINGS, check_settings
 from tests.sampling.references import (
     BETAS,
     SCHEDULE_TOLERANCE,
@@ -295,7 +295,19 @@ def test_help_names_every_scheduler(command: str, option: str) -> None:
 def test_known_settings_are_those_of_the_convertible_schedulers() -> None:
     classes = [getattr(diffusers, name) for name in ["LCMScheduler", *diffusers.DDIMScheduler._compatibles]]
     parameters = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-    assert parameters - {"self", "args", "kwargs"} == KNOWN_SETTINGS
+    unseen = {"noise_sampler_seed"}  # of DPMSolverSDEScheduler, whose class diffusers hides without torchsde
+    assert parameters - {"self", "args", "kwargs"} | unseen == KNOWN_SETTINGS
+
+
+def test_a_deis_config_becomes_a_plain_dpm_solver() -> None:
+    saved = {key: value for key, value in diffusers.DEISMultistepScheduler(**SD).config.items() if key[0] != "_"}
+    assert (saved["algorithm_type"], saved["solver_type"]) == ("deis", "logrho")
+    converted = replace_scheduler(saved | {"noise_sampler_seed": 2**40}, "dpm++")
+    reference = diffusers.DPMSolverMultistepScheduler.from_config(saved | {"final_sigmas_type": "sigma_min"})
+    assert (reference.config.algorithm_type, reference.config.solver_type) == ("dpmsolver++", "midpoint")
+    plain = converted | {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+    np.testing.assert_array_equal(our_trajectory(converted, 8)[1], our_trajectory(plain, 8)[1])
+    check_settings({"noise_sampler_seed": None} | converted)
 
 
 def test_requests_do_not_share_state() -> None:
@@ -357,7 +369,6 @@ def test_importing_loads_no_torch() -> None:
         ("pndm", "steps_offset", -1, "at least 0"),
         ("pndm", "num_train_timesteps", 1000.0, "an integer"),
         ("dpm++", "algorithm_type", "dpmsolver", "dpmsolver++"),
-        ("dpm++", "algorithm_type", "deis", "dpmsolver++"),
         ("dpm++", "solver_order", 4, "1, 2, 3"),
         ("dpm++", "solver_order", True, "1, 2"),
         ("dpm++", "solver_type", "euler", "midpoint"),

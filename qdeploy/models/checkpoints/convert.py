@@ -106,13 +106,13 @@ def convert_checkpoint(path: Path, config: Path | None = None, ema: bool = False
     without it the one next to the file that has its name is read. ``ema``: take the averaged UNet, which the original
     LDM sampling scripts use. ModelError says what is wrong.
     """
-    with _name_file_in_errors(path):
+    with _name_file_in_errors(path), _explain_neighbour(path, config):
         return _convert(_open(path, config, ema))
 
 
 def describe_checkpoint(path: Path, config: Path | None = None) -> CheckpointFacts:
     """Kind, sizes and gaps of a checkpoint; its names and shapes are checked, and no weight is read."""
-    with _name_file_in_errors(path):
+    with _name_file_in_errors(path), _explain_neighbour(path, config):
         checkpoint = _open(path, config, ema=False)
         missing = [*MISSING[checkpoint.kind], *_check_convertible(checkpoint)]
     parts = {TEXT_ENCODER.name: COND_STAGE, "unet": UNET, "vae": FIRST_STAGE}
@@ -196,6 +196,9 @@ def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
     )
     if original is not None:
         _check_config(checkpoint, original)
+        if kind == SD1:
+            layers = text.describe_layers(checkpoint.part(COND_STAGE), original)
+            checkpoint = replace(checkpoint, corrections=(*checkpoint.corrections, *layers))
     return checkpoint
 
 
@@ -225,6 +228,21 @@ def _convert_text_encoders(checkpoint: _OpenCheckpoint) -> dict[str, nn.Module]:
     weights = checkpoint.part(COND_STAGE)
     is_clip = checkpoint.kind == SD1
     return {TEXT_ENCODER.name: text.convert_clip(weights, checkpoint.config) if is_clip else text.convert_bert(weights)}
+
+
+@contextmanager
+def _explain_neighbour(path: Path, config: Path | None) -> Iterator[None]:
+    """An error of a YAML that nobody gave says why it was read."""
+    neighbour = find_config(path) if config is None else None
+    try:
+        yield
+    except ModelError as exc:
+        if neighbour is None or str(neighbour) not in str(exc):
+            raise
+        raise ModelError(
+            f"{exc}. It was read because it lies next to the checkpoint and has its name; rename it if it is another "
+            "file's, or give the right one with --config"
+        ) from exc
 
 
 @contextmanager

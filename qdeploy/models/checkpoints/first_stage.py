@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError
@@ -53,18 +54,35 @@ class FirstStageLayout:
 def rename_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights with the middle attention under the original's names and as the 1x1 convolutions that they are.
 
-    Some merging tools write diffusers' names and matrices into an original file (kohya-ss/sd-scripts issue 618).
+    Some merging tools write diffusers' names and matrices into an original file (kohya-ss/sd-scripts issue 618), next
+    to the original's where both kinds were merged: ModelError names two that say different things.
     """
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
     for name, tensor in weights.items():
-        match = FOREIGN_ATTENTION.fullmatch(name)
-        if match is None:
-            renamed[name] = tensor
-            continue
-        leaf = ORIGINAL_NAMES[match["leaf"]]
-        is_matrix = match["kind"] == "weight" and tensor.dim() == 2
-        renamed[f"{match['block']}{leaf}.{match['kind']}"] = tensor[:, :, None, None] if is_matrix else tensor
+        new_name, new_tensor = _rename_one(name, tensor)
+        if new_name in renamed and not is_same(renamed[new_name], new_tensor):
+            raise ModelError(
+                f"the first stage's `{sources[new_name]}` and `{name}` are the same layer's under two namings and hold "
+                "different weights; it cannot be said which is meant, so save the file with one of them"
+            )
+        renamed[new_name], sources[new_name] = new_tensor, name
     return renamed
+
+
+def _rename_one(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """One weight under its original name, a matrix of the attention as the 1x1 convolution that it is."""
+    match = FOREIGN_ATTENTION.fullmatch(name)
+    if match is None:
+        return name, tensor
+    leaf = ORIGINAL_NAMES[match["leaf"]]
+    is_matrix = match["kind"] == "weight" and tensor.dim() == 2
+    return f"{match['block']}{leaf}.{match['kind']}", tensor[:, :, None, None] if is_matrix else tensor
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same shape."""
+    return one.shape == other.shape and torch.equal(one.double(), other.double())
 
 
 def read_layout(weights: Mapping[str, Tensor]) -> FirstStageLayout:

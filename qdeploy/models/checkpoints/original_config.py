@@ -34,14 +34,20 @@ class OriginalConfig:
     def params(self, stage: str) -> Mapping[str, Any]:
         """``params`` of ``unet_config``, ``first_stage_config`` or ``cond_stage_config``; empty where it has none."""
         section = self.model.get(stage)
-        params = section.get("params") if isinstance(section, Mapping) else None
-        return params if isinstance(params, Mapping) else {}
+        return self._get_section(section, "params", stage) if isinstance(section, Mapping) else {}
 
     @property
     def ddconfig(self) -> Mapping[str, Any]:
         """Sizes of the first stage's encoder and decoder."""
-        config = self.params("first_stage_config").get("ddconfig")
-        return config if isinstance(config, Mapping) else {}
+        return self._get_section(self.params("first_stage_config"), "ddconfig", "first_stage_config")
+
+    def _get_section(self, parent: Mapping[str, Any], name: str, stage: str) -> Mapping[str, Any]:
+        """The section called ``name``; empty where it is not given, ModelError where it is something else."""
+        section = parent.get(name)
+        if section is not None and not isinstance(section, Mapping):
+            got = reprlib.repr(section)
+            raise ModelError(f"{self.path}: `{stage}` `{name}` is {got}, expected settings by name; {REMEDY}")
+        return {} if section is None else section
 
     def number(
         self,

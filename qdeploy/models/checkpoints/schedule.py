@@ -17,11 +17,13 @@ from qdeploy.models.checkpoints.original_config import MAX_SCALE, MAX_TIMESTEPS,
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors that trainers leave in a file as marks (A1111 issue 16567)
+RAMP = ("linear_start", "linear_end", "beta_schedule", "timesteps")
 SD1_BETAS = (0.00085, 0.012, 1000)
+ORIGINAL_BETAS = (1e-4, 2e-2, 1000)  # of a YAML that does not say: `DDPM.__init__`
 LEAST_SCALE = 1e-6
 SD1_SCALE = TEXT2IMG_SCALE = 0.18215  # v1-inference.yaml, txt2img-1p4B-eval.yaml
 LEAST_BETA = 1e-8
-FLOAT32_ROUND_OFF = 1e-5  # relative; the buffer is float32, its ramp was computed in float64
+FLOAT32_ROUND_OFF = 1e-5  # relative; a buffer is float32 at best, its ramp was computed in float64
 ASK = "give the original YAML (--config FILE.yaml)"
 
 
@@ -45,12 +47,13 @@ def read_scheduler_config(kind: str, tensors: Mapping[str, Tensor], config: Orig
 
 def read_scaling_factor(kind: str, tensors: Mapping[str, Tensor], config: OriginalConfig | None, vq: bool) -> float:
     """What the first stage's latents are multiplied by: the file's buffer, the YAML's number, or the published one."""
-    if "scale_factor" in tensors:
-        return _read_scale(tensors["scale_factor"])
     stated = None if config is None else config.number("scale_factor", low=LEAST_SCALE)
+    measured = config is not None and config.model.get("scale_by_std") is True
+    if "scale_factor" in tensors:
+        known = None if measured else stated
+        return _read_scale(tensors["scale_factor"], known, SD1_SCALE if kind in (SD1, TEXT2IMG) else None)
     if stated is not None:
         return float(stated)
-    measured = config is not None and config.model.get("scale_by_std") is True
     if not measured and (vq or config is not None):
         return 1.0  # the original's default
     if not measured and kind in (SD1, TEXT2IMG):
@@ -58,10 +61,20 @@ def read_scaling_factor(kind: str, tensors: Mapping[str, Tensor], config: Origin
     raise ModelError(f"the file has no `scale_factor`; {ASK}")
 
 
-def _read_scale(scale: Tensor) -> float:
+def _read_scale(scale: Tensor, stated: float | None, published: float | None) -> float:
+    """The buffer's number, or the stated or published one that it is in its precision; ModelError where both differ."""
     if scale.numel() != 1 or not LEAST_SCALE <= float(scale) <= MAX_SCALE:
         got = reprlib.repr(scale.flatten()[:3].tolist())
         raise ModelError(f"`scale_factor` is {got}, expected one number from {LEAST_SCALE:g} to {MAX_SCALE:g}; {ASK}")
+    tolerance = max(FLOAT32_ROUND_OFF, torch.finfo(scale.dtype).eps if scale.is_floating_point() else 0.0)
+    for known in (stated, published):
+        if known is not None and abs(float(scale) - known) <= tolerance * known:
+            return float(known)
+    if stated is not None:
+        raise ModelError(
+            f"the YAML's `scale_factor` is {stated:g} and the file's {float(scale):g}; correct the YAML, or leave it "
+            "out there"
+        )
     return float(scale)
 
 
@@ -80,54 +93,78 @@ def _read_prediction(tensors: Mapping[str, Tensor], config: OriginalConfig | Non
 
 
 def _read_betas(kind: str, tensors: Mapping[str, Tensor], config: OriginalConfig | None) -> dict[str, Any]:
-    stated = None if config is None else _read_ramp(config)
     if "betas" in tensors:
-        return _read_buffer(tensors["betas"].double(), stated, config)
-    if stated is not None:
-        return stated
+        betas = tensors["betas"]
+        return _read_buffer(betas.double(), torch.finfo(betas.dtype) if betas.is_floating_point() else None, config)
+    if config is not None:
+        return _read_ramp(config)
     if kind == SD1:
         return _build_ramp("scaled_linear", *SD1_BETAS)
     raise ModelError(f"the file has no `betas`; {ASK}")
 
 
-def _read_buffer(betas: Tensor, stated: dict[str, Any] | None, config: OriginalConfig | None) -> dict[str, Any]:
-    """The file's own schedule, as a ramp where it is one; the YAML must say the same."""
-    if betas.dim() != 1 or not 1 <= len(betas) <= MAX_TIMESTEPS or not ((betas > 0) & (betas < 1)).all():
+def _read_buffer(betas: Tensor, limits: torch.finfo | None, config: OriginalConfig | None) -> dict[str, Any]:
+    """The file's own schedule, as a ramp where it is one; what the YAML states must say the same.
+
+    limits: of the type that the file has them in; tools save this buffer in half precision too.
+    """
+    fits = betas.dim() == 1 and 1 <= len(betas) <= MAX_TIMESTEPS and bool(((betas > 0) & (betas < 1)).all())
+    if limits is None or not fits:
         raise ModelError(f"`betas` has shape {list(betas.shape)} or numbers beyond 0 to 1, expected a schedule; {ASK}")
+    stated = [] if config is None else [name for name in RAMP if config.model.get(name) is not None]
+    if config is not None and {*stated} & {"linear_start", "linear_end"}:
+        candidates = [_read_ramp(config)]
+    else:
+        schedules = SCHEDULES.values() if config is None or "beta_schedule" not in stated else [_read_schedule(config)]
+        candidates = [ramp for schedule in schedules for ramp in _guess_ramps(betas, schedule)]
     steps = None if config is None else config.integer("timesteps", high=MAX_TIMESTEPS)
-    if (stated is not None and not _matches_ramp(betas, stated)) or steps not in (None, len(betas)):
-        raise ModelError("the YAML's `linear_start`, `linear_end` or `timesteps` are not those of the file's `betas`")
-    ramp = stated or _guess_ramp(betas)
-    return ramp if _matches_ramp(betas, ramp) else ramp | {"trained_betas": betas.tolist()}
+    ramp = next((ramp for ramp in candidates if _matches_ramp(betas, limits, ramp)), None)
+    if steps not in (None, len(betas)) or (ramp is None and {*stated} - {"timesteps"}):
+        names = ", ".join(f"`{name}`" for name in stated)
+        raise ModelError(f"the YAML's {names} are not those of the file's `betas`; correct the YAML, or leave them out")
+    return candidates[-1] | {"trained_betas": betas.tolist()} if ramp is None else ramp
 
 
-def _read_ramp(config: OriginalConfig) -> dict[str, Any] | None:
-    """None where the YAML leaves it to the file."""
+def _read_ramp(config: OriginalConfig) -> dict[str, Any]:
+    """What the YAML states, and the original's defaults for the rest."""
+    first, last, count = ORIGINAL_BETAS
     start, end = (config.number(name, low=LEAST_BETA, high=1) for name in ("linear_start", "linear_end"))
-    schedule = config.model.get("beta_schedule", "linear")
+    steps = config.integer("timesteps", high=MAX_TIMESTEPS)
+    return _build_ramp(
+        _read_schedule(config),
+        first if start is None else start,
+        last if end is None else end,
+        count if steps is None else steps,
+    )
+
+
+def _read_schedule(config: OriginalConfig) -> str:
+    """Diffusers' name for the YAML's `beta_schedule`."""
+    schedule = config.model.get("beta_schedule")
+    schedule = "linear" if schedule is None else schedule
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise ModelError(f"{config.path}: `beta_schedule` is {reprlib.repr(schedule)}, supported: {known}")
-    steps = config.integer("timesteps", high=MAX_TIMESTEPS) or 1000
-    if start is None and end is None:
-        return None
-    if start is None or end is None:
-        raise ModelError(f"{config.path}: `linear_start` or `linear_end` is missing; {ASK}")
-    return _build_ramp(SCHEDULES[schedule], start, end, steps)
+    return SCHEDULES[schedule]
 
 
-def _guess_ramp(betas: Tensor) -> dict[str, Any]:
-    """The round numbers that float32 ends stand for."""
-    return _build_ramp("scaled_linear", float(f"{betas[0]:.6g}"), float(f"{betas[-1]:.6g}"), len(betas))
+def _guess_ramps(betas: Tensor, schedule: str) -> list[dict[str, Any]]:
+    """Ramps between the round numbers that the first and last of ``betas`` may stand for, the roundest first."""
+    start, end = float(betas[0]), float(betas[-1])
+    return [
+        _build_ramp(schedule, float(f"{start:.{digits}g}"), float(f"{end:.{digits}g}"), len(betas))
+        for digits in range(2, 7)
+    ]
 
 
 def _build_ramp(schedule: str, start: float, end: float, steps: int) -> dict[str, Any]:
     return dict(beta_schedule=schedule, beta_start=start, beta_end=end, num_train_timesteps=steps)
 
 
-def _matches_ramp(betas: Tensor, ramp: Mapping[str, Any]) -> bool:
-    """Whether ``float[steps]`` is the ramp."""
+def _matches_ramp(betas: Tensor, limits: torch.finfo, ramp: Mapping[str, Any]) -> bool:
+    """Whether ``float64[steps]`` is the ramp, as exactly as numbers with these ``limits`` hold it."""
     power = 0.5 if ramp["beta_schedule"] == "scaled_linear" else 1.0
     start, end, steps = ramp["beta_start"] ** power, ramp["beta_end"] ** power, ramp["num_train_timesteps"]
     expected = torch.linspace(start, end, steps, dtype=torch.float64) ** (1 / power)
-    return betas.shape == expected.shape and torch.allclose(betas, expected, rtol=FLOAT32_ROUND_OFF, atol=0)
+    relative, absolute = max(FLOAT32_ROUND_OFF, limits.eps), limits.eps * limits.tiny
+    return betas.shape == expected.shape and torch.allclose(betas, expected, rtol=relative, atol=absolute)

@@ -80,6 +80,19 @@ def choose_layers(config: OriginalConfig, layers: int) -> int:
     return index if index > 0 else layers + 1 + index
 
 
+def describe_layers(weights: Mapping[str, Tensor], config: OriginalConfig) -> tuple[str, ...]:
+    """A line where the YAML takes an earlier layer of the text encoder, or its output before the final norm."""
+    layer = config.params("cond_stage_config").get("layer", "last")
+    if layer in ("last", None):
+        return ()
+    numbers = [int(match[1]) for name in weights if (match := re.search(r"\bencoder\.layers\.(\d{1,4})\.", name))]
+    stated = 1 + max(numbers, default=-1)
+    return (
+        f"{config.path.name} `cond_stage_config` `layer` {layer!r:.40}: the output of layer "
+        f"{choose_layers(config, stated)} of {stated}, through the final norm, as clip skip of diffusers and web UIs",
+    )
+
+
 def _get_layer(name: str) -> int:
     """The number of the layer that the weight belongs to; -1 for those that every model has."""
     match = re.match(r"encoder\.layers\.(\d+)\.", name)
