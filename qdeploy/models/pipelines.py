@@ -5,9 +5,8 @@ Weights are read from safetensors only, never from pickles, and never from the n
 
 from __future__ import annotations
 
-import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from qdeploy.artifacts.components import TEXT_ENCODER, name_component, name_toke
 from qdeploy.base.errors import ModelError, UsageError, join_names
 from qdeploy.models.config_files import check_regular, read_config, read_scheduler_config
 from qdeploy.models.corrections import correct_sample_size, correct_scheduler
-from qdeploy.models.folder_notes import list_notes
+from qdeploy.models.folder_notes import is_unused_text_weight, list_notes
 from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
 from qdeploy.models.model_index import ModelIndex, read_model_index
 from qdeploy.models.module_configs import (
@@ -31,10 +30,6 @@ from qdeploy.models.module_configs import (
 from qdeploy.models.weight_files import check_weight_files, choose_variant
 
 SCHEDULER = "scheduler"
-# What text encoders were saved with, and do not compute with: indices, and the parts of CLIP that see pictures.
-BESIDE_TEXT = re.compile(
-    r"(.*\.)?position_ids|(.*\.)?(text_projection|visual_projection)\.\w+|(.*\.)?logit_scale|(.*\.)?vision_model\..*"
-)
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -208,15 +203,18 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
         dtype=torch.float32,
         output_loading_info=True,
     )
-    check_complete(folder, info, BESIDE_TEXT)
+    layers = getattr(module.config, "num_hidden_layers", None)
+    check_complete(folder, info, lambda name: is_unused_text_weight(name, layers))
     return module
 
 
-def check_complete(folder: Path, info: Mapping[str, Any], harmless: re.Pattern[str] | None = None) -> None:
+def check_complete(
+    folder: Path, info: Mapping[str, Any], is_harmless: Callable[[str], bool] = lambda name: False
+) -> None:
     """ModelError when the weights lack tensors, which the libraries would fill with noise, or hold more.
 
     What is left over is part of a module that the config does not ask for; the libraries leave it out with a warning.
-    harmless: names that may be left over.
+    is_harmless: whether a name may be left over.
     """
     missing = sorted(info["missing_keys"])
     if missing:
@@ -224,7 +222,7 @@ def check_complete(folder: Path, info: Mapping[str, Any], harmless: re.Pattern[s
             f"the weights in {folder} lack {join_names(missing)}; "
             "copy them again, or mend config.json if it is another model's"
         )
-    surplus = sorted(name for name in info["unexpected_keys"] if harmless is None or not harmless.fullmatch(name))
+    surplus = sorted(name for name in info["unexpected_keys"] if not is_harmless(name))
     if surplus:
         raise ModelError(
             f"the weights in {folder} hold {join_names(surplus)}, which the module of config.json has no place for, so "

@@ -12,6 +12,7 @@ from qdeploy.models.config_files import check_regular
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+INDICES = "position_ids"
 SHARD = r"-\d{5}-of-\d{5}"
 MAX_HEADER_BYTES = 16 * 2**20  # the tensors' names and shapes; Stable Diffusion's take 0.2 MiB
 
@@ -25,6 +26,7 @@ def check_weight_files(folder: Path, parts: tuple[str, ...], remedy: str) -> Non
         for path in sorted((folder / part).iterdir()):
             if path.suffix == SUFFIX:
                 check_safetensors(path, remedy)
+                _refuse_codes(path)
             elif path.suffix in (*PICKLES, ".json", ".txt") and not path.is_dir():
                 check_regular(path)
 
@@ -44,6 +46,18 @@ def check_safetensors(path: Path, remedy: str = "copy the file again") -> None:
             f"{path} is cut or damaged: it has {path.stat().st_size:,} bytes, which is not what its header "
             f"says ({exc}); {remedy}"
         ) from exc
+
+
+def _refuse_codes(path: Path) -> None:
+    """ModelError for weights that are whole numbers, which the libraries would take for weights as they are."""
+    with safe_open(path, framework="numpy") as file:
+        types = {name: file.get_slice(name).get_dtype() for name in file.keys() if not name.endswith(INDICES)}  # noqa: SIM118
+    codes = [f"{name} ({dtype})" for name, dtype in types.items() if not dtype.startswith(("F", "BF"))]
+    if codes:
+        raise ModelError(
+            f"{path} holds {join_names(codes)}, expected real numbers; a quantized model is not read: give the one "
+            "that it was made from"
+        )
 
 
 def choose_variant(folder: Path, stem: str) -> str | None:

@@ -203,7 +203,7 @@ def test_conditionings_whose_field_was_lost(folder: Path, settings: dict[str, An
         ("unet/diffusion_pytorch_model.safetensors", "mid_block.attentions.0.to_k_ip.0.weight"),
         ("unet/diffusion_pytorch_model.safetensors", "conv_in.lora_A.weight"),
         ("vae/diffusion_pytorch_model.safetensors", "quantize.embedding.weight"),
-        ("text_encoder/model.safetensors", "encoder.layers.9.mlp.fc1.weight"),
+        ("text_encoder/model.safetensors", "encoder.blocks.9.mlp.fc1.weight"),
         ("text_encoder/model.safetensors", "encoder.layers.0.mlp.fc1.lora_A.weight"),
     ],
 )
@@ -222,6 +222,32 @@ def test_what_text_encoders_are_saved_with(folder: Path) -> None:
         },
     )  # fmt: skip
     assert_diffusers_pictures(folder)
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_codes_of_a_quantized_folder_are_no_weights(folder: Path, file: str) -> None:
+    tensors = load_file(folder / file)
+    name = sorted(name for name in tensors if name.endswith("weight"))[0]
+    save_file(tensors | {name: tensors[name].mul(100).to(torch.int8)}, folder / file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{file} holds {name} \(I8\), expected real numbers"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_other_precision(folder: Path, dtype: torch.dtype) -> None:
+    for file in folder.glob("*/*.safetensors"):
+        save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert_diffusers_pictures(folder)
+
+
+def test_clip_skip_by_the_config(folder: Path) -> None:
+    """Later layers in the weights are left out, as the libraries do; those before the last one are needed."""
+    edit_json(folder / "text_encoder" / "config.json", lambda config: config.update(num_hidden_layers=1))
+    corrections = assert_diffusers_pictures(folder)
+    assert corrections[-1] == "text_encoder/config.json `num_hidden_layers` 1: of the 2 layers that the weights have"
+    add_weights(folder / "text_encoder" / "model.safetensors", **{"encoder.layers.0.mlp.fc1.lora_A.weight": [2, 2]})
+    with pytest.raises(ModelError, match=r"text_encoder hold encoder\.layers\.0\.mlp\.fc1\.lora_A\.weight"):
+        load_model(str(folder))
 
 
 # ----------------------------------------------------------------------------------------------------- the text's width

@@ -311,6 +311,16 @@ def test_a_scale_in_half_precision_is_the_published_one(source: LatentDiffusion,
     assert convert_checkpoint(file).scaling_factor == 0.18215
 
 
+def test_codes_of_a_quantized_file_are_no_weights(source: LatentDiffusion, file: Path) -> None:
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    write_ckpt(original_state(source) | {name: original_state(source)[name].mul(100).to(torch.int8)}, file)
+    for use in (convert_checkpoint, describe_checkpoint):
+        with pytest.raises(
+            ModelError, match=r"1 weights of the UNet are no real numbers: conv_in\.weight \(torch\.int8"
+        ):
+            use(file)
+
+
 def test_two_namings_of_one_layer(source: LatentDiffusion, file: Path) -> None:
     """A merge, key by key, of a file with the original's names and one with diffusers'."""
     # the modules are mapped from the file, which is written anew below

@@ -25,6 +25,7 @@ def build_module(make: Any, config: Any, weights: Mapping[str, Tensor], label: s
     except ValueError as exc:
         raise ModelError(f"the {label}'s sizes cannot be built: {exc}") from exc
     _check_names(module.state_dict(), weights, label)
+    _check_types(weights, label)
     module.load_state_dict({name: widen(tensor) for name, tensor in weights.items()}, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -40,6 +41,16 @@ def check_all_used(source: Mapping[str, Tensor], converted: Mapping[str, Tensor]
     dropped = [name for name, tensor in source.items() if tensor.data_ptr() not in used]
     if dropped:
         raise ModelError(f"{len(dropped)} tensors of the {label} fit no layer of it: {join_names(dropped)}")
+
+
+def _check_types(weights: Mapping[str, Tensor], label: str) -> None:
+    """Whole numbers are codes of a quantized file, whose scales another program knows."""
+    codes = [f"{name} ({tensor.dtype})" for name, tensor in weights.items() if not tensor.is_floating_point()]
+    if codes:
+        raise ModelError(
+            f"{len(codes)} weights of the {label} are no real numbers: {join_names(codes)}; a quantized file is not "
+            "read: give the one that it was made from"
+        )
 
 
 def _check_names(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], label: str) -> None:

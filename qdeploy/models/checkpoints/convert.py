@@ -173,8 +173,8 @@ def _check_convertible(checkpoint: _OpenCheckpoint) -> list[str]:
 
 
 def _empty(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no memory."""
-    return torch.zeros(()).expand(tensor.shape)
+    """A tensor of the same shape that takes no memory; of float32, which is not widened, unless it holds codes."""
+    return torch.zeros((), dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype).expand(tensor.shape)
 
 
 def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
