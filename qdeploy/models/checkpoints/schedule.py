@@ -67,9 +67,9 @@ def _read_scale(scale: Tensor, stated: float | None, published: float | None) ->
         got = reprlib.repr(scale.flatten()[:3].tolist())
         raise ModelError(f"`scale_factor` is {got}, expected one number from {LEAST_SCALE:g} to {MAX_SCALE:g}; {ASK}")
     tolerance = max(FLOAT32_ROUND_OFF, torch.finfo(scale.dtype).eps if scale.is_floating_point() else 0.0)
-    for known in (stated, published):
-        if known is not None and abs(float(scale) - known) <= tolerance * known:
-            return float(known)
+    known = published if stated is None else stated
+    if known is not None and abs(float(scale) - known) <= tolerance * known:
+        return float(known)
     if stated is not None:
         raise ModelError(
             f"the YAML's `scale_factor` is {stated:g} and the file's {float(scale):g}; correct the YAML, or leave it "
