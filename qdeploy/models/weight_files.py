@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from qdeploy.base.errors import ModelError, join_names
-from qdeploy.models.config_files import check_regular
+from qdeploy.models.config_files import check_regular, read_config
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 INDICES = "position_ids"
 SHARD = r"-\d{5}-of-\d{5}"
+INDEX = re.compile(rf".+{SUFFIX}\.index(\.[\w-]+)?\.json")  # which of several files holds which weight
 MAX_HEADER_BYTES = 16 * 2**20  # the tensors' names and shapes; Stable Diffusion's take 0.2 MiB
 
 
@@ -27,6 +29,8 @@ def check_weight_files(folder: Path, parts: tuple[str, ...], remedy: str) -> Non
             if path.suffix == SUFFIX:
                 check_safetensors(path, remedy)
                 _refuse_codes(path)
+            elif INDEX.fullmatch(path.name):
+                _check_index(path, remedy)
             elif path.suffix in (*PICKLES, ".json", ".txt") and not path.is_dir():
                 check_regular(path)
 
@@ -46,6 +50,23 @@ def check_safetensors(path: Path, remedy: str = "copy the file again") -> None:
             f"{path} is cut or damaged: it has {path.stat().st_size:,} bytes, which is not what its header "
             f"says ({exc}); {remedy}"
         ) from exc
+
+
+def _check_index(path: Path, remedy: str) -> None:
+    """ModelError unless the index names files next to it, which must be there."""
+    files = read_config(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ModelError(
+            f"{path} `weight_map`: got {reprlib.repr(files)}, expected the weights' names and their files; {remedy}"
+        )
+    for name in sorted(set(files.values())):
+        if "/" in name or "\\" in name or not name.endswith(SUFFIX):
+            raise ModelError(
+                f"{path} `weight_map`: got the file {reprlib.repr(name)}, expected the name of a {SUFFIX} file in the "
+                f"same folder; {remedy}"
+            )
+        if not (path.parent / name).exists():
+            raise ModelError(f"{path} names {reprlib.repr(name)}, which is not there; {remedy}")
 
 
 def _refuse_codes(path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qdeploy.models.source import LatentDiffusion
+from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.sampling import make_scheduler
 from qdeploy.sampling.loop import PictureStreams, denoise, draw_unit_noise
 
@@ -125,3 +125,10 @@ def assert_same(actual: NDArray[np.float64], expected: NDArray[np.float64]) -> N
     assert np.isfinite(expected).all()
     assert expected.std() > 2  # else nothing is compared
     assert np.abs(actual - expected).max() <= ONE_GREY_LEVEL
+
+
+def assert_diffusers_pictures(folder: Path) -> tuple[str, ...]:
+    """Equal whole pictures of ours and of diffusers' own way to open ``folder``; returns our corrections."""
+    model = load_model(str(folder))
+    assert_same(paint(model), paint_diffusers(open_diffusers(folder), first_latents(model)))
+    return model.corrections

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qdeploy.base.errors import ModelError
 from qdeploy.models.source import load_model
 from qdeploy.sampling import CLASS_NAMES
+from tests.models.conftest import BETAS
 from tests.models.pictures import (
-    assert_same,
+    assert_diffusers_pictures,
     edit_json,
     first_latents,
     load_diffusers,
@@ -26,30 +25,14 @@ from tests.models.pictures import (
     paint,
     paint_diffusers,
 )
-from tests.tiny import SCHEDULER, UNET
+from tests.tiny import UNET
 
-BETAS = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
 CONFIG = "scheduler/scheduler_config.json"
-
-
-@pytest.fixture(scope="module")
-def saved_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as ``StableDiffusionPipeline.save_pretrained`` writes it; only read."""
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    load_diffusers(tiny_folder, diffusers.PNDMScheduler(**BETAS)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
 def folder(saved_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved_folder, tmp_path / "model")
-
-
-def assert_diffusers_pictures(folder: Path) -> tuple[str, ...]:
-    """Equal whole pictures of ours and of diffusers' own way to open ``folder``; returns our corrections."""
-    model = load_model(str(folder))
-    assert_same(paint(model), paint_diffusers(open_diffusers(folder), first_latents(model)))
-    return model.corrections
 
 
 @pytest.mark.parametrize("name", CLASS_NAMES.values())
@@ -164,89 +147,6 @@ def test_a_first_stage_of_two_classes(unconditional_folder: Path, tmp_path: Path
     folder = shutil.copytree(unconditional_folder, tmp_path / "model")
     edit_json(folder / "model_index.json", lambda index: index.update(vqvae=["diffusers", "AutoencoderKL"]))
     with pytest.raises(ModelError, match=r"vqvae holds a VQModel, .*model_index\.json says AutoencoderKL"):
-        load_model(str(folder))
-
-
-# ------------------------------------------------------------------------------------------------ weights without place
-
-
-def add_weights(file: Path, **names: list[int]) -> None:
-    tensors = load_file(file) | {name: torch.zeros(shape) for name, shape in names.items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def drop(*names: str) -> Callable[[dict[str, Any]], object]:
-    return lambda config: [config.pop(name) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"time_cond_proj_dim": 16}, "time_embedding.cond_proj.weight"),
-        ({"num_class_embeds": 3}, "class_embedding.weight"),
-        ({"class_embed_type": "timestep"}, "class_embedding.linear_1.bias"),
-        ({"encoder_hid_dim": 32, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_proj.bias"),
-    ],
-    ids=lambda value: str(value),
-)
-def test_conditionings_whose_field_was_lost(folder: Path, settings: dict[str, Any], name: str) -> None:
-    diffusers.UNet2DConditionModel(**UNET, **settings).save_pretrained(folder / "unet")
-    edit_json(folder / "unet" / "config.json", drop(*settings))
-    with pytest.raises(ModelError, match=rf"unet hold .*{name}.*no place"):
-        load_model(str(folder))
-
-
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("unet/diffusion_pytorch_model.safetensors", "position_net.linears.0.weight"),
-        ("unet/diffusion_pytorch_model.safetensors", "mid_block.attentions.0.to_k_ip.0.weight"),
-        ("unet/diffusion_pytorch_model.safetensors", "conv_in.lora_A.weight"),
-        ("vae/diffusion_pytorch_model.safetensors", "quantize.embedding.weight"),
-        ("text_encoder/model.safetensors", "encoder.blocks.9.mlp.fc1.weight"),
-        ("text_encoder/model.safetensors", "encoder.layers.0.mlp.fc1.lora_A.weight"),
-    ],
-)
-def test_weights_without_a_place_are_refused(folder: Path, file: str, name: str) -> None:
-    add_weights(folder / file, **{name: [2, 2]})
-    with pytest.raises(ModelError, match=rf"{Path(file).parent} hold {name}, which .* no place"):
-        load_model(str(folder))
-
-
-def test_what_text_encoders_are_saved_with(folder: Path) -> None:
-    add_weights(
-        folder / "text_encoder" / "model.safetensors",
-        **{
-            "embeddings.position_ids": [1, 16], "text_projection.weight": [32, 32], "logit_scale": [],
-            "vision_model.post_layernorm.weight": [8], "visual_projection.weight": [32, 8],
-        },
-    )  # fmt: skip
-    assert_diffusers_pictures(folder)
-
-
-@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
-def test_codes_of_a_quantized_folder_are_no_weights(folder: Path, file: str) -> None:
-    tensors = load_file(folder / file)
-    name = sorted(name for name in tensors if name.endswith("weight"))[0]
-    save_file(tensors | {name: tensors[name].mul(100).to(torch.int8)}, folder / file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{file} holds {name} \(I8\), expected real numbers"):
-        load_model(str(folder))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_weights_of_other_precision(folder: Path, dtype: torch.dtype) -> None:
-    for file in folder.glob("*/*.safetensors"):
-        save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    assert_diffusers_pictures(folder)
-
-
-def test_clip_skip_by_the_config(folder: Path) -> None:
-    """Later layers in the weights are left out, as the libraries do; those before the last one are needed."""
-    edit_json(folder / "text_encoder" / "config.json", lambda config: config.update(num_hidden_layers=1))
-    corrections = assert_diffusers_pictures(folder)
-    assert corrections[-1] == "text_encoder/config.json `num_hidden_layers` 1: of the 2 layers that the weights have"
-    add_weights(folder / "text_encoder" / "model.safetensors", **{"encoder.layers.0.mlp.fc1.lora_A.weight": [2, 2]})
-    with pytest.raises(ModelError, match=r"text_encoder hold encoder\.layers\.0\.mlp\.fc1\.lora_A\.weight"):
         load_model(str(folder))
 
 
