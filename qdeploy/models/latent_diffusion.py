@@ -25,7 +25,7 @@ from qdeploy.models.components import (
     VqDecoder,
     read_text_width,
 )
-from qdeploy.models.part_checks import check_finite, check_text_width, check_vocabulary
+from qdeploy.models.part_checks import check_finite, check_sides, check_text_width, check_vocabulary
 from qdeploy.models.tokenizing import PromptTokenizer
 
 AnyComponent = TypeVar("AnyComponent", bound=TorchComponent)
@@ -222,6 +222,7 @@ def check_parts(parts: ModelParts, source: str) -> None:
     for name, text in parts.text.items():
         check_finite(text.encoder, source, name)
         check_vocabulary(text.tokenizer, text.encoder, source)
+        check_sides(text.tokenizer, source, name)
 
 
 def is_vq(vae: Any) -> bool:

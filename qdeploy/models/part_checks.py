@@ -35,6 +35,17 @@ def check_text_width(read: int, encoders: Mapping[str, Any], source: str) -> Non
         )
 
 
+def check_sides(tokenizer: Any, source: str, name: str) -> None:
+    """ModelError for a tokenizer that pads or cuts at the left: the runtime's works at the right, as CLIP's do."""
+    for setting in ("padding_side", "truncation_side"):
+        side = getattr(tokenizer, setting, "right")
+        if side != "right":
+            raise ModelError(
+                f"{source}: the tokenizer of the {name} has `{setting}` {side!r:.40} in its tokenizer_config.json, "
+                "expected 'right'; write it there if the model was trained so"
+            )
+
+
 def check_vocabulary(tokenizer: Any, text: Any, source: str) -> None:
     """ModelError where the tokenizer has a token for which the text encoder has no row."""
     embedding = text.model.embed_tokens if type(text).__name__ == "LDMBertModel" else text.get_input_embeddings()

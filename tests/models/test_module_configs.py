@@ -208,6 +208,13 @@ def test_a_weight_that_is_no_number_is_found_on_load(folder: Path, part: str, fi
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("setting", ["padding_side", "truncation_side"])
+def test_a_tokenizer_that_works_at_the_left(folder: Path, setting: str) -> None:
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", lambda config: config.update({setting: "left"}))
+    with pytest.raises(ModelError, match=rf"tokenizer of the text_encoder has `{setting}` 'left'.*expected 'right'"):
+        load_model(str(folder))
+
+
 def test_a_token_without_a_row(folder: Path) -> None:
     from transformers import CLIPTextModel, CLIPTokenizer
 

@@ -170,6 +170,9 @@ def test_v_prediction_needs_no_yaml_where_the_file_is_marked(source: LatentDiffu
         ("first_stage_config.params", {"new_key": 1}, "`new_key`: got 1, expected no such key"),
         ("first_stage_config", {"params": [1]}, r"`first_stage_config` `params` is \[1\], expected settings by name"),
         ("first_stage_config.params", {"ddconfig": "all"}, "`first_stage_config` `ddconfig` is 'all'"),
+        ("unet_config.params", {"attention_resolutions": "4, 2, 1"}, "`attention_resolutions` is '4, 2, 1'"),
+        ("unet_config.params", {"attention_resolutions": [4, "2"]}, "`attention_resolutions` is "),
+        ("unet_config.params", {"attention_resolutions": [8]}, r"`attention_resolutions` is \[8\], the checkpoint's"),
         ("unet_config", {"params": "none"}, "`unet_config` `params` is 'none'"),
         ("cond_stage_config", {"params": 3}, "`cond_stage_config` `params` is 3"),
         ("", {"timesteps": 4000}, "`timesteps` are not those of the file's `betas`"),
@@ -238,131 +241,6 @@ def test_yaml_bombs_end_at_once(file: Path, text: str) -> None:
     with pytest.raises(ModelError, match=r"model\.yaml"):
         convert_checkpoint(file)
     assert time.monotonic() - start < 10
-
-
-RAMP = ("linear_start", "linear_end", "timesteps", "beta_schedule")
-
-
-def write_silent(source: LatentDiffusion, file: Path, buffer: Tensor | None, **ramp: Any) -> dict[str, Any]:
-    """The scheduler's settings of the file with ``buffer`` for betas, whose YAML has only ``ramp`` about them."""
-    path = edit_yaml(file, "")
-    document = yaml.safe_load(path.read_text())
-    params = {key: value for key, value in document["model"]["params"].items() if key not in RAMP}
-    path.write_text(yaml.safe_dump({"model": {**document["model"], "params": params | ramp}}))
-    state = {name: value for name, value in original_state(source).items() if name != "betas"}
-    write_ckpt(state if buffer is None else state | {"betas": buffer}, file)
-    return dict(convert_checkpoint(file).scheduler_config)
-
-
-@pytest.mark.parametrize(
-    ("ramp", "expected"),
-    [
-        ({}, ("scaled_linear", 1e-4, 2e-2, 1000)),
-        ({"timesteps": 4000}, ("scaled_linear", 1e-4, 2e-2, 4000)),
-        ({"beta_schedule": "sqrt_linear"}, ("linear", 1e-4, 2e-2, 1000)),
-        ({"linear_start": 0.0015}, ("scaled_linear", 0.0015, 2e-2, 1000)),
-        ({"linear_end": 0.012, "linear_start": None}, ("scaled_linear", 1e-4, 0.012, 1000)),
-        ({"beta_schedule": None, "linear_end": None}, ("scaled_linear", 1e-4, 2e-2, 1000)),
-    ],
-    ids=str,
-)
-def test_a_yaml_that_is_silent_means_the_originals_defaults(
-    source: LatentDiffusion, file: Path, ramp: dict[str, Any], expected: tuple[Any, ...]
-) -> None:
-    """``DDPM.__init__``: linear_start 1e-4, linear_end 2e-2, 1000 timesteps, schedule `linear`."""
-    config = write_silent(source, file, None, **ramp)
-    assert tuple(config[key] for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")) == expected
-
-
-def make_betas(start: float, end: float, steps: int = 1000, power: float = 0.5) -> Tensor:
-    return torch.linspace(start**power, end**power, steps, dtype=torch.float64) ** (1 / power)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("stated", [True, False])
-@pytest.mark.parametrize(("start", "end"), [(0.00085, 0.012), (0.0015, 0.0195), (0.0015, 0.0155), (0.0001, 0.02)])
-def test_betas_of_any_precision_are_their_ramp(
-    source: LatentDiffusion, file: Path, dtype: torch.dtype, stated: bool, start: float, end: float
-) -> None:
-    """Tools that save in half precision cast this buffer too."""
-    ramp = {"linear_start": start, "linear_end": end} if stated else {}
-    config = write_silent(source, file, make_betas(start, end).to(dtype), **ramp)
-    assert (config["beta_schedule"], config["beta_start"], config["beta_end"]) == ("scaled_linear", start, end)
-    assert "trained_betas" not in config
-    linear = write_silent(source, file, make_betas(start, end, power=1.0).to(dtype), beta_schedule="sqrt_linear")
-    assert (linear["beta_schedule"], linear["beta_start"], linear["beta_end"]) == ("linear", start, end)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_betas_that_contradict_their_yaml(source: LatentDiffusion, file: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(ModelError, match=r"`linear_end` are not those of the file's `betas`"):
-        write_silent(source, file, make_betas(0.00085, 0.0125).to(dtype), linear_start=0.00085, linear_end=0.012)
-    assert len(write_silent(source, file, (0.02 + 0.01 * torch.arange(50).sin()).to(dtype))["trained_betas"]) == 50
-
-
-def test_a_scale_in_half_precision_is_the_published_one(source: LatentDiffusion, file: Path) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        write_ckpt(original_state(source) | {"scale_factor": torch.tensor(0.18215, dtype=dtype)}, file)
-        assert convert_checkpoint(file).scaling_factor == 0.18215
-    edit_yaml(file, "", scale_factor=1.0)
-    with pytest.raises(ModelError, match=r"`scale_factor` is 1 and the file's 0\.18\d+; correct the YAML"):
-        convert_checkpoint(file)
-    edit_yaml(file, "", scale_by_std=True)  # the original's buffer, which has the last word
-    assert convert_checkpoint(file).scaling_factor == 0.18215
-
-
-def test_codes_of_a_quantized_file_are_no_weights(source: LatentDiffusion, file: Path) -> None:
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    write_ckpt(original_state(source) | {name: original_state(source)[name].mul(100).to(torch.int8)}, file)
-    for use in (convert_checkpoint, describe_checkpoint):
-        with pytest.raises(
-            ModelError, match=r"1 weights of the UNet are no real numbers: conv_in\.weight \(torch\.int8"
-        ):
-            use(file)
-
-
-def test_two_namings_of_one_layer(source: LatentDiffusion, file: Path) -> None:
-    """A merge, key by key, of a file with the original's names and one with diffusers'."""
-    # the modules are mapped from the file, which is written anew below
-    expected = {key: value.clone() for key, value in convert_checkpoint(file).vae.state_dict().items()}
-    state = original_state(source)
-    name = "first_stage_model.decoder.mid.attn_1"
-    weight = state[f"{name}.q.weight"]
-    for both in (
-        state | {f"{name}.to_q.weight": weight.squeeze()},
-        {f"{name}.query.weight": weight.squeeze()} | state,
-        state | {f"{name}.to_q.weight": weight.squeeze(), f"{name}.query.weight": weight},
-    ):
-        write_ckpt(both, file)
-        actual = convert_checkpoint(file).vae.state_dict()
-        assert all(torch.equal(actual[key], expected[key]) for key in expected)
-    for both in (
-        state | {f"{name}.to_q.weight": weight.squeeze() + 1},
-        {f"{name}.query.weight": weight.squeeze() + 1} | state,
-        state | {f"{name}.to_out.0.bias": state[f"{name}.proj_out.bias"] + 1},
-    ):
-        write_ckpt(both, file)
-        for use in (convert_checkpoint, describe_checkpoint):
-            with pytest.raises(ModelError, match=r"attn_1\.\S+` and `\S+attn_1\.\S+` are the same layer's"):
-                use(file)
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_the_first_stages_attention_in_diffusers_names(source: LatentDiffusion, file: Path, old: bool) -> None:
-    """kohya-ss/sd-scripts issue 618: the names map one to one, and matrices are 1x1 convolutions."""
-    names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
-    if old:
-        names = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn", "norm": "group_norm"}
-    renamed = {}
-    for name, value in original_state(source).items():
-        head, middle, tail = name.partition(".mid.attn_1.")
-        leaf, _, kind = tail.partition(".")
-        renamed[f"{head}{middle}{names[leaf]}.{kind}" if tail else name] = value.squeeze() if tail else value
-    expected = convert_checkpoint(file).vae.state_dict()
-    write_ckpt(renamed, file)
-    actual = convert_checkpoint(file).vae.state_dict()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert any("first stage's attention" in text for label, text in describe(str(file)) if label == "corrected")
 
 
 def test_inspect_finds_what_loading_would_find(source: LatentDiffusion, file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,27 @@ def build_module(make: Any, config: Any, weights: Mapping[str, Tensor], label: s
 def widen(tensor: Tensor) -> Tensor:
     """float32, the same tensor where it is that already."""
     return tensor.to(torch.float32)
+
+
+def merge_names(weights: Iterable[tuple[str, str, Tensor]], label: str) -> dict[str, Tensor]:
+    """Weights, given with their old and new names, by the new ones.
+
+    A file that was merged key by key from two namings has a layer twice; ModelError where the two differ.
+    """
+    merged: dict[str, tuple[str, Tensor]] = {}
+    for old, new, tensor in weights:
+        before = merged.get(new)
+        if before is not None and not _is_same(before[1], tensor):
+            raise ModelError(
+                f"the {label}'s `{before[0]}` and `{old}` are the same layer's under two namings and hold different "
+                "weights; it cannot be said which is meant, so save the file with one of them"
+            )
+        merged[new] = old, tensor
+    return {name: tensor for name, (_, tensor) in merged.items()}
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.double(), other.double())
 
 
 def check_all_used(source: Mapping[str, Tensor], converted: Mapping[str, Tensor], label: str) -> None:

@@ -194,6 +194,8 @@ def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
         first_stage.read_layout(select_part(tensors, FIRST_STAGE)),
         tuple(corrections),
     )
+    if kind == SD1:
+        text.drop_level(checkpoint.part(COND_STAGE))  # a layer under two namings is refused before any work
     if original is not None:
         _check_config(checkpoint, original)
         if kind == SD1:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError
-from qdeploy.models.checkpoints.assemble import build_module, check_all_used
+from qdeploy.models.checkpoints.assemble import build_module, check_all_used, merge_names
 from qdeploy.models.checkpoints.kinds import FIRST_STAGE
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
@@ -57,17 +56,7 @@ def rename_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Some merging tools write diffusers' names and matrices into an original file (kohya-ss/sd-scripts issue 618), next
     to the original's where both kinds were merged: ModelError names two that say different things.
     """
-    renamed: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}
-    for name, tensor in weights.items():
-        new_name, new_tensor = _rename_one(name, tensor)
-        if new_name in renamed and not is_same(renamed[new_name], new_tensor):
-            raise ModelError(
-                f"the first stage's `{sources[new_name]}` and `{name}` are the same layer's under two namings and hold "
-                "different weights; it cannot be said which is meant, so save the file with one of them"
-            )
-        renamed[new_name], sources[new_name] = new_tensor, name
-    return renamed
+    return merge_names(((name, *_rename_one(name, tensor)) for name, tensor in weights.items()), "first stage")
 
 
 def _rename_one(name: str, tensor: Tensor) -> tuple[str, Tensor]:
@@ -78,11 +67,6 @@ def _rename_one(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     leaf = ORIGINAL_NAMES[match["leaf"]]
     is_matrix = match["kind"] == "weight" and tensor.dim() == 2
     return f"{match['block']}{leaf}.{match['kind']}", tensor[:, :, None, None] if is_matrix else tensor
-
-
-def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in the same shape."""
-    return one.shape == other.shape and torch.equal(one.double(), other.double())
 
 
 def read_layout(weights: Mapping[str, Tensor]) -> FirstStageLayout:

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError
-from qdeploy.models.checkpoints.assemble import build_module
+from qdeploy.models.checkpoints.assemble import build_module, merge_names
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
+LEVEL = re.compile(r"^(transformer\.)?text_model\.")
 CLIP_HEAD_CHANNELS = 64  # of every CLIP text encoder
 BERT_HEADS, BERT_HEAD_CHANNELS = 8, 64  # x-transformers' defaults, which `BERTEmbedder` has no setting for
 BERT_NAMES = (  # LDMBert's names; a layer is two of the original's, attention and feed-forward
@@ -42,7 +43,7 @@ def convert_clip(weights: Mapping[str, Tensor], config: OriginalConfig | None = 
     if foreign:
         raise ModelError(f"the text encoder has weights outside its transformer: `{foreign[0]}`")
     named = convert_ldm_clip_checkpoint({f"cond_stage_model.{name}": value for name, value in weights.items()})
-    named = {name.removeprefix("text_model."): value for name, value in named.items()}
+    named = drop_level(named)
     stated = _count_layers(named, "encoder.layers.{}.mlp.fc1.weight")
     layers = stated if config is None else choose_layers(config, stated)
     named = {name: value for name, value in named.items() if _get_layer(name) < layers}
@@ -78,6 +79,11 @@ def choose_layers(config: OriginalConfig, layers: int) -> int:
         )
     assert index is not None
     return index if index > 0 else layers + 1 + index
+
+
+def drop_level(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the level ``text_model``, which files have by the version of transformers that saved them."""
+    return merge_names(((name, LEVEL.sub(r"\1", name), tensor) for name, tensor in weights.items()), "text encoder")
 
 
 def describe_layers(weights: Mapping[str, Tensor], config: OriginalConfig) -> tuple[str, ...]:

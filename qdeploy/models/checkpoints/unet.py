@@ -7,6 +7,7 @@ residual blocks that resample, and 8 heads at every width, which ``UNet2DModel``
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -84,9 +85,11 @@ def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
     config.check(params, {"use_spatial_transformer": layout.context_dim is not None, **depth})
     factors, levels = params.get("attention_resolutions"), len(layout.attention)
     resolutions = sorted(2**level for level, attends in enumerate(layout.attention) if attends)
-    if isinstance(factors, list) and [factor for factor in sorted(factors) if factor < 2**levels] != resolutions:
+    numbers = sorted(factors) if isinstance(factors, list) and all(type(factor) is int for factor in factors) else None
+    if factors is not None and (numbers is None or [factor for factor in numbers if factor < 2**levels] != resolutions):
         raise ModelError(
-            f"{config.path}: `attention_resolutions` is {factors}, the checkpoint's weights say {resolutions}"
+            f"{config.path}: `attention_resolutions` is {reprlib.repr(factors)}, the checkpoint's weights say "
+            f"{resolutions}"
         )
 
 
