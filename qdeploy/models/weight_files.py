@@ -62,11 +62,11 @@ def _check_index(path: Path, remedy: str) -> None:
     for name in sorted(set(files.values())):
         if "/" in name or "\\" in name or not name.endswith(SUFFIX):
             raise ModelError(
-                f"{path} `weight_map`: got the file {reprlib.repr(name)}, expected the name of a {SUFFIX} file in the "
+                f"{path} `weight_map`: got the file {name[:100]!r}, expected the name of a {SUFFIX} file in the "
                 f"same folder; {remedy}"
             )
         if not (path.parent / name).exists():
-            raise ModelError(f"{path} names {reprlib.repr(name)}, which is not there; {remedy}")
+            raise ModelError(f"{path} names {name[:100]!r}, which is not there; {remedy}")
 
 
 def _refuse_codes(path: Path) -> None:
