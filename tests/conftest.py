@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from qdeploy.artifacts.bundle import ComponentInfo
+from qdeploy.artifacts.manifest import ComponentInfo
 from qdeploy.artifacts.table import QuantTable, load_table, save_table
 from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from qdeploy.artifacts.bundle import MANIFEST, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.artifacts.table import LayerQuant, QuantTable
 from qdeploy.base.errors import EngineError, ExportError
 from qdeploy.base.numerics import sqnr_db
@@ -122,7 +123,7 @@ def test_an_older_manifest_takes_the_safe_way(
 
 
 def test_an_older_manifest_of_four_bits_or_float_needs_no_option() -> None:
-    from qdeploy.artifacts.bundle import bound_weight_code
+    from qdeploy.artifacts.manifest import bound_weight_code
 
     assert [bound_weight_code(bits) for bits in ((8,), (8, 4), (7,), (4,), (32,), (16,))] == [None, None, 64, 8, 0, 0]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qdeploy.artifacts.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
+from qdeploy.artifacts.manifest import TEXT_TO_IMAGE, UNCONDITIONAL
 from qdeploy.base.errors import UsageError, join_names
 from qdeploy.base.files import read_state, stage_file
 from qdeploy.base.progress import show_progress

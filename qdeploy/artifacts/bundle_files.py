@@ -16,6 +16,9 @@ from qdeploy.base.errors import BundleError, join_names
 from qdeploy.base.files import hash_file
 
 MAX_FILES = 4096
+MAX_GRAPH_BYTES = 2**28  # weights are next to a graph, not in it
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by file managers into every folder that is looked at
+TWIN = "._"  # begins the name of a file's twin with its Mac attributes, on disks that have no place for those
 REMEDY = "copy or export the bundle again"
 
 
@@ -44,12 +47,18 @@ def check_names(manifest: Path, names: Iterable[str]) -> None:
             )
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file manager writes files of this name into folders; nothing of a bundle is read from them."""
+    return name in LITTER or name.startswith(TWIN)
+
+
 def check_listed(folder: Path, manifest_name: str, listed: Iterable[str]) -> None:
     """BundleError for links, for files that the manifest does not list, and for those that are not there."""
     present, expected = set(_list_files(folder)) - {manifest_name}, set(listed)
     if missing := sorted(expected - present):
         raise BundleError(f"{folder} is incomplete: {join_names(missing)} is missing; {REMEDY}")
-    if extra := sorted(present - expected):
+    extra = sorted(name for name in present - expected if not is_litter(PurePosixPath(name).name))
+    if extra:
         raise BundleError(
             f"{folder} holds {join_names([ascii(name) for name in extra])}, which {manifest_name} does not list; "
             "remove what is not the bundle's, or export it again"
@@ -69,7 +78,7 @@ def check_content(folder: Path, entry: FileEntry, verify: bool) -> None:
 def read_graph(folder: Path, name: str, listed: Mapping[str, FileEntry]) -> GraphFile:
     """The graph in the file ``name``; BundleError for no graph, or one that reads what is not listed."""
     try:
-        graph = read_graph_file(folder / name)
+        graph = read_graph_file(folder / name, MAX_GRAPH_BYTES)
     except (OSError, ValueError) as exc:
         raise BundleError(f"{folder / name} is not a readable ONNX graph ({exc}); {REMEDY}") from exc
     for location in graph.external_files - {""}:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.artifacts.bundle import MANIFEST, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.errors import BundleError
 from qdeploy.base.files import hash_file, read_state, stage_file
+from qdeploy.base.outputs import is_bundle_manifest
 from qdeploy.base.progress import OnProgress
 from qdeploy.base.version import read_version
 
@@ -58,13 +60,14 @@ def read_receipt(receipts: Path, name: str) -> dict[str, Any]:
     return read_state(receipts / f"{name}.json")
 
 
-def write_receipt(receipts: Path, step: RecipeStep, sha256: str | None = None) -> None:
-    """Record that ``step`` was finished, with the hash of its output."""
+def write_receipt(
+    receipts: Path, step: RecipeStep, sha256: str | None = None, more: Mapping[str, Any] | None = None
+) -> None:
+    """Record that ``step`` was finished, with the hash of its output and what ``more`` its own reader asks for."""
     document = {"key": step.key, "sha256": sha256, "settings": dict(step.settings), "made_from": dict(step.inputs)}
+    document |= {"qdeploy": read_version(), **(more or {})}
     with stage_file(receipts / f"{step.name}.json") as scratch:
-        scratch.write_text(
-            json.dumps(document | {"qdeploy": read_version()}, indent=1, default=_text_from_path) + "\n", "utf-8"
-        )
+        scratch.write_text(json.dumps(document, indent=1, default=_text_from_path) + "\n", "utf-8")
 
 
 def hash_path(path: Path) -> str:
@@ -74,7 +77,7 @@ def hash_path(path: Path) -> str:
     """
     if not path.is_dir():
         return hash_file(path)
-    if (path / MANIFEST).is_file():
+    if is_bundle_manifest(path / MANIFEST):
         open_bundle(path)
         return hash_file(path / MANIFEST)
     digest = hashlib.sha256()

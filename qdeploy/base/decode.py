@@ -74,8 +74,8 @@ def turn_upright(picture: Image, name: str = "the picture") -> Image:
 
     try:
         orientation = picture.getexif().get(ORIENTATION_TAG)
-    except OSError:
-        raise
+    except OSError as exc:  # a picture of the caller's that is read only now
+        raise PictureError(f"{name} cannot be read ({exc}); repair it or remove it") from exc
     except Exception as exc:  # broken EXIF: Pillow's parsers raise many kinds
         raise PictureError(f"{name} has EXIF data that cannot be read ({exc}); save it anew or without EXIF") from exc
     if orientation not in TRANSPOSITIONS:  # 1 or none: it is upright

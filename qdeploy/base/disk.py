@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ def measure_free_bytes(path: Path) -> int:
 
 def find_existing_folder(path: Path) -> Path:
     """The nearest folder above ``path`` that is there."""
-    return next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
+    # os.path: of a name that is too long it says no, where Path raises
+    return next((parent for parent in path.absolute().parents if os.path.isdir(parent)), Path("/"))
 
 
 def format_bytes(count: int) -> str:

@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 MAX_BYTES = 16 * 2**20  # a tokenizer of 50,000 words takes 4 MB
 MAX_DEPTH = 32  # ours and diffusers' have 8
-MAX_VALUES = 2**21  # each takes up to 100 bytes when parsed; figures of 50,000 pictures are half as many
+MAX_VALUES = 2**21  # each takes up to 100 bytes when parsed
+BYTES_PER_VALUE = 8  # a reader that allows more bytes than MAX_BYTES allows a value for each so many
 INT_RANGE = (-(2**63), 2**64 - 1)  # what 64 bits hold, seeds included
 
 # For schemas. Ranges are what arithmetic after them can hold, not what is sensible: a schema narrows them.
@@ -59,7 +60,7 @@ def parse_json(
     try:
         text = check_text(data, max_bytes)
         bare = STRINGS.sub(b"", text)
-        check_depth(bare, max_depth)
+        check_depth(bare, max_depth, max(MAX_VALUES, max_bytes // BYTES_PER_VALUE))
         check_integers(bare)
         return convert(msgspec.json.decode(text), schema, allow_unknown)
     except (ValueError, RecursionError) as exc:
@@ -104,7 +105,7 @@ def parse_toml(
     """As :func:`parse_json`, of TOML."""
     try:
         text = check_text(data, max_bytes)
-        check_depth(STRINGS.sub(b"", text), max_depth)
+        check_depth(TOML_STRINGS.sub(b"", text), max_depth)
         document = tomllib.loads(text.decode())
         _check_values(document)
         return convert(document, schema, allow_unknown)
@@ -157,14 +158,19 @@ def check_text(data: bytes, max_bytes: int) -> bytes:
 
 # Possessive, so that an unterminated string is passed over once and not from each of its quotes.
 STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+TOML_STRINGS = re.compile(
+    rb"""#[^\n]*+|\"{3}(?:[^"\\]|\\.|"{1,2}(?!"))*+(?:"{3,5})?|'{3}(?:[^']|'{1,2}(?!'))*+(?:'{3,5})?"""
+    rb"""|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"?|'[^'\n]*+'?""",
+    re.DOTALL,
+)  # comments too: a bracket or quote in one is no mark
 NO_MARKS = bytes(set(range(256)) - set(b"[]{},"))
 
 
-def check_depth(bare: bytes, max_depth: int) -> None:
+def check_depth(bare: bytes, max_depth: int, max_values: int = MAX_VALUES) -> None:
     """ValueError where the brackets of a text without its strings nest too deep, or hold too many values."""
     marks = np.frombuffer(bare.translate(None, NO_MARKS), np.uint8)
-    if marks.size > MAX_VALUES:
-        raise ValueError(f"it holds more than the {MAX_VALUES:,} values allowed")
+    if marks.size > max_values:
+        raise ValueError(f"it holds more than the {max_values:,} values allowed")
     opens, closes = ((marks == ord(first)) | (marks == ord(second)) for first, second in ("[{", "]}"))
     depth = int(np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32).max(initial=0))
     if depth > max_depth:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qdeploy.base.disk import find_existing_folder, format_bytes, measure_free_bytes
 from qdeploy.base.errors import DiskFullError, UsageError
-from qdeploy.base.staging import Leftover, remove_leftovers, remove_leftovers_below
+from qdeploy.base.files import read_state
+from qdeploy.base.staging import Leftover, remove_leftovers
 
 LEAST_BYTES = 2**20  # no output of ours is so small that less room is enough for certain
 NAME_MARGIN = 32  # characters that a scratch folder's name has more than the output's
 MAX_NAME_BYTES = 255  # where the file system does not say
+MANIFEST, MODEL_INDEX = "manifest.json", "model_index.json"  # of bundles, and of diffusers' pipelines
+MANIFEST_FIELDS = {"schema_version", "components", "latents"}  # of a bundle; other programs have a manifest.json too
 
 
 @dataclass(frozen=True)
@@ -48,37 +52,59 @@ class Output:
 
 def check_outputs(outputs: Iterable[Output]) -> list[Leftover]:
     """UsageError or DiskFullError where one cannot be written; else what killed runs left there, removed now."""
-    places: dict[Path, str] = {}
+    places: dict[str, str] = {}
     checked = list(outputs)
     for output in checked:
         check_output(output)
-        place = output.path.absolute()
+        place = identify_place(output.path)
         if place in places:
             raise UsageError(f"{output.option} {output.path}: {places[place]} is the same file; give another name")
         places[place] = output.option
     return [left for output in checked for left in remove_leftovers(output.path)]
 
 
+def identify_place(path: Path) -> str:
+    """One text for all spellings of a place: links and `..` resolved, and names that some disks take for one."""
+    place = os.path.join(os.path.realpath(path.parent), path.name)
+    return unicodedata.normalize("NFC", os.path.normcase(place)).casefold()
+
+
 def check_output(output: Output) -> None:
     """UsageError or DiskFullError, before any work, where this output could not be written at the end."""
     check_name(output.path, output.option)
+    check_no_bundle(Path(os.path.realpath(output.path.parent)), output.path, output.option)
     check_existing(output)
     check_writable(output.path, output.option)
     check_room(output.path, output.needed_bytes, output.option)
 
 
-def check_working_folder(path: Path, option: str = "-o") -> list[Leftover]:
+def check_working_folder(path: Path, option: str = "-o") -> None:
     """The same of a folder that a command adds files to; what it overwrites there are outputs of their own."""
     check_name(path, option)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path} is a file, expected a folder or a new name; give another one")
     if path.is_symlink() and not path.exists():
         raise UsageError(f"{option} {path} is a link that leads nowhere; remove it or give another name")
-    if (path / "manifest.json").exists() or (path / "model_index.json").exists():
+    if (path / MANIFEST).exists() or (path / MODEL_INDEX).exists():
         raise UsageError(f"{option} {path} is a bundle or a model, which this would add files to; give another folder")
+    check_no_bundle(Path(os.path.realpath(path)), path, option)
     check_writable(path / "x", option)
     check_room(path / "x", 0, option)
-    return remove_leftovers_below(path)
+
+
+def check_no_bundle(folder: Path, path: Path, option: str) -> None:
+    """UsageError where ``folder`` is a bundle or inside one: a file more, and the bundle would be refused."""
+    for place in (folder, *folder.parents):
+        if is_bundle_manifest(place / MANIFEST):
+            raise UsageError(
+                f"{option} {path} is inside the bundle {place}, which holds only what its manifest lists; give a place "
+                "outside of it"
+            )
+
+
+def is_bundle_manifest(path: Path) -> bool:
+    """Whether the file is there and begins to describe a bundle of ours."""
+    return os.path.isfile(path) and read_state(path).keys() >= MANIFEST_FIELDS
 
 
 def check_name(path: Path, option: str) -> None:
@@ -90,9 +116,11 @@ def check_name(path: Path, option: str) -> None:
         limit = os.pathconf(parent, "PC_NAME_MAX")
     except (AttributeError, OSError, ValueError):
         limit = MAX_NAME_BYTES
-    length = max(len(os.fsencode(part)) for part in path.parts)
-    if length > limit - NAME_MARGIN:
-        raise UsageError(f"{option}: a name of {length} bytes is too long, expected at most {limit - NAME_MARGIN}")
+    *missing, name = (len(os.fsencode(part)) for part in path.absolute().relative_to(parent).parts)
+    if name > limit - NAME_MARGIN:
+        raise UsageError(f"{option}: a name of {name} bytes is too long, expected at most {limit - NAME_MARGIN}")
+    if max(missing, default=0) > limit:
+        raise UsageError(f"{option}: a folder's name of {max(missing)} bytes is too long, expected at most {limit}")
 
 
 def check_existing(output: Output) -> None:

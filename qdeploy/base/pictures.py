@@ -32,6 +32,9 @@ class PictureSet(Protocol):
     def read_encoded(self, positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         """Name and image file of each position; :func:`decode.decode_picture` reads one."""
 
+    def get_label(self, position: int) -> str:
+        """FOLDER/FILE of the picture at this position; where there are no folders, that of the set."""
+
 
 def open_picture_set(data: Path) -> PictureSet:
     """The pictures of a folder or an lmdb; UsageError where there is none."""
@@ -64,6 +67,10 @@ class FolderPictures:
             path = self.files[position]
             with path.open("rb") as file:
                 yield str(path), file.read(MAX_FILE_BYTES + 1)
+
+    def get_label(self, position: int) -> str:
+        """Of the file and its folder."""
+        return "/".join(self.files[position].parts[-2:])
 
 
 class LmdbPictures:
@@ -98,6 +105,10 @@ class LmdbPictures:
                     yield f"{self._data}, entry {key!r}", transaction.get(key) or b""
         except (self._lmdb.Error, KeyError) as exc:
             raise self._make_unreadable_error(exc) from exc
+
+    def get_label(self, position: int) -> str:
+        """The lmdb's own name and the position: all are of one class."""
+        return f"{self._data.name}/{position}"
 
     def _open(self) -> Any:  # lmdb has no types
         try:

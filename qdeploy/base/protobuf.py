@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+MAX_TAG = 2**32  # readers in C++ drop the bits above, and would see another field
 Field = tuple[int, int | memoryview]
 
 
@@ -14,6 +15,8 @@ def iter_fields(message: memoryview) -> Iterator[Field]:
     while offset < end:
         tag, offset = _read_varint(message, offset)
         wire_type = tag & 7
+        if not 8 <= tag < MAX_TAG:
+            raise ValueError(f"a field has the number {tag >> 3}, which no message has")
         if wire_type == VARINT:
             value, offset = _read_varint(message, offset)
             yield tag >> 3, value
@@ -37,11 +40,19 @@ def list_messages(message: memoryview, field: int) -> list[memoryview]:
 
 
 def get_message(message: memoryview, field: int) -> memoryview:
-    """The first value of ``field``; ValueError where there is none."""
-    for number, value in iter_fields(message):
-        if number == field:
-            return check_bytes(value)
-    raise ValueError(f"a message without its field {field}")
+    """The value of ``field``; ValueError where there is none."""
+    value = find_message(message, field)
+    if value is None:
+        raise ValueError(f"a message without its field {field}")
+    return value
+
+
+def find_message(message: memoryview, field: int) -> memoryview | None:
+    """The value of ``field``, or None; ValueError where it stands there twice, as readers differ in what they take."""
+    values = list_messages(message, field)
+    if len(values) > 1:
+        raise ValueError(f"a message with its field {field} {len(values)} times")
+    return values[0] if values else None
 
 
 def get_number(message: memoryview, field: int) -> int | None:

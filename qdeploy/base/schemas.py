@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 
 MAX_SHOWN = 60  # characters of a value in a message
+LONG_INTEGER = 10**100
 NAMES = {"object": "an object", "array": "a list", "str": "text", "int": "an integer", "float": "a number",
          "bool": "true or false", "null": "null"}  # fmt: skip
 
@@ -48,6 +49,8 @@ def format_value(value: Any) -> str:
         return f"an object of {len(value)}"
     if isinstance(value, list):
         return f"a list of {len(value)}"
+    if isinstance(value, int) and abs(value) >= LONG_INTEGER:
+        return f"a whole number of {value.bit_length()} bits"  # Python refuses to print thousands of digits
     text = repr(value[: MAX_SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdeploy.base.disk import explain_full_disk, format_bytes
+from qdeploy.base.errors import UsageError
 
 try:
     import fcntl
@@ -25,6 +26,7 @@ except ImportError:  # Windows: leftovers stay, since nothing says whether their
 MARK, SUFFIX = ".scratch-", ".part"  # .NAME.scratch-xxxxxxxx.part
 SCRATCH_NAME = re.compile(r"\..+\.scratch-[a-z0-9_]{8}\.part")
 NEW, OLD = "new", "old"  # in the scratch folder of a folder: what replaces it, and what it replaces
+REPLACED = "replaced"  # OLD when NEW is in its place, so that it is never taken for the only copy again
 ATTEMPTS = 10
 
 
@@ -55,6 +57,8 @@ def stage_folder(final: Path, needed_bytes: int | None = None) -> Iterator[Path]
         if final.exists():
             final.rename(scratch / OLD)  # back again by open_scratch unless the next rename succeeds
         (scratch / NEW).rename(final)
+        with suppress(OSError):
+            (scratch / OLD).rename(scratch / REPLACED)
 
 
 @contextmanager
@@ -106,6 +110,24 @@ def open_scratch(final: Path) -> Iterator[Path]:
             _restore_old(scratch)
         if final.exists() or not (scratch / OLD).is_dir():
             shutil.rmtree(scratch, ignore_errors=True)  # otherwise it holds the only copy of what was at ``final``
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and keep it locked; UsageError where another process has it."""
+    with explain_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _lock_folder(folder)
+    except BlockingIOError as exc:
+        raise UsageError(
+            f"another run is at work in {folder}, on the same output; wait for it or give another name with -o"
+        ) from exc
+    try:
+        yield
+    finally:
         if lock is not None:
             os.close(lock)
 

@@ -12,7 +12,7 @@ from datetime import datetime
 
 import numpy as np
 
-from qdeploy.artifacts.bundle import MANIFEST
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.files import hash_file
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.bench.fresh_start import measure_fresh_start

@@ -25,11 +25,11 @@ WHAT = "is not a measurement of `qdeploy bench --json`"
 
 
 def write_bench_run(path: Path, run: BenchRun) -> None:
-    """Everything, raw samples included. Infinite SQNR and PSNR, of equal outputs, are stored as null."""
+    """Everything, raw samples included. Infinite SQNR and PSNR, of equal outputs, are stored as null, NaN as text."""
     document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(run)}
     for entry in document["contenders"]:
         if entry["fidelity"] is not None:
-            entry["fidelity"] = _replace_infinity(entry["fidelity"])
+            entry["fidelity"] = _replace_nonfinite(entry["fidelity"])
     with stage_file(path) as scratch:
         scratch.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -47,6 +47,7 @@ def read_bench_run(path: Path) -> BenchRun:
 
 Text = Annotated[str, Meta(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Milliseconds = Annotated[list[Positive], Meta(max_length=MAX_SAMPLES)]
+StoredDb = float | Literal["nan"] | None
 Level = Annotated[str, Meta(pattern="^[1-9][0-9]{0,4}$")]  # of concurrency
 
 
@@ -73,16 +74,17 @@ class FreshStartDocument:
 class FidelityDocument:
     """A comparison; null is infinite."""
 
-    step_sqnr_db: Annotated[list[float | None], Meta(max_length=MAX_SAMPLES)]
+    step_sqnr_db: Annotated[list[StoredDb], Meta(max_length=MAX_SAMPLES)]
     timesteps: Annotated[list[Natural], Meta(max_length=MAX_SAMPLES)]
-    image_psnr_db: float | None
-    latent_psnr_db: float | None
+    image_psnr_db: StoredDb
+    latent_psnr_db: StoredDb
 
     @property
     def fidelity(self) -> Fidelity:
         """With infinity where the file has null: JSON knows no infinite dB."""
         image, latent, *steps = (
-            math.inf if db is None else db for db in (self.image_psnr_db, self.latent_psnr_db, *self.step_sqnr_db)
+            math.inf if db is None else float(db)
+            for db in (self.image_psnr_db, self.latent_psnr_db, *self.step_sqnr_db)
         )
         return Fidelity(tuple(steps), tuple(self.timesteps), image, latent)
 
@@ -140,10 +142,12 @@ class RunDocument:
         return BenchRun(self.settings, dict(self.environment), self.started, contenders, self.complete)
 
 
-def _replace_infinity(value: Any) -> Any:
-    """``value`` with null in the place of infinite numbers, wherever in lists and mappings they are."""
+def _replace_nonfinite(value: Any) -> Any:
+    """``value`` with null in the place of infinite numbers and "nan" for NaN, wherever in lists and mappings."""
     if isinstance(value, Mapping):
-        return {name: _replace_infinity(part) for name, part in value.items()}
+        return {name: _replace_nonfinite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_replace_infinity(part) for part in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
+        return [_replace_nonfinite(part) for part in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else None

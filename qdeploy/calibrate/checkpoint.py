@@ -13,23 +13,27 @@ from torch import Tensor
 
 from qdeploy.base.disk import note_kept
 from qdeploy.base.files import read_state, stage_file
-from qdeploy.base.staging import get_progress_folder, remove_leftovers_below
+from qdeploy.base.staging import get_progress_folder, hold_folder, remove_leftovers_below
 
 KEY = "key.json"
 
 
 @contextmanager
 def checkpoint_folder(out: Path) -> Iterator[Path]:
-    """The folder of finished parts of ``out``; it goes when the block succeeds, or when it fails with none finished."""
+    """The folder of finished parts of ``out``; it goes when the block succeeds, or when it fails with none finished.
+
+    UsageError where another process is at work in it.
+    """
     folder = get_progress_folder(out)
-    try:
-        with note_kept(lambda: describe_kept(folder)):
-            yield folder
-    except BaseException:
-        if not count_batches(folder):
-            _remove_batches(folder)
-        raise
-    _remove_batches(folder)
+    with hold_folder(folder):
+        try:
+            with note_kept(lambda: describe_kept(folder)):
+                yield folder
+        except BaseException:
+            if not count_batches(folder):
+                _remove_batches(folder)
+            raise
+        _remove_batches(folder)
 
 
 def count_batches(folder: Path) -> int:

@@ -118,9 +118,12 @@ def prepare_outputs(*outputs: Output, folder: Path | None = None) -> None:
     ``folder``: where the command adds files.
     """
     from qdeploy.base.outputs import check_outputs, check_working_folder
+    from qdeploy.base.staging import remove_leftovers_below
 
-    leftovers = [] if folder is None else check_working_folder(folder)
-    for leftover in [*leftovers, *check_outputs(outputs)]:
+    if folder is not None:
+        check_working_folder(folder)
+    leftovers = check_outputs(outputs)
+    for leftover in [*leftovers, *(() if folder is None else remove_leftovers_below(folder))]:
         click.echo(str(leftover), err=True)
 
 

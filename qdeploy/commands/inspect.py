@@ -28,14 +28,14 @@ def inspect(path: str, show_all: bool, plot: Path | None, audit: bool, engine: s
       qdeploy inspect other/quantized.onnx --audit --engine openvino
       qdeploy inspect w8a8.safetensors --plot sensitivity.png
     """
-    from qdeploy.artifacts.outputs import PICTURE
+    from qdeploy.artifacts.outputs import PLOT
     from qdeploy.base.outputs import Output
     from qdeploy.inspection.audit import describe_audit
     from qdeploy.inspection.describe import describe, load_table_to_plot
     from qdeploy.inspection.plot import plot_sensitivity
 
     if plot is not None:
-        prepare_outputs(Output(plot, PICTURE, "--plot"))
+        prepare_outputs(Output(plot, PLOT, "--plot"))
         plot_sensitivity(load_table_to_plot(path), plot)
     facts = describe_audit(Path(path), engine, threads, show_all) if audit else describe(path, show_all)
     width = max(len(label) for label, _ in facts)

@@ -8,8 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdeploy.artifacts.bundle import MANIFEST, Manifest, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import MANIFEST, Manifest
 from qdeploy.artifacts.receipt import hash_path
+from qdeploy.base.encode import LEAST_PIXEL_BYTES
 from qdeploy.base.errors import UsageError
 from qdeploy.base.files import hash_file
 from qdeploy.base.pictures import FolderPictures
@@ -46,10 +48,10 @@ class BundlePictures:
 
     @property
     def missing_bytes(self) -> int:
-        """Of the pictures that are still to be made, at most."""
+        """Of the pictures that are still to be made, at least."""
         latents = self.manifest.latents
         missing = max(0, self.count - len(list_pictures(self.folder)))
-        return 3 * latents.image_width * latents.image_height * missing
+        return LEAST_PIXEL_BYTES * latents.image_width * latents.image_height * missing
 
     def to_source(self) -> PictureSource:
         """Its pictures, whatever else lies there."""

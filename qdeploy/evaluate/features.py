@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from PIL import Image, ImageOps
 
 from qdeploy.base.decode import decode_picture
 from qdeploy.base.disk import explain_full_disk
+from qdeploy.base.documents import Count, Natural, read_json_as
 from qdeploy.base.errors import PictureError
-from qdeploy.base.files import read_state, stage_file
+from qdeploy.base.files import stage_file
 from qdeploy.base.pictures import PictureSet
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.evaluate.extractors import Array, Extractor
@@ -85,52 +86,68 @@ def extract_features(
         except PictureError as exc:
             if not skip_broken:
                 raise PictureError(f"{exc}; {SKIP}") from exc
-            rows.state["broken"].append(str(exc))
-        else:
-            rows.state["positions"].append(position)
-            rows.state["names"].append("/".join(Path(name).parts[-2:]))
-        rows.state["read"] += 1
+            rows.state.broken.append((position, str(exc)))
+        rows.state.read += 1
         if batch and (len(batch) == BATCH or rows.read == len(source.positions)):
             rows.add(extractor(batch))
             batch = []
             on_progress(f"features of {source.name}", rows.read, len(source.positions))
     rows.save()
-    state = rows.state
-    if not state["positions"]:
-        raise PictureError(f"{source.name} holds no picture that can be read ({len(state['broken'])} are broken)")
-    values = rows.values[: len(state["positions"])]
+    broken = dict(rows.state.broken)
+    positions = [position for position in source.positions if position not in broken]
+    if not positions:
+        raise PictureError(f"{source.name} holds no picture that can be read ({len(broken)} are broken)")
+    values, names = rows.values[: len(positions)], tuple(map(source.pictures.get_label, positions))
+    width, height = rows.state.size
     return Features(
-        values[:, : info.dim], values[:, info.dim :], np.array(state["positions"]), tuple(state["names"]),
-        tuple(state["size"]), tuple(state["broken"]),
+        values[:, : info.dim], values[:, info.dim :], np.array(positions), names, (width, height),
+        tuple(broken.values()),
     )  # fmt: skip
 
 
-class RowFile:
-    """STEM.npy with a row for each picture that could be read, and STEM.json with the number of pictures read.
+@dataclass
+class RowState:
+    """STEM.json: how far a set is read.
 
-    Both begin anew when they are not of ``description``.
+    key: of everything that the rows depend on. read: pictures, broken ones too. size: of each, empty before the first.
+    broken: position and reason of what was left out. Names and positions of the others are the set's.
+    """
+
+    key: str
+    read: Natural = 0
+    size: tuple[Count, ...] = ()
+    broken: list[tuple[Natural, str]] = field(default_factory=list)
+
+    def fits(self, key: str, count: int) -> bool:
+        """Whether it is of these rows, and can be."""
+        rows = self.read - len(self.broken)
+        return self.key == key and 0 <= rows <= self.read <= count and (len(self.size) == 2 or not rows)
+
+
+class RowFile:
+    """STEM.npy with a row for each picture that could be read, and STEM.json with its state.
+
+    Both begin anew when they are not of ``content``.
     """
 
     def __init__(self, stem: Path, content: Any, shape: tuple[int, int]) -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self._file, self._marker = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".npy", ".json"))
-        fresh: dict[str, Any] = {"key": key, "read": 0, "positions": [], "names": [], "size": [], "broken": []}
-        stored = read_state(self._marker)
-        is_ours = stored.keys() == fresh.keys() and stored["key"] == key
-        resumes = is_ours and _has_shape(self._file, shape)
-        self.state = stored if resumes else fresh
+        stored = _read_row_state(self._marker)
+        resumes = stored is not None and stored.fits(key, shape[0]) and _has_shape(self._file, shape)
+        self.state = stored if stored is not None and resumes else RowState(key)
         if not resumes:  # before the rows exist: a run that is interrupted early is then known as ours
-            _write_state(self._marker, fresh)
+            _write_state(self._marker, self.state)
         with explain_full_disk(self._file, 4 * shape[0] * shape[1]):
             self.values = open_memmap(self._file, "r+" if resumes else "w+", np.float32, shape)
             reserve_file(self._file)
-        self._rows, self._saved = len(self.state["positions"]), self.read
+        self._rows, self._saved = self.read - len(self.state.broken), self.read
 
     @property
     def read(self) -> int:
         """Pictures read so far, broken ones too."""
-        return int(self.state["read"])
+        return self.state.read
 
     def add(self, rows: Array) -> None:
         """Add the rows of the next pictures."""
@@ -146,9 +163,17 @@ class RowFile:
         self._saved = self.read
 
 
-def _write_state(marker: Path, state: dict[str, Any]) -> None:
+def _read_row_state(marker: Path) -> RowState | None:
+    """The state in the file, or None where there is none that can be read."""
+    try:
+        return read_json_as(marker, RowState, error=PictureError)
+    except PictureError:
+        return None
+
+
+def _write_state(marker: Path, state: RowState) -> None:
     with stage_file(marker) as scratch:
-        scratch.write_text(json.dumps(state), encoding="utf-8")
+        scratch.write_text(json.dumps(asdict(state)), encoding="utf-8")
 
 
 def reserve_file(path: Path) -> None:
@@ -163,9 +188,9 @@ def _read(encoded: bytes, name: str, fit: tuple[int, int] | None, rows: RowFile)
     picture = decode_picture(encoded, name)
     if fit is not None:
         picture = ImageOps.fit(picture, fit, Image.Resampling.BICUBIC)
-    rows.state["size"] = rows.state["size"] or list(picture.size)
-    if list(picture.size) != rows.state["size"]:
-        width, height = rows.state["size"]
+    rows.state.size = rows.state.size or picture.size
+    if picture.size != rows.state.size:
+        width, height = rows.state.size
         raise PictureError(
             f"{name} has {picture.width}x{picture.height} pixels, the first of the set {width}x{height}; --fit cuts "
             "and scales all to the bundle's size, as the model saw them in training"

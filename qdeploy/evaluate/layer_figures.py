@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.artifacts.bundle import Manifest, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import Manifest
 from qdeploy.artifacts.table import QuantTable, load_table
 from qdeploy.base.errors import UsageError
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.artifacts.bundle import MANIFEST, LatentInfo
+from qdeploy.artifacts.manifest import MANIFEST, LatentInfo
 from qdeploy.artifacts.receipt import hash_path
 from qdeploy.base.errors import UsageError
 from qdeploy.base.lists import draw_items
+from qdeploy.base.outputs import is_bundle_manifest
 from qdeploy.base.pictures import LMDB_FILE, open_picture_set
 from qdeploy.evaluate.features import Features, PictureSource
 from qdeploy.evaluate.result import Reference
@@ -16,7 +17,7 @@ from qdeploy.evaluate.settings import EvaluationSettings
 
 def is_bundle(path: Path | None) -> bool:
     """Whether the reference is a bundle."""
-    return path is not None and (path / MANIFEST).is_file()
+    return path is not None and is_bundle_manifest(path / MANIFEST)
 
 
 def open_reference(path: Path, settings: EvaluationSettings, latents: LatentInfo) -> PictureSource:

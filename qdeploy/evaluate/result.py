@@ -7,10 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from qdeploy.artifacts.bundle import Manifest
-from qdeploy.base.documents import convert, parse_json, read_bytes
+from msgspec import Meta
+
+from qdeploy.artifacts.manifest import Manifest
+from qdeploy.base.documents import Count, Natural, convert, parse_json, read_bytes
 from qdeploy.base.errors import PictureError
 from qdeploy.base.files import stage_file
 from qdeploy.evaluate.extractors import ExtractorInfo
@@ -27,8 +29,8 @@ class Reference:
 
     name: str
     kind: str
-    count: int
-    size: tuple[int, int]
+    count: Natural
+    size: tuple[Count, Count]
     fitted: bool
     broken: tuple[str, ...]
 
@@ -42,14 +44,14 @@ class ReferenceComparison:
     """
 
     name: str
-    numbers: tuple[int, ...] = ()
+    numbers: tuple[Natural, ...] = ()
     psnr_db: tuple[float, ...] = ()
     ssim: tuple[float, ...] = ()
     lpips: tuple[float, ...] = ()
     mean_psnr_db: float | None = None
     latent_psnr_db: float | None = None
     step_sqnr_db: tuple[float, ...] = ()
-    timesteps: tuple[int, ...] = ()
+    timesteps: tuple[Natural, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ class BundleResult:
     bits: str
     calibration: str
     pictures: str
-    count: int
+    count: Natural
     broken: tuple[str, ...]
     figures: Mapping[str, float | None]
     provenance: Mapping[str, Any]
     comparison: ReferenceComparison | None = None
     warnings: tuple[str, ...] = ()
-    size_bytes: int | None = None
-    seconds_per_picture: float | None = None
+    size_bytes: Natural | None = None
+    seconds_per_picture: Annotated[float, Meta(ge=0)] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def read_result(path: Path) -> EvaluationResult:
     if document.get("schema_version") != SCHEMA_VERSION:
         raise PictureError(f"{path} has schema {document.get('schema_version')!r}, this qdeploy reads {SCHEMA_VERSION}")
     try:
-        result = convert(_restore_numbers(document), EvaluationResult)
+        result = convert(_restore_figures(document), EvaluationResult)
     except ValueError as exc:
         raise PictureError(f"{what}: {exc}; {remedy}") from exc
     return replace(result, settings=_freeze_lists(result.settings), contenders=tuple(
@@ -145,8 +147,25 @@ def _replace_nonfinite(value: Any) -> Any:
     return [_replace_nonfinite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _restore_figures(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The way back, of what was measured: a bundle may be called "inf"."""
+    contenders = document.get("contenders")
+    if not isinstance(contenders, list):
+        return document
+    return {**document, "contenders": [_restore_contender(entry) for entry in contenders]}
+
+
+def _restore_contender(entry: Any) -> Any:
+    if not isinstance(entry, Mapping):
+        return entry
+    restored = {**entry, **{key: _restore_numbers(entry[key]) for key in ("figures", "comparison") if key in entry}}
+    if isinstance(restored.get("comparison"), Mapping) and "name" in entry["comparison"]:
+        restored["comparison"]["name"] = entry["comparison"]["name"]
+    return restored
+
+
 def _restore_numbers(value: Any) -> Any:
-    """The way back."""
+    """Numbers in the place of the texts for those that JSON lacks."""
     if isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     if isinstance(value, Mapping):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,23 +11,16 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qdeploy.artifacts.bundle import (
-    SCHEDULER,
-    ComponentInfo,
-    Manifest,
-    TensorInfo,
-    tokenizer_file,
-    write_manifest,
-)
 from qdeploy.artifacts.components import UNET, VAE_ENCODER, choose_graph_batch
+from qdeploy.artifacts.manifest import ComponentInfo, Manifest, TensorInfo, write_manifest
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.artifacts.outputs import BUNDLE
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.arrays import Feeds
-from qdeploy.base.errors import EngineUnavailableError, ExportError, TableError
+from qdeploy.base.errors import EngineUnavailableError
 from qdeploy.base.files import stage_folder
 from qdeploy.base.numerics import ACT_BITS
-from qdeploy.base.outputs import Output, check_output
+from qdeploy.base.outputs import Output, check_existing, check_output
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.engines.base import EngineOptions, load_engine
@@ -40,10 +32,10 @@ from qdeploy.export.open_dims import STATIC, OpenDims
 from qdeploy.export.parity import ExpectedOutputs, choose_least_sqnr, compute_expected, measure_parity
 from qdeploy.export.plans import check_buildable, check_profile, grid_from_model
 from qdeploy.export.release import release_memory
+from qdeploy.export.runtime_files import build_runtime_files, check_opens, write_runtime_files
+from qdeploy.export.table_checks import check_exportable, check_probes, check_weights
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.models.tokenizing import PromptTokenizer
 from qdeploy.passes.edit import find_largest_weight_code
-from qdeploy.sampling import check_scheduler
 from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.base import Target
 
@@ -83,7 +75,7 @@ def export_bundle(
         check_weights(table, model)
         check_probes(table, model)
         check_exportable(table)
-    check_scheduler(model.scheduler_config)
+    runtime_files = build_runtime_files(model)
     names = (*model.components, *([VAE_ENCODER.name] if with_encoder else []))
     needed_bytes = estimate_bytes(model, names, precision)
     check_output(Output(out, BUNDLE, needed_bytes=needed_bytes))
@@ -100,10 +92,7 @@ def export_bundle(
             target.plans.build([folder / info.file for info in infos.values()], on_progress)
         if table is not None and table.noise_correction is not None:
             save_noise_correction(folder / BUNDLE_FILE, table.noise_correction)
-        for name, encoder in model.text_encoders.items():
-            write_tokenizer(encoder.tokenizer, folder / tokenizer_file(name))
-        (folder / SCHEDULER).parent.mkdir()
-        (folder / SCHEDULER).write_text(json.dumps(dict(model.scheduler_config), indent=1) + "\n", encoding="utf-8")
+        write_runtime_files(runtime_files, folder)
         manifest = Manifest(
             kind=model.kind,
             target=target.name,
@@ -114,6 +103,8 @@ def export_bundle(
             provenance=build_provenance(model, table),
         )
         write_manifest(folder, manifest)
+        check_opens(folder, out)
+        check_existing(Output(out, BUNDLE))  # again: what has appeared there meanwhile is not ours to replace
         on_progress(f"export: {target.name} {precision}", len(names), len(names))
     return manifest
 
@@ -138,8 +129,10 @@ def export_component(
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
     component = float_component
+    quant = None if quant is None else restrict_to_numerics(quant, target.numerics)
+    if quant is not None and not (quant.layers or quant.attention):
+        quant = None  # all of it was given back to float (--float-macs, --keep-float)
     if quant is not None:
-        quant = restrict_to_numerics(quant, target.numerics)
         component = build_simulator(float_component, quant, target.numerics)
     # an open batch is traced at 2, since the exporter treats 1 as a constant
     example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.is_guided))
@@ -158,7 +151,7 @@ def export_component(
         file=f"{name}/{GRAPH_FILE}",
         inputs=dict(map(tensor_info_from_value, graph.graph.inputs)),
         outputs=dict(map(tensor_info_from_value, graph.graph.outputs)),
-        weight_bits=(target.numerics.float_bits,) if quant is None else quant.weight_bits,
+        weight_bits=(() if quant is None else quant.weight_bits) or (target.numerics.float_bits,),  # () with attention
         act_bits=target.numerics.float_bits if quant is None else ACT_BITS,
         parity_engine=choose_stand_in(target),
         largest_weight_code=find_largest_weight_code(graph),
@@ -233,50 +226,6 @@ def check_parity(
     )
 
 
-def check_weights(table: QuantTable, model: LatentDiffusion) -> None:
-    """TableError unless ``model`` holds the weights that the table was made for, fused LoRA files included."""
-    if table.model_sha256 != model.sha256:
-        loras = list(table.provenance.get("loras", []))
-        fused = f", which had {' and '.join(loras)} fused in (--lora)" if loras else ""
-        raise TableError(
-            f"the table was made for other weights than {model.source} holds now{fused}; load the same model "
-            "or quantize this one again"
-        )
-
-
-def check_probes(table: QuantTable, model: LatentDiffusion) -> None:
-    """TableError unless every component has recorded inputs, of the model's names, types and shapes, for the gate."""
-    for name in table.components:
-        probes = table.probes.get(name)
-        if not probes:
-            raise TableError(f"the table holds no probes for {name}; make it again with `qdeploy quantize`")
-        example = {key: value.numpy() for key, value in model.make_example(name, batch=1).items()}
-        expected = {key: (value.dtype, value.shape[1:]) for key, value in example.items()}
-        for probe in probes:
-            actual = {key: (value.dtype, value.shape[1:]) for key, value in probe.items()}
-            if actual != expected:
-                shown = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in probe.items())
-                raise TableError(
-                    f"the table's probes for {name} are {shown[:300]}, which this model does not take; make it again "
-                    "with `qdeploy quantize`"
-                )
-
-
-def check_exportable(table: QuantTable) -> None:
-    """ExportError when the table holds what only the simulator computes."""
-    wide = [
-        name
-        for quant in table.components.values()
-        for name, attention in quant.attention.items()
-        if attention.bits == 16
-    ]
-    if wide:
-        raise ExportError(
-            f"{wide[0]} and {len(wide) - 1} more attentions are quantized to 16 bits, which no engine has integer "
-            "kernels for; quantize again with --attention-bits 8, or 0 for float attention"
-        )
-
-
 def save_graph(graph: ir.Model, path: Path) -> None:
     """Write the graph with its weights as external data next to it, which avoids the 2 GB limit."""
     ir.save(graph, path, external_data=path.name + ".data")
@@ -290,18 +239,6 @@ def tensor_info_from_value(value: ir.Value) -> tuple[str, TensorInfo]:
     return value.name, TensorInfo(
         value.dtype.numpy().name, tuple(side if isinstance(side, int) else -1 for side in value.shape)
     )
-
-
-def write_tokenizer(tokenizer: PromptTokenizer, path: Path) -> None:
-    """``tokenizer.json`` that pads and truncates by itself to the text encoder's length."""
-    pad, backend = tokenizer.backend, tokenizer.backend.backend_tokenizer
-    length = tokenizer.length
-    path.parent.mkdir()
-    backend.enable_truncation(length)
-    backend.enable_padding(length=length, pad_id=pad.pad_token_id, pad_token=pad.pad_token)
-    backend.save(str(path))
-    backend.no_truncation()
-    backend.no_padding()
 
 
 def build_provenance(model: LatentDiffusion, table: QuantTable | None) -> dict[str, Any]:

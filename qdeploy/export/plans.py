@@ -37,4 +37,4 @@ def list_planned() -> str:
 
 def grid_from_model(model: LatentDiffusion) -> LatentGrid:
     """Pixels a latent, and the number of latents that sizes must be a multiple of."""
-    return LatentGrid(model.latents.image_height // model.latents.height, model.size_multiple(UNET.name))
+    return LatentGrid(model.latents.factor, model.size_multiple(UNET.name))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.artifacts.bundle import MANIFEST, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import ExportError, UsageError
 from qdeploy.engines.base import EngineOptions, choose_engine

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qdeploy.artifacts.bundle import MANIFEST, ComponentInfo, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.components import TEXT_ENCODER, VAE_DECODER
 from qdeploy.artifacts.file_kind import CALIBRATION, TABLE, read_file_kind
 from qdeploy.artifacts.graph_file import read_graph_file
+from qdeploy.artifacts.manifest import MANIFEST, ComponentInfo
 from qdeploy.artifacts.table import QuantTable, load_table
 from qdeploy.base.errors import UsageError
 from qdeploy.inspection.table import FactRows, describe_table, format_widths

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
-from qdeploy.base.encode import SOFTWARE
+from qdeploy.base.encode import PLOT_SOFTWARE
 from qdeploy.base.errors import UsageError
 from qdeploy.base.files import stage_file
 from qdeploy.inspection.table import compute_mac_share, sort_by_sensitivity
@@ -45,7 +45,7 @@ def plot_sensitivity(table: QuantTable, path: Path) -> None:
         draw_component(panel, name, quant)
     add_legend(figure, measured.values())
     with stage_file(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=DPI, metadata={"Software": SOFTWARE})
+        figure.savefig(scratch, format="png", dpi=DPI, metadata={"Software": PLOT_SOFTWARE})
 
 
 def draw_component(panel: Any, name: str, quant: ComponentQuant) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.bundle import LatentInfo
 from qdeploy.artifacts.components import GUIDANCE_INPUT, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.manifest import LatentInfo
 from qdeploy.models.tokenizing import PromptTokenizer
 
 ForwardHook = Callable[..., None]  # (module, args, output)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.bundle import TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
 from qdeploy.artifacts.components import UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.manifest import TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
 from qdeploy.base.errors import ModelError
 from qdeploy.models.components import (
     BertTextEncoder,
@@ -57,7 +57,7 @@ class LatentDiffusion:
 
     @property
     def kind(self) -> str:
-        """One of ``qdeploy.artifacts.bundle.MODEL_KINDS``."""
+        """One of ``qdeploy.artifacts.manifest.MODEL_KINDS``."""
         return TEXT_TO_IMAGE if self.reads_text else UNCONDITIONAL
 
     @property

@@ -68,7 +68,8 @@ def load_folder(source: str, options: ModelOptions) -> LatentDiffusion:
     except ModelError:
         raise
     except Exception as exc:  # diffusers, transformers and safetensors each have their own trees
-        raise ModelError(f"{source} cannot be loaded, part of it is missing or broken: {exc}") from exc
+        reason = " ".join(str(exc).split())[:500]
+        raise ModelError(f"{source} cannot be loaded, part of it is missing or broken: {reason}") from exc
     return assemble_model(parts, source=source, folder=folder, sha256=hash_weights(folder))
 
 

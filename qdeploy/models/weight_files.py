@@ -17,6 +17,7 @@ INDICES = "position_ids"
 SHARD = r"-\d{5}-of-\d{5}"
 INDEX = re.compile(rf".+{SUFFIX}\.index(\.[\w-]+)?\.json")  # which of several files holds which weight
 MAX_HEADER_BYTES = 16 * 2**20  # the tensors' names and shapes; Stable Diffusion's take 0.2 MiB
+MAX_TENSORS = 100_000
 
 
 def check_weight_files(folder: Path, parts: tuple[str, ...], remedy: str) -> None:
@@ -43,13 +44,15 @@ def check_safetensors(path: Path, remedy: str = "copy the file again") -> None:
     try:
         if header_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
             raise ValueError(f"a header of {header_bytes:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
-        with safe_open(path, framework="numpy"):
-            pass
+        with safe_open(path, framework="numpy") as file:
+            count = len(file.keys())
     except (SafetensorError, ValueError) as exc:
         raise ModelError(
             f"{path} is cut or damaged: it has {path.stat().st_size:,} bytes, which is not what its header "
             f"says ({exc}); {remedy}"
         ) from exc
+    if count > MAX_TENSORS:  # before each becomes an object
+        raise ModelError(f"{path} holds {count:,} tensors, expected at most {MAX_TENSORS:,}; {remedy}")
 
 
 def _check_index(path: Path, remedy: str) -> None:

@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.artifacts.bundle import Bundle, ComponentInfo
+from qdeploy.artifacts.bundle import Bundle
 from qdeploy.artifacts.components import get_kind
 from qdeploy.artifacts.graph_file import OPEN
+from qdeploy.artifacts.manifest import ComponentInfo
 from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.engines.base import Engine, EngineOptions, Session

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.artifacts.bundle import LatentInfo, Manifest
+from qdeploy.artifacts.manifest import LatentInfo, Manifest
 from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.base.memory import read_available_bytes
+from qdeploy.base.schemas import format_value
 from qdeploy.runtime.image import PictureInput, mask_from_picture, pixels_from_picture
 
 Array = NDArray[np.float32]
@@ -23,6 +24,7 @@ MAX_PIXELS = 2048 * 2048  # of one picture, without allow_large
 MAX_REQUEST_PIXELS = 2**28  # of all pictures of one request, without allow_large: 1,024 of 512 x 512
 DECODER_BYTES_PER_PIXEL = 4096  # Stable Diffusion's decoder: four maps of 256 channels in float32 at full size
 PICTURE_BYTES_PER_PIXEL = 36  # of each picture in a result: three float32[3, H, W] at the peak
+MAX_INTEGER = 10**100  # no seed is longer, and Python refuses to print numbers of thousands of digits
 MAX_GUIDANCE = 1000.0  # far above any use; beyond float32's range latents would not be finite
 DEFAULT_STRENGTH = 0.8  # of image-to-image where none is given, as in diffusers; inpainting has 1
 
@@ -160,7 +162,7 @@ def resolve_size(
 
     ``count`` pictures of it must stay within the limits, unless ``allow_large``.
     """
-    factor = latents.image_height // latents.height
+    factor = latents.factor
     sizes = {}
     for name, value, default in (("width", width, latents.image_width), ("height", height, latents.image_height)):
         sizes[name] = default if value is None else check_integer(name, value, 1)
@@ -220,9 +222,11 @@ def check_integer(name: str, value: int, minimum: int) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise RequestError(f"{name}: got {value!r:.40}, expected a whole number")
+        raise RequestError(f"{name}: got {format_value(value)}, expected a whole number")
+    if number >= MAX_INTEGER:
+        raise RequestError(f"{name}: got {format_value(number)}, expected at most 100 digits")
     if number < minimum:
-        raise RequestError(f"{name}: got {number}, expected {minimum} or more")
+        raise RequestError(f"{name}: got {format_value(number)}, expected {minimum} or more")
     return number
 
 
@@ -230,11 +234,11 @@ def check_number(name: str, value: float, minimum: float = -math.inf, maximum: f
     """``value`` as a finite number from ``minimum`` to ``maximum``."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and minimum <= number <= maximum):
         bounds = "a finite number" if math.isinf(minimum) else f"a number from {minimum:g} to {maximum:g}"
-        raise RequestError(f"{name}: got {value!r:.40}, expected {bounds}")
+        raise RequestError(f"{name}: got {format_value(value)}, expected {bounds}")
     return number
 
 

@@ -107,9 +107,8 @@ class Run:
 
     def _downscale_mask(self, mask: NDArray[np.bool_]) -> Array:
         """``float32[n, 1, h, w]`` of ``bool[n, H, W]``: every latent's first pixel, as ``interpolate`` picks it."""
-        latents = self._request.size
-        rows, columns = latents.image_height // latents.height, latents.image_width // latents.width
-        return mask[:, None, ::rows, ::columns].astype(np.float32)
+        factor = self._request.size.factor
+        return mask[:, None, ::factor, ::factor].astype(np.float32)
 
     def _repeat_per_picture(self, rows: Array) -> Array:
         """One row, or one a prompt -> one row a picture."""

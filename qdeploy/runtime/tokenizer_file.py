@@ -225,27 +225,27 @@ class TokenizerFile(Strict, frozen=True):
             raise ValueError(f"it pads with the token {self.padding.pad_id}, which no word has")
 
 
-def parse_tokenizer(data: bytes, name: str, length: int) -> TokenizerFile:
+def parse_tokenizer(data: bytes, name: str, length: int, remedy: str = REMEDY) -> TokenizerFile:
     """The file in ``data``, which pads and truncates to ``length`` tokens; BundleError naming what else it asks for."""
-    file = parse_json(data, name, TokenizerFile, error=BundleError, remedy=REMEDY)
+    file = parse_json(data, name, TokenizerFile, error=BundleError, remedy=remedy)
     lengths = {"padding": file.padding.strategy.Fixed, "truncation": file.truncation.max_length}
     for rule, actual in lengths.items():
         if actual != length:
-            raise BundleError(f"{name}: its {rule} is to {actual} tokens, the text encoder reads {length}; {REMEDY}")
+            raise BundleError(f"{name}: its {rule} is to {actual} tokens, the text encoder reads {length}; {remedy}")
     return file
 
 
-def open_backend(data: bytes, name: str, length: int) -> Any:
+def open_backend(data: bytes, name: str, length: int, remedy: str = REMEDY) -> Any:
     """The library's tokenizer of checked ``data``; BundleError also for what the library panics on."""
     from tokenizers import Tokenizer
 
-    parse_tokenizer(data, name, length)
+    parse_tokenizer(data, name, length, remedy)
     try:
         return Tokenizer.from_str(data.decode())
     except BaseException as exc:  # the library raises bare Exception, and PanicException is no Exception
         if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
             raise
-        raise BundleError(f"{name} is not a readable tokenizer ({exc}); {REMEDY}") from exc
+        raise BundleError(f"{name} is not a readable tokenizer ({exc}); {remedy}") from exc
 
 
 def _check_regex(pattern: str, known: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from qdeploy.sample.job import SampleJob
 from qdeploy.sample.work import STEP_NAME, Workers, sample_locally
 
 PICTURE_NAME = re.compile(r"\d{6}\.png")
+MARKED = {"marked": True}  # in a receipt: pictures say that they are ours; an older receipt is believed without
 
 
 def sample_to_folder(
@@ -42,11 +43,12 @@ def sample_to_folder(
 
 def remove_stale(step: RecipeStep, receipts: Path) -> None:
     """Remove pictures that were made in another way; UsageError for pictures without a receipt."""
-    if read_receipt(receipts, step.name).get("key") == step.key:
+    receipt = read_receipt(receipts, step.name)
+    if receipt.get("key") == step.key:
         return
     check_pictures(step.output, receipts)
     pictures = list_pictures(step.output)
-    strangers = [path.name for path in pictures if not PICTURE.is_ours(path)]
+    strangers = [path.name for path in pictures if "marked" in receipt and not PICTURE.is_ours(path)]
     if strangers:
         raise UsageError(
             f"{step.output} holds pictures that qdeploy did not make ({join_names(strangers)}), which would be "
@@ -54,7 +56,7 @@ def remove_stale(step: RecipeStep, receipts: Path) -> None:
         )
     for path in pictures:
         path.unlink()
-    write_receipt(receipts, step)
+    write_receipt(receipts, step, more=MARKED)
 
 
 def check_pictures(folder: Path, receipts: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from qdeploy.artifacts.bundle import MANIFEST
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.errors import BundleError, EngineError, EngineUnavailableError, QdeployError
 from qdeploy.base.files import hash_file
 from qdeploy.base.progress import OnProgress

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.artifacts.bundle import MANIFEST, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.errors import BundleError
 from qdeploy.base.files import hash_file
 
@@ -93,6 +94,19 @@ def test_a_file_that_is_not_listed_is_refused(bundle: Path, name: str) -> None:
         open_bundle(bundle)
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "unet/Thumbs.db", "unet/desktop.ini", "unet/._model.onnx"])
+def test_what_file_managers_write_is_left_alone(bundle: Path, name: str) -> None:
+    """Nothing reads such a file: a bundle that was looked at is as good as before."""
+    (bundle / name).write_bytes(b"x")
+    assert name not in open_bundle(bundle).files
+
+
+def test_a_file_managers_name_is_no_way_out(bundle: Path) -> None:
+    (bundle / ".DS_Store").symlink_to("/etc/hostname")
+    with pytest.raises(BundleError, match="outside the bundle"):
+        open_bundle(bundle)
+
+
 @pytest.mark.parametrize("name", ["a\0b", "C:/windows", "unet/./x", "line\nbreak", "unet//x", "", "UNET/model.onnx"])
 def test_names_that_are_not_plain_are_refused(bundle: Path, name: str) -> None:
     edit(bundle, lambda d: d["files"].append({"path": name, "bytes": 6, "sha256": "0" * 64}))
@@ -110,6 +124,9 @@ def test_names_that_are_not_plain_are_refused(bundle: Path, name: str) -> None:
         (lambda d: d.update(files=[{"path": "x"}]), r"`files\[0\]` has no field `bytes`"),
         (lambda d: d["latents"].update(height=0), "`latents.height` is 0, expected an integer >= 1"),
         (lambda d: d["latents"].update(channels=-4), "`latents.channels` is -4"),
+        (lambda d: d["latents"].update(height=64, width=64), "a picture of 16x16 is no whole multiple"),
+        (lambda d: d["latents"].update(height=3), "a picture of 16x16 is no whole multiple"),
+        (lambda d: d["latents"].update(image_width=32), "a picture of 32x16 is no whole multiple"),
         (lambda d: d["latents"].update(width="8"), "`latents.width` is '8', expected an integer"),
         (lambda d: d["latents"].update(width=8.5), "`latents.width` is 8.5, expected an integer"),
         (lambda d: d["latents"].update(scaling_factor=0), "`latents.scaling_factor` is 0"),
@@ -153,8 +170,11 @@ def test_the_graphs_own_signature_counts(
     ("latents", "words"),
     [
         ({"channels": 3}, r"unet has the input sample float32\[2, 4, 8, 8\], expected float32\[2, 3 or 7, 8, 8\]"),
-        ({"height": 16}, r"unet has the input sample float32\[2, 4, 8, 8\], expected"),
-        ({"image_width": 64}, r"vae_decoder has the output image float32\[1, 3, 16, 16\], expected"),
+        ({"height": 16, "width": 16}, r"unet has the input sample float32\[2, 4, 8, 8\], expected"),
+        (
+            {"image_width": 32, "image_height": 32},
+            r"vae_decoder has the output image float32\[1, 3, 16, 16\], expected",
+        ),
         ({"tokens": 77}, r"text_encoder has the input input_ids int64\[1, 16\], expected int64\[1, 77\]"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from qdeploy.artifacts import outputs
+from qdeploy.artifacts.receipt import RecipeStep, write_receipt
 from qdeploy.artifacts.table import QuantTable
 from qdeploy.base.encode import save_png
 from qdeploy.base.errors import UsageError
@@ -19,13 +20,15 @@ from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion, save_qdiffusion
 from qdeploy.inspection.plot import plot_sensitivity
 from qdeploy.reporting.page import Page, write_page
+from qdeploy.sample.folder import MARKED, remove_stale
+from qdeploy.sample.work import STEP_NAME
 
 FILES = {
     "w8a8.safetensors": outputs.TABLE,
     "c.safetensors": outputs.CALIBRATION,
     "set.pt": outputs.QDIFFUSION,
     "own.png": outputs.PICTURE,
-    "plot.png": outputs.PICTURE,
+    "plot.png": outputs.PLOT,
     "page.html": outputs.PAGE,
 }
 
@@ -80,3 +83,50 @@ def test_a_bundle_is_known_by_a_manifest_that_lists_all(float_bundle: Path, tmp_
         check_output(Output(copy, outputs.BUNDLE))
     (tmp_path / "new").mkdir()
     check_output(Output(tmp_path / "new", outputs.BUNDLE))
+
+
+def test_broken_and_foreign_torch_files_are_not_ours(made: Path, tmp_path: Path) -> None:
+    import torch
+
+    good = (made / "set.pt").read_bytes()
+    for place in range(0, len(good), 97):  # cut and changed everywhere: zlib, struct and others raise their own errors
+        (tmp_path / "broken.pt").write_bytes(good[:place] + b"\xff\xff" + good[place + 2 :])
+        outputs.is_own_qdiffusion(tmp_path / "broken.pt")
+        (tmp_path / "broken.pt").write_bytes(good[:place])
+        assert not outputs.is_own_qdiffusion(tmp_path / "broken.pt")
+    torch.save({"made_by": "somebody else", "xs": [torch.zeros(1)]}, tmp_path / "foreign.pt")
+    assert not outputs.is_own_qdiffusion(tmp_path / "foreign.pt")
+
+
+def test_tables_of_evaluate_are_known_without_its_result(tmp_path: Path) -> None:
+    for name, text in {
+        "table.md": "|  | fp32 |\n| --- | ---: |\n| bits | W32A32 |\n",
+        "table.csv": "bundle,bits,calibration,n,broken,fid\n",
+        "calibration.csv": "Calib,W32A32 IS ↑,W32A32 FID ↓\n",
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        check_output(Output(tmp_path / name, outputs.EVALUATION_TABLE))
+    (tmp_path / "calibration.csv").write_text("layer,scale\n")
+    with pytest.raises(UsageError, match=r"calibration\.csv is there already and is not a table of evaluate"):
+        check_output(Output(tmp_path / "calibration.csv", outputs.EVALUATION_TABLE))
+
+
+def test_a_report_of_the_demo_with_any_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_bytes(b"# FP32 and W8A8\r\n")
+    check_output(Output(tmp_path / "report.md", outputs.DEMO_REPORT))
+
+
+def test_pictures_of_an_older_receipt_are_believed(tmp_path: Path) -> None:
+    """A version before marks wrote both; a newer receipt says that pictures have one."""
+    folder, receipts = tmp_path / "pictures", tmp_path / "receipts"
+    old, new = (RecipeStep(STEP_NAME, folder, {"steps": steps}, {}) for steps in (1, 2))
+    for more, refused in ((None, False), (MARKED, True)):
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(folder / "000000.png")
+        write_receipt(receipts, old, more=more)
+        if refused:
+            with pytest.raises(UsageError, match="holds pictures that qdeploy did not make"):
+                remove_stale(new, receipts)
+        else:
+            remove_stale(new, receipts)
+        assert (folder / "000000.png").exists() == refused

@@ -48,6 +48,34 @@ def test_a_good_document_gets_its_types() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "kind = 'text' # it's [[[[",
+        'kind = "text" # a quote " and then\n[parts.unet]\nbits = 8',
+        "kind = 'text'\n[parts.'{{{{{']\nbits = 8",
+        "kind = 'te' # \"\n".replace("te", "text"),
+        'kind = """\\\n  text"""\n[parts."""a"b]]"""]'.replace('"""a"b]]"""', '"a\'b]]"') + "\nbits = 8",
+    ],
+)
+def test_brackets_in_toml_texts_and_comments_do_not_count(text: str) -> None:
+    assert parse_toml(text.encode() + b"\n", "m.toml", dict[str, Any], error=BundleError, max_depth=2)["kind"] == "text"
+
+
+def test_brackets_of_toml_count_after_any_quote() -> None:
+    text = "# it's\nkind = [[[[[1]]]]]\n# it's\n"
+    with pytest.raises(BundleError, match="nests 5 deep, more than the 2 allowed"):
+        parse_toml(text.encode(), "m.toml", dict[str, Any], error=BundleError, max_depth=2)
+
+
+def test_more_bytes_allow_more_values() -> None:
+    numbers = b'{"a": [' + b"1," * 2_200_000 + b"1]}"
+    with pytest.raises(BundleError, match="more than the 2,097,152 values"):
+        parse_json(numbers, "m.json", dict[str, Any], error=BundleError)
+    read = parse_json(numbers, "m.json", dict[str, Any], error=BundleError, max_bytes=64 * 2**20)
+    assert len(read["a"]) == 2_200_001
+
+
+@pytest.mark.parametrize(
     ("text", "parts"),
     {
         "type": ('{"kind": "text", "parts": {"unet": {"bits": "8"}}}', ["`parts.unet.bits`", "'8'", "an integer"]),

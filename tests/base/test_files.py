@@ -15,9 +15,9 @@ from typing import Never
 import pytest
 
 from qdeploy.base.disk import explain_full_disk, is_full_disk, note_kept
-from qdeploy.base.errors import DiskFullError
+from qdeploy.base.errors import DiskFullError, UsageError
 from qdeploy.base.files import read_state, stage_file, stage_folder
-from qdeploy.base.staging import remove_leftovers, remove_leftovers_below
+from qdeploy.base.staging import hold_folder, remove_leftovers, remove_leftovers_below
 
 
 def test_a_folder_appears_only_when_complete(tmp_path: Path) -> Never:
@@ -178,6 +178,45 @@ def test_a_run_killed_between_the_last_two_renames_gives_the_old_folder_back(tmp
     assert "is there again" in str(left)
     assert (tmp_path / "out" / "manifest.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_killed_while_it_removed_the_replaced_folder_gives_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then the new folder was in its place; if the user has moved that away, half of an old one must not appear."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed here
+    with stage_folder(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("new")
+    monkeypatch.undo()
+    (tmp_path / "out").rename(tmp_path / "moved away")
+    (left,) = remove_leftovers(tmp_path / "out")
+    assert left.restored is None
+    assert [path.name for path in tmp_path.iterdir()] == ["moved away"]
+
+
+HOLD_FOLDER = """
+import sys, time
+from pathlib import Path
+from qdeploy.base.staging import hold_folder
+with hold_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_do_not_share_finished_parts(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    first = subprocess.Popen([sys.executable, "-c", HOLD_FOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(UsageError, match="another run is at work in "), hold_folder(folder):
+        pass
+    first.kill()
+    first.communicate()
+    with hold_folder(folder):
+        pass
 
 
 def test_finished_parts_stay_and_scratch_among_them_goes(tmp_path: Path) -> None:

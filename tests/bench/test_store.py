@@ -23,6 +23,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert "Infinity" not in (tmp_path / "run.json").read_text()
 
 
+def test_a_figure_that_is_no_number_does_not_cost_the_measurement(tmp_path: Path) -> None:
+    run = pair(0)
+    run.contenders[0].fidelity = Fidelity((float("nan"), 3.0), (900, 100), float("nan"), float("inf"))
+    write_bench_run(tmp_path / "run.json", run)
+    read = read_bench_run(tmp_path / "run.json").contenders[0].fidelity
+    assert read is not None
+    assert str(read) == str(run.contenders[0].fidelity)
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "`contenders[0]` has no field `samples`": lambda d: d["contenders"][0].pop("samples"),
     "`schema_version` is 99, expected one of 1": lambda d: d.update(schema_version=99),

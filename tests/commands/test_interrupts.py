@@ -1,4 +1,4 @@
-"""Ctrl-C ends every command with 130 and one line that says what is kept; the same command then goes on."""
+"""Ctrl-C ends every command with 130 and one line that says what is kept; the same command, run again, goes on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.base.progress import OnProgress
 from qdeploy.cli import main
+from qdeploy.evaluate.result import read_result
 
 INTERRUPTED = 130
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    """Every command's progress raises what Ctrl-C raises, at this call of it."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int, task: str = "") -> None:
+    """Every command's progress raises what Ctrl-C raises, at this call of it for tasks that begin so."""
 
     @contextmanager
     def show_progress(_: bool = True) -> Iterator[OnProgress]:
         count = 0
 
-        def on_progress(task: str, done: int, total: int, note: str = "") -> None:
+        def on_progress(name: str, done: int, total: int, note: str = "") -> None:
             nonlocal count
-            count += 1
+            count += name.startswith(task)
             if count == calls:
                 raise KeyboardInterrupt
 
@@ -68,10 +70,14 @@ def test_calibrate_keeps_batches_and_goes_on(
 
 
 def test_quantize(tiny_folder: Path, calibration_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_after(monkeypatch, 2)
-    result = run("quantize", tiny_folder, "--calib", calibration_file, "-o", tmp_path / "q.safetensors")
-    check_interrupted(result, "nothing is kept: the same command starts anew")
+    command = ("quantize", tiny_folder, "--calib", calibration_file, "-o", tmp_path / "q.safetensors")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        check_interrupted(run(*command), "nothing is kept: the same command starts anew")
     assert list(tmp_path.iterdir()) == []
+    again = run(*command)
+    assert again.exit_code == 0, again.output
+    assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
 
 
 def test_export(tiny_folder: Path, float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +86,14 @@ def test_export(tiny_folder: Path, float_bundle: Path, tmp_path: Path, monkeypat
     out = tmp_path / "bundle"
     shutil.copytree(float_bundle, out)
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    stop_after(monkeypatch, 1)
-    check_interrupted(run("export", tiny_folder, "-o", out), f"nothing is kept: {out} is as it was")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)  # the first component is made
+        check_interrupted(run("export", tiny_folder, "-o", out), f"nothing is kept: {out} is as it was")
     assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [out]
+    again = run("export", tiny_folder, "-o", out)
+    assert again.exit_code == 0, again.output
+    assert open_bundle(out).manifest.components.keys() == {"text_encoder", "unet", "vae_decoder"}
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -97,21 +108,44 @@ def test_generate(float_bundle: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_evaluate(float_bundle: Path, int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
     out = tmp_path / "figures"
-    stop_after(monkeypatch, 4)  # the second picture's first call of the UNet; PNDM makes three for two steps
-    result = run(
-        "evaluate", float_bundle, int8_bundle, "--metrics", "psnr", "--count", 4, "--steps", 2, "--batch", 1,
-        "--prompts", tmp_path / "prompts.txt", "-o", out,
+    command = (
+        "evaluate", float_bundle, int8_bundle, "--metrics", "psnr,fid", "--reference", float_bundle, "--extractor",
+        "rgb8", "--count", 4, "--steps", 2, "--batch", 1, "--prompts", tmp_path / "prompts.txt", "-o", out,
     )  # fmt: skip
     kept = f"pictures and features made so far are kept in {out}: the same command goes on from there"
-    check_interrupted(result, kept)
-    assert [path.name for path in out.rglob("*.png")] == ["000000.png"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)  # the second picture's first call of the UNet; PNDM makes three for two steps
+        check_interrupted(run(*command), kept)
+    first = out / "pictures" / float_bundle.name / "000000.png"
+    assert list(out.rglob("*.png")) == [first]
+    made = first.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, "features")  # rows are in the file, and its state is not written yet
+        check_interrupted(run(*command), kept)
+    assert list(out.glob("features/*.npy"))
+    assert not (out / "result.json").exists()
+    again = run(*command)
+    assert again.exit_code == 0, again.output
+    assert first.stat().st_mtime_ns == made
+    assert {name for entry in read_result(out / "result.json").contenders for name in entry.figures} >= {"psnr", "fid"}
 
 
+@pytest.mark.exports
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    stop_after(monkeypatch, 1)
-    result = run("run", "recipes/lsun_churches_w8a8.toml", "-o", out, "--scale", "tiny")
-    check_interrupted(result, f"finished steps and pictures are kept in {out}: the same command goes on from there")
+    command = ("run", "recipes/lsun_churches_w8a8.toml", "-o", out, "--scale", "tiny")
+    kept = f"finished steps and pictures are kept in {out}: the same command goes on from there"
+    for task in ("", "export"):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 1, task)
+            check_interrupted(run(*command), kept)
+    recorded = (out / "calibration.safetensors").stat().st_mtime_ns
+    assert not (out / "bundle").exists()
+    again = run(*command)
+    assert again.exit_code == 0, again.output
+    assert (out / "calibration.safetensors").stat().st_mtime_ns == recorded
+    assert open_bundle(out / "bundle")
+    assert list((out / "pictures").glob("*.png"))
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,20 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from qdeploy.artifacts.outputs import FEATURES
+from qdeploy.artifacts.receipt import hash_path
 from qdeploy.base.errors import PictureError, UsageError
+from qdeploy.base.outputs import Output, check_output
 from qdeploy.base.pictures import FolderPictures, open_picture_set
 from qdeploy.cli import main
 from qdeploy.evaluate import features
 from qdeploy.evaluate.bundles import choose_names
 from qdeploy.evaluate.extractors import ExtractorOptions, open_extractor
 from qdeploy.evaluate.features import PictureSource, extract_features
+from qdeploy.evaluate.references import is_bundle
 from qdeploy.evaluate.result import classify_calibration, read_result, write_result
 from tests.calibrate.record.test_raw_data import write_lmdb
+from tests.hostile.kinds import write_good_result
 
 COUNT = 6
 QUICK = ("--extractor", "rgb8", "--count", COUNT, "--steps", 2, "--guidance", 1, "--threads", 1)
@@ -253,6 +258,43 @@ def test_calibrations_have_the_experiments_names() -> None:
     assert of({"spec": {"observer": "mse", "equalize": True}, "calibration": {"mode": "noise_data"}}) == "W"
 
 
+@pytest.mark.parametrize("name", ["inf", "nan", "-inf"])
+def test_a_bundle_that_is_called_like_a_number(name: str, tmp_path: Path) -> None:
+    write_good_result(tmp_path / "result.json", name)
+    (contender,) = read_result(tmp_path / "result.json").contenders
+    assert (contender.name, contender.bundle) == (name, name)
+    assert contender.comparison is not None
+    assert (contender.comparison.name, contender.comparison.psnr_db) == (name, (30.0, math.inf))
+
+
+def test_a_set_of_hundreds_of_thousands_resumes(tmp_path: Path) -> None:
+    """The state says how far and what was left out; names and positions are the set's own."""
+    rows = features.RowFile(tmp_path / "set", ["pictures"], (400_000, 1))
+    rows.state = features.RowState(rows.state.key, 400_000, (16, 16), [(7, "7.png is broken")])
+    rows.save()
+    assert (tmp_path / "set.json").stat().st_size < 1000
+    assert features.RowFile(tmp_path / "set", ["pictures"], (400_000, 1)).state == rows.state
+    check_output(Output(tmp_path / "set.npy", FEATURES))
+
+
+def test_a_state_that_cannot_be_is_begun_anew(tmp_path: Path) -> None:
+    rows = features.RowFile(tmp_path / "set", [], (4, 1))
+    for state in (
+        features.RowState(rows.state.key, 5, (16, 16)),
+        features.RowState(rows.state.key, 2, ()),
+        features.RowState(rows.state.key, 1, (16, 16), [(0, "x"), (1, "y")]),
+    ):
+        rows.state = state
+        rows.save()
+        assert features.RowFile(tmp_path / "set", [], (4, 1)).read == 0
+
+
+def test_a_reference_folder_with_a_foreign_manifest_is_one_of_pictures(reference: Path) -> None:
+    (reference / "manifest.json").write_text('{"name": "a web data set"}')
+    assert not is_bundle(reference)
+    assert len(hash_path(reference)) == 64
+
+
 def test_features_that_were_begun_are_known_as_ours_at_once(tmp_path: Path) -> None:
     """An interruption before the first save would otherwise leave rows without the file that says whose they are."""
     from qdeploy.base.files import read_state
@@ -261,7 +303,7 @@ def test_features_that_were_begun_are_known_as_ours_at_once(tmp_path: Path) -> N
     RowFile(tmp_path / "set", ["pictures"], (4, 3))
     assert read_state(tmp_path / "set.json")["read"] == 0
     again = RowFile(tmp_path / "set", ["pictures"], (4, 3))
-    again.state["read"] = 2
+    again.state.read, again.state.size = 2, (16, 16)
     again.save()
     assert RowFile(tmp_path / "set", ["pictures"], (4, 3)).read == 2
     assert RowFile(tmp_path / "set", ["others"], (4, 3)).read == 0

@@ -10,8 +10,9 @@ import pytest
 
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.errors import ParityError, TableError
-from qdeploy.export.exporter import check_probes, export_component
+from qdeploy.export.exporter import export_component
 from qdeploy.export.parity import CLEAR_DB, QUALITY_FLOOR_DB, TARGET_LOSS_MAX_DB, Parity, choose_least_sqnr
+from qdeploy.export.table_checks import check_probes
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.targets.base import load_target
 

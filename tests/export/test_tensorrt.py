@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 import qdeploy
-from qdeploy.artifacts.bundle import ComponentInfo, open_bundle
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import ComponentInfo
 from qdeploy.artifacts.table import Affine, AttentionQuant, QuantTable
 from qdeploy.base.errors import EngineUnavailableError, ExportError, ParityError, TableError, UsageError
 from qdeploy.base.progress import OnProgress

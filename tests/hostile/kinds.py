@@ -1,4 +1,4 @@
-"""What is mutated: for every kind of file of ours a good one, how a case of it is written, and what then reads it."""
+"""The kinds of our own files: for each a good one, how a case of it is written, and what then reads it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import numpy as np
 
 import qdeploy
-from qdeploy.artifacts.bundle import MANIFEST, SCHEDULER, open_bundle
+from qdeploy.artifacts.bundle import SCHEDULER, open_bundle
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction, save_noise_correction
 from qdeploy.artifacts.table import load_table
 from qdeploy.base.files import hash_file
 from qdeploy.bench.store import read_bench_run, write_bench_run
+from qdeploy.engines.nvidia.plans import KEY_SUFFIX, PlanKey, cache_plan, read_cached_plan
 from qdeploy.evaluate.extractors import ExtractorInfo
 from qdeploy.evaluate.result import (
     BundleResult,
@@ -31,83 +32,32 @@ from qdeploy.evaluate.result import (
 from qdeploy.inspection.describe import describe
 from qdeploy.recipe.read import read_recipe
 from qdeploy.runtime.tokenizer import Tokenizer
-from tests.hostile.mutate import mutate_bytes, mutate_document
+from tests.hostile.cases import Case, Kind, mutate_file, mutate_json_file, mutate_safetensors
+from tests.hostile.mutate import Rules, mutate_bytes, mutate_document, to_text
 
-RECIPE = """
-[model]
-file = "model.ckpt"
-[calibrate]
-samples = 4
-steps = 5
-[quantize]
-weight_bits = 8
-[sample]
-prompt = "a cat"
-steps = 3
-count = 2
-"""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One hostile file. must_refuse: reading it without an error is wrong."""
-
-    what: str
-    must_refuse: bool
-    read: Callable[[], object]
-
-
-Kind = Callable[[random.Random, Path], Case]  # writes a case into a fresh folder
-
-
-def mutate_json_file(good: Path, read: Callable[[Path], object], open_keys: frozenset[str], rng: random.Random,
-                     folder: Path) -> Case:  # fmt: skip
-    text, what, must_refuse = mutate_document(json.loads(good.read_text()), rng, open_keys)
-    path = folder / good.name
-    path.write_text(text)
-    return Case(what, must_refuse, partial(read, path))
-
-
-def mutate_file(good: Path, read: Callable[[Path], object], rng: random.Random, folder: Path) -> Case:
-    data, what = mutate_bytes(good.read_bytes(), rng)
-    path = folder / good.name
-    path.write_bytes(data)
-    return Case(what, False, partial(read, path))
-
-
-def mutate_safetensors(good: Path, key: str, read: Callable[[Path], object], rng: random.Random, folder: Path) -> Case:
-    """The JSON document in the header, or the numbers in the arrays."""
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
-    with safe_open(good, framework="numpy") as file:
-        document = json.loads(file.metadata()[key])
-        tensors = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118 - not a dict
-    path = folder / good.name
-    if rng.random() < 0.7:
-        text, what, must_refuse = mutate_document(document, rng, frozenset({"provenance"}))
-    else:
-        text, must_refuse = json.dumps(document), False
-        what = mutate_arrays(tensors, rng)
-    save_file(tensors, path, metadata={key: text})
-    return Case(what, must_refuse, partial(read, path))
-
-
-def mutate_arrays(tensors: dict[str, Any], rng: random.Random) -> str:
-    name = rng.choice(sorted(tensors))
-    array = tensors[name]
-    action = rng.choice(("value", "drop", "type", "shape"))
-    if action == "drop":
-        del tensors[name]
-    elif action == "type":
-        tensors[name] = array.astype(rng.choice((np.float64, np.int64, np.uint8)))
-    elif action == "shape":
-        tensors[name] = array.reshape(-1)[: rng.randrange(array.size + 1)].copy()
-    elif array.size:
-        value = rng.choice((0, -1, 127)) if array.dtype.kind in "iu" else rng.choice((np.nan, np.inf, 0, -1, 6e4))
-        with np.errstate(all="ignore"):
-            array.reshape(-1)[rng.randrange(array.size)] = np.array(value).astype(array.dtype)
-    return f"{action} of {name}"
+RECIPE: Mapping[str, Any] = {
+    "model": {"file": "model.ckpt"},
+    "calibrate": {"samples": 4, "steps": 5},
+    "quantize": {"weight_bits": 8},
+    "sample": {"prompt": "a cat", "steps": 3, "count": 2},
+}
+SIDES = dict.fromkeys(("height", "width", "image_height", "image_width"), (1, 2**20))
+MANIFEST_RULES = Rules(
+    open_keys=frozenset({"provenance"}),
+    free_keys=frozenset({"components", "inputs", "outputs"}),
+    ranges={
+        **SIDES, "schema_version": (1, 1), "weight_bits": (2, 32), "act_bits": (8, 32), "channels": (1, 1024),
+        "tokens": (0, 2**16), "bytes": (0, 2**53), "shape": (-1, 2**20), "integer_mac_share": (0, 1),
+        "scaling_factor": (1e-300, 1e300), "largest_weight_code": (0, 128),
+    },
+)  # fmt: skip
+TABLE_RULES = Rules(
+    open_keys=frozenset({"provenance"}),
+    ranges={"weight_bits": (2, 8), "shape": (1, 2**31), "zero_point": (0, 255), "scale": (1e-300, 1e300),
+            "macs": (0, 2**53), "passes": (1, 2)},
+)  # fmt: skip
+TOKENIZER_RULES = Rules(free_keys=frozenset({"vocab", "special_tokens"}))
+CALIBRATION_RULES = Rules(open_keys=frozenset({"provenance"}))
 
 
 def relist(bundle: Path, name: str) -> None:
@@ -121,7 +71,7 @@ def relist(bundle: Path, name: str) -> None:
 
 def mutate_manifest(good: Path, rng: random.Random, folder: Path) -> Case:
     bundle = shutil.copytree(good, folder / "bundle")
-    text, what, must_refuse = mutate_document(json.loads((good / MANIFEST).read_text()), rng, frozenset({"provenance"}))
+    text, what, must_refuse = mutate_document(json.loads((good / MANIFEST).read_text()), rng, MANIFEST_RULES)
     (bundle / MANIFEST).write_text(text)
     return Case(what, must_refuse, partial(open_bundle, bundle))
 
@@ -157,13 +107,42 @@ def add_to_bundle(good: Path, rng: random.Random, folder: Path) -> Case:
     return Case(action, True, partial(open_bundle, bundle))
 
 
-def write_good_result(path: Path) -> None:
-    comparison = ReferenceComparison("fp32", (0, 1), (30.0, float("inf")), (0.9, 1.0), (), 31.0, 28.0, (20.0,), (1,))
-    contender = BundleResult("w8a8", "w8a8", "0" * 64, "W8A8", "W", "pictures", 2, (), {"fid": 1.5}, {"model": "m"},
-                             comparison)  # fmt: skip
+def write_good_result(path: Path, name: str = "w8a8") -> None:
+    infinite = float("inf")
+    comparison = ReferenceComparison(name, (0, 1), (30.0, infinite), (0.9, 1.0), (), 31.0, 28.0, (20.0,), (1,))
+    contender = BundleResult(
+        name, name, "0" * 64, "W8A8", "W", "pictures", 2, (), {"fid": 1.5}, {"model": "m"}, comparison
+    )
     info = ExtractorInfo("rgb8", 192, 0, "bilinear", "", False)
     reference = Reference("data", "folder", 2, (16, 16), False, ())
     write_result(path, EvaluationResult({"steps": 2}, {"cpu": "x"}, reference, info, (contender,)))
+
+
+def mutate_recipe(rng: random.Random, folder: Path) -> Case:
+    """A recipe with another value, or one key more or less."""
+    text, what, must_refuse = mutate_document(RECIPE, rng, Rules(), to_toml)
+    (folder / "recipe.toml").write_text(text, errors="surrogatepass")
+    return Case(what, must_refuse, partial(read_recipe, folder / "recipe.toml"))
+
+
+def to_toml(document: Any) -> str:
+    """TOML's inline form, which is JSON's but for the signs; what TOML cannot say is written as JSON does."""
+
+    def inline(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{json.dumps(key)} = {inline(item)}" for key, item in value.items()) + "}"
+        return "[" + ", ".join(map(inline, value)) + "]" if isinstance(value, list) else to_text(value)
+
+    return "".join(f"{json.dumps(key)} = {inline(value)}\n" for key, value in document.items())
+
+
+def mutate_plan_key(rng: random.Random, folder: Path) -> Case:
+    """The key next to a cached TensorRT engine."""
+    key = PlanKey("0" * 64, "10.13", "9.0", "{}")
+    plan = cache_plan(folder, key, b"native code")
+    text, what, must_refuse = mutate_document(json.loads(plan.with_suffix(KEY_SUFFIX).read_text()), rng, Rules())
+    plan.with_suffix(KEY_SUFFIX).write_text(text)
+    return Case(what, must_refuse, lambda: read_cached_plan(folder, key))
 
 
 def build_kinds(bundle: Path, table: Path, calibration: Path, work: Path) -> Mapping[str, Kind]:
@@ -178,13 +157,14 @@ def build_kinds(bundle: Path, table: Path, calibration: Path, work: Path) -> Map
     write_good_result(result)
     bench, recipe, correction = work / "bench.json", work / "recipe.toml", work / "correction.safetensors"
     write_bench_run(bench, pair(0))
-    recipe.write_text(RECIPE)
+    recipe.write_text(to_toml(RECIPE))
+    read_recipe(recipe)
     save_noise_correction(
         correction, NoiseCorrection(np.array([1, 41]), np.zeros(2, np.float32), np.ones((2, 4), np.float32))
     )
     save_qdiffusion(load_calibration(calibration), work / "cali.pt")
     read_tokenizer: Callable[[Path], object] = lambda path: Tokenizer(path, length)(["a cat"])  # noqa: E731
-    none = frozenset[str]()
+    result_rules = Rules(frozenset({"settings", "environment", "provenance"}), free_keys=frozenset({"figures"}))
     tokenizer = bundle / "tokenizer" / "tokenizer.json"
     return {
         "manifest": partial(mutate_manifest, bundle),
@@ -192,16 +172,22 @@ def build_kinds(bundle: Path, table: Path, calibration: Path, work: Path) -> Map
         "graph": partial(mutate_bundle_file, "unet/model.onnx", bundle, open_bundle),
         "graph to run": partial(mutate_bundle_file, "unet/model.onnx", bundle, make_picture),
         "graph to inspect": partial(mutate_file, bundle / "unet" / "model.onnx", lambda path: describe(str(path))),
-        "tokenizer": partial(mutate_json_file, tokenizer, read_tokenizer, none),
+        "tokenizer": partial(
+            mutate_json_file, tokenizer, read_tokenizer, Rules(free_keys=frozenset({"vocab", "special_tokens"}))
+        ),
         "tokenizer bytes": partial(mutate_file, tokenizer, read_tokenizer),
-        "table": partial(mutate_safetensors, table, "qdeploy_table", load_table),
+        "table": partial(mutate_safetensors, table, "qdeploy_table", load_table, TABLE_RULES),
         "table bytes": partial(mutate_file, table, load_table),
-        "calibration set": partial(mutate_safetensors, calibration, "qdeploy_calibration", load_calibration),
+        "calibration set": partial(
+            mutate_safetensors, calibration, "qdeploy_calibration", load_calibration, CALIBRATION_RULES
+        ),
         "calibration bytes": partial(mutate_file, calibration, load_calibration),
         "q-diffusion": partial(mutate_file, work / "cali.pt", calibration_from_qdiffusion),
         "noise correction": partial(mutate_file, correction, load_noise_correction),
-        "bench": partial(mutate_json_file, bench, read_bench_run, frozenset({"environment"})),
+        "bench": partial(mutate_json_file, bench, read_bench_run, Rules(frozenset({"environment"}))),
         "bench bytes": partial(mutate_file, bench, read_bench_run),
-        "result": partial(mutate_json_file, result, read_result, frozenset({"settings", "environment", "provenance"})),
-        "recipe": partial(mutate_file, recipe, read_recipe),
+        "result": partial(mutate_json_file, result, read_result, result_rules),
+        "recipe": mutate_recipe,
+        "recipe bytes": partial(mutate_file, recipe, read_recipe),
+        "plan key": mutate_plan_key,
     }

@@ -1,6 +1,6 @@
 """Run seeded cases in a process of its own and print each result as a line: a native abort must end only this process.
 
-``python -m tests.hostile.worker BUNDLE TABLE CALIBRATION WORK FIRST COUNT``
+``python -m tests.hostile.worker BUNDLE TABLE CALIBRATION MODEL WORK FIRST COUNT``
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import traceback
 from pathlib import Path
 
 from qdeploy.base.errors import QdeployError
-from tests.hostile.kinds import Case, build_kinds
+from tests.hostile.cases import Case
+from tests.hostile.kinds import build_kinds
+from tests.hostile.outside import build_outside_kinds
+
+ROOM_BYTES = 16 * 2**30  # of addresses, most of them never touched: what would fill the machine is stopped before
+RESET_PEAK = "5"  # man 5 proc, clear_refs
 
 
 def run_case(case: Case) -> str:
@@ -29,19 +34,35 @@ def run_case(case: Case) -> str:
     return "accepted"
 
 
-def main(bundle: str, table: str, calibration: str, work: str, first: str, count: str) -> None:
-    kinds = build_kinds(Path(bundle), Path(table), Path(calibration), Path(work) / "good")
+def reset_peak() -> int:
+    """Begin a new peak of memory and return what is in use."""
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    return read_status("VmRSS")
+
+
+def read_status(name: str) -> int:
+    """Bytes, from the kernel's own account of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def main(bundle: str, table: str, calibration: str, model: str, work: str, first: str, count: str) -> None:
+    good = Path(work) / "good"
+    kinds = {
+        **build_kinds(Path(bundle), Path(table), Path(calibration), good),
+        **build_outside_kinds(Path(model), good),
+    }
     names = sorted(kinds)
+    resource.setrlimit(resource.RLIMIT_AS, (read_status("VmSize") + ROOM_BYTES, resource.RLIM_INFINITY))
     for seed in range(int(first), int(first) + int(count)):
         name, folder = names[seed % len(names)], Path(work) / "case"
         folder.mkdir()
         case = kinds[name](random.Random(seed), folder)
         print(json.dumps({"seed": seed, "kind": name, "what": case.what, "must_refuse": case.must_refuse}), flush=True)
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        before, started = reset_peak(), time.process_time()
         result = run_case(case)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        done = {"result": result, "seconds": time.monotonic() - started, "grown_bytes": grown * 1024}
-        print(json.dumps(done), flush=True)
+        seconds, grown = time.process_time() - started, read_status("VmHWM") - before
+        print(json.dumps({"result": result, "seconds": seconds, "grown_bytes": grown}), flush=True)
         shutil.rmtree(folder)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qdeploy.base.tokens import list_expansions
-from qdeploy.export.exporter import write_tokenizer
+from qdeploy.export.runtime_files import build_tokenizer_json
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.runtime.tokenizer import Tokenizer
 from qdeploy.runtime.weighting import WeightedText, parse_weights
@@ -64,15 +64,20 @@ def test_ids_are_diffusers_in_calibration_and_in_the_runtime(
         texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
     ).input_ids
     assert torch.equal(model.tokenize(PROMPTS)["text_encoder"], expected)
-    write_tokenizer(model.text_encoders["text_encoder"].tokenizer, tmp_path / "tokenizer" / "tokenizer.json")
-    runtime = Tokenizer(tmp_path / "tokenizer" / "tokenizer.json", 16)
+    runtime = open_runtime_tokenizer(model, tmp_path)
     assert runtime(PROMPTS).tolist() == expected.tolist()
     assert {514, 515, 516} <= set(expected[0].tolist())
 
 
+def open_runtime_tokenizer(model: LatentDiffusion, folder: Path) -> Tokenizer:
+    """The runtime's tokenizer of the file that an export writes."""
+    text = build_tokenizer_json(model.text_encoders["text_encoder"].tokenizer)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    return Tokenizer(folder / "tokenizer.json", 16)
+
+
 def test_weights_reach_every_vector(model: LatentDiffusion, tmp_path: Path) -> None:
-    write_tokenizer(model.text_encoders["text_encoder"].tokenizer, tmp_path / "tokenizer" / "tokenizer.json")
-    tokens = Tokenizer(tmp_path / "tokenizer" / "tokenizer.json", 16).encode([parse_weights("a (<cat>:1.5) b")])
+    tokens = open_runtime_tokenizer(model, tmp_path).encode([parse_weights("a (<cat>:1.5) b")])
     rows = dict(zip(tokens.ids[0].tolist(), tokens.weights[0].tolist(), strict=True))
     assert [rows[number] for number in (514, 515, 516)] == [1.5] * 3
     assert min(tokens.weights[0]) == 1

@@ -13,7 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from qdeploy.artifacts.bundle import open_bundle, write_manifest
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import write_manifest
 from qdeploy.artifacts.receipt import RecipeStep, run_step
 from qdeploy.artifacts.table import load_table
 from qdeploy.base.errors import ModelError, RequestError, UsageError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import qdeploy
-from qdeploy.artifacts.bundle import open_bundle, write_manifest
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import write_manifest
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE, NoiseCorrection, save_noise_correction
 from qdeploy.base.errors import BundleError
 from qdeploy.runtime.pipeline import Pipeline

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import qdeploy
-from qdeploy.artifacts.bundle import MANIFEST, open_bundle, write_manifest
+from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.manifest import MANIFEST, write_manifest
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError, RequestError, UsageError
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling.loop import rescale_guidance
@@ -44,6 +45,10 @@ WHITE = np.full((16, 16), 255, np.uint8)
         ({"prompt": "x", "guidance_scale": "high"}, "guidance_scale.*from -1000 to 1000"),
         ({"prompt": "x", "guidance_scale": np.inf}, "guidance_scale.*from -1000 to 1000"),
         ({"prompt": "x", "guidance_scale": 1e39}, "guidance_scale: got 1e.39, expected a number from -1000 to 1000"),
+        ({"prompt": "x", "guidance_scale": 10**400}, "got a whole number of 1329 bits, expected a number from"),
+        ({"prompt": "x", "guidance_scale": 10**5000}, "guidance_scale: got .*from -1000 to 1000"),
+        ({"prompt": "x", "count": 10**5000}, "count: got a whole number of 16610 bits, expected at most 100 digits"),
+        ({"prompt": "x", "seed": -(10**5000)}, "seed: got .*expected 0 or more"),
         ({"prompt": "x", "steps": 10**30}, "steps: got 10+, expected 1 to 1000"),
         ({"prompt": "x", "count": 10**30}, "count: got 10+ pictures of 16x16, expected at most 1048576 in one"),
         ({"prompt": ["x"] * 3, "count": 10**6}, "count: got 3000000 .* 27.6 GB of memory and more.*first=, count="),
@@ -207,7 +212,7 @@ def test_a_graph_with_open_batch_runs_at_one_without_guidance(pipe: Pipeline) ->
     """What an exporter that leaves the UNet's batch open gets: one row a call with guidance 1, else two."""
     from dataclasses import replace
 
-    from qdeploy.artifacts.bundle import TensorInfo
+    from qdeploy.artifacts.manifest import TensorInfo
     from qdeploy.runtime.components import BundleComponent, Turn
 
     info = pipe.components["unet"].info

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdeploy.export.exporter import write_tokenizer
+from qdeploy.export.runtime_files import build_tokenizer_json
 from qdeploy.models.source import find_model_folder, load_model
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.runtime.tokenizer import Tokenizer
@@ -69,7 +69,9 @@ def test_tokens_equal_transformers(source: str, tiny_folder: Path, tmp_path: Pat
 
     folder = tiny_folder if source == "tiny" else find_model_folder(source)
     model = load_model(str(folder))
-    write_tokenizer(model.text_encoders["text_encoder"].tokenizer, tmp_path / "tokenizer" / "tokenizer.json")
+    (tmp_path / "tokenizer").mkdir()
+    text = build_tokenizer_json(model.text_encoders["text_encoder"].tokenizer)
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(text, encoding="utf-8")
     length = model.latents.tokens
     prompts = corpus()
     reference = CLIPTokenizer.from_pretrained(folder / "tokenizer")

@@ -60,8 +60,10 @@ def test_the_places_of_many_are_checked_quickly_and_by_name(tmp_path: Path) -> N
     (tmp_path / "cat-200000.png").write_text("a letter that is not in the way")
     places = list_outputs(tmp_path / "cat.png", 200_000, 512 * 512)
     assert [output.path.name for output in places] == ["cat-0.png", "cat-77.png"]
-    assert places[0].needed_bytes == 3 * 512 * 512 * 200_000
+    assert places[0].needed_bytes == 512 * 512 * 200_000  # at least; what is more is met when it comes
     assert list_outputs(tmp_path / "cat", 1, 4)[0].path == name_picture(tmp_path / "cat", 0, 1) == tmp_path / "cat"
+    assert list_outputs(tmp_path / "cat-v1.5", 1, 4)[0].path == tmp_path / "cat-v1.5"
+    assert name_picture(tmp_path / "cat-v1.5", 3, 9) == tmp_path / "cat-v1.5-3"
     with pytest.raises(UsageError, match=r"got the suffix \.jpg, expected \.png"):
         list_outputs(tmp_path / "cat.jpg", 1, 4)
 
@@ -69,3 +71,24 @@ def test_the_places_of_many_are_checked_quickly_and_by_name(tmp_path: Path) -> N
 @pytest.mark.parametrize(("pixels", "batch"), [(1, 64), (64 * 64, 64), (512 * 512, 16), (8192 * 8192, 1)])
 def test_batches_are_smaller_where_pictures_are_larger(pixels: int, batch: int) -> None:
     assert choose_batch(pixels) == batch
+
+
+@pytest.mark.parametrize("name", ["CAT-3.PNG", "Cat-3.png"])
+def test_other_spellings_count_where_the_disk_takes_them_for_one_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("a letter")
+    assert len(list_outputs(tmp_path / "cat.png", 5, 4)) == 1
+    monkeypatch.setattr("os.path.lexists", lambda path: path.name == "cat-3.png")  # as on macOS and Windows
+    assert [output.path.name for output in list_outputs(tmp_path / "cat.png", 5, 4)] == ["cat-0.png", "cat-3.png"]
+
+
+def test_a_letter_that_appears_during_the_work_is_not_replaced(tmp_path: Path) -> None:
+    def render(numbers: range) -> list[Image.Image]:
+        (tmp_path / "x-1.png").write_text("a letter")
+        return [Image.new("RGB", (2, 2)) for _ in numbers]
+
+    with pytest.raises(UsageError, match=r"x-1\.png is there already"):
+        list(write_pictures(render, tmp_path / "x.png", 3, 4))
+    assert (tmp_path / "x-1.png").read_text() == "a letter"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.png", "x-1.png"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.artifacts.bundle import MANIFEST
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.errors import BundleError, EngineError, EngineUnavailableError, RequestError, UsageError
 from qdeploy.base.files import hash_file
 from qdeploy.base.progress import ignore_progress

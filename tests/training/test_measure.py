@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdeploy.artifacts.bundle import TEXT_TO_IMAGE, UNCONDITIONAL
+from qdeploy.artifacts.manifest import TEXT_TO_IMAGE, UNCONDITIONAL
 from qdeploy.base.errors import UsageError
 from qdeploy.evaluate.extractors.rgb8 import Rgb8
 from qdeploy.models.source import load_model

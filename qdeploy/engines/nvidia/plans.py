@@ -13,8 +13,8 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from qdeploy.artifacts.bundle import MANIFEST
 from qdeploy.artifacts.bundle_files import FileEntry
+from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.documents import read_json_as
 from qdeploy.base.errors import EngineError
 from qdeploy.base.files import hash_file, stage_file

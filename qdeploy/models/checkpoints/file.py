@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError
-from qdeploy.models.weight_files import check_safetensors
+from qdeploy.models.weight_files import MAX_TENSORS, check_safetensors
 
 SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")  # usual ones; a file is read by its content
 REMEDY = "get the original file again, or save its weights as .safetensors"
 MAX_FILE_BYTES = 64 * 2**30
 MAX_PICKLE_BYTES = 64 * 2**20  # the tree of names and shapes; Stable Diffusion's with EMA and optimizer has 2 MiB
 MAX_OPCODES = 2_000_000  # Stable Diffusion's file with EMA and optimizer has 400,000
-MAX_TENSORS = 100_000
 ZIP_MAGIC = b"PK\x03\x04"  # how torch.load tells its two formats apart
 PICKLE_MAGIC = b"\x80"  # of protocol 2 and later
 LEGACY_PICKLES = 5  # before torch 1.6: magic number, protocol, system, the object, storage keys
@@ -34,7 +33,7 @@ LEGACY_PICKLES = 5  # before torch 1.6: magic number, protocol, system, the obje
 PLAIN = re.compile(  # what tensors and containers are made of; torch's own, narrower list has the last word
     r"torch\.\w+|torch\.(cuda|storage)\.\w+|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2"
     r"|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout|collections\.(OrderedDict|Counter)"
-    r"|_codecs\.encode|builtins\.(bytearray|set|complex)"
+    r"|_codecs\.encode|builtins\.(set|complex)"  # no bytearray, which takes a size and no content
 )
 INERT_PACKAGES = (
     "pytorch_lightning.",
