@@ -17,7 +17,7 @@ import stat
 import tomllib
 from datetime import date, time
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -116,16 +116,25 @@ def parse_toml(
 def read_bytes(path: Path, *, error: type[QdeployError], remedy: str = "", max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file of at most ``max_bytes``; ``error`` for a device, pipe, folder or larger file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ValueError("it is no regular file")
+        with _open_regular(path) as file:
             data = file.read(max_bytes + 1)
         _check_size(len(data), max_bytes)
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise error(_join(f"{path} cannot be read ({reason})", remedy)) from exc
     return data
+
+
+def _open_regular(path: Path) -> IO[bytes]:
+    """The file, opened without waiting for a pipe's other end; ValueError for anything but a regular file."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def read_json_as(path: Path, schema: type[T], *, error: type[QdeployError], remedy: str = "", **limits: Any) -> T:

@@ -140,8 +140,15 @@ def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
     path = {"device": Path("/dev/zero"), "folder": tmp_path}.get(kind, tmp_path / "x")
     if kind == "pipe":
         os.mkfifo(path)
+    before = count_descriptors()
     with pytest.raises(BundleError, match="cannot be read"):
         read_bytes(path, error=BundleError)
+    assert count_descriptors() == before
+
+
+def count_descriptors() -> int:
+    """Files that this process has open, where the system says."""
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
 @pytest.mark.parametrize(
