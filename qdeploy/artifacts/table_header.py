@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from qdeploy.artifacts.decibels import Decibels
-from qdeploy.artifacts.table_layers import Affine, AttentionQuant, FloatLayer
-from qdeploy.base.documents import Count, Natural, Positive, ShortText, parse_json
+from qdeploy.artifacts.table_layers import Affine, AttentionQuant, FloatLayer, Scale
+from qdeploy.base.documents import Count, Natural, ShortText, parse_json
 from qdeploy.base.errors import TableError
 
 SCHEMA_VERSION = 2
@@ -28,7 +28,7 @@ class LayerHeader:
     output: Affine | None
     arrays: tuple[Literal["input_ratio", "output_ratio", "output_zero_point", "bias"], ...]
     passes: Annotated[int, Meta(ge=1, le=2)]
-    symmetric_scale: Positive | None
+    symmetric_scale: Scale | None
     macs: Natural
     first_token_float: bool = False
     half_weight: bool = False

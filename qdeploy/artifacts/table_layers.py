@@ -13,6 +13,8 @@ from qdeploy.base.documents import Natural, Positive, ShortText
 from qdeploy.base.errors import TableError
 
 OPTIONAL_ARRAYS = ("input_ratio", "output_ratio", "output_zero_point", "bias")
+SCALE_RANGE = (float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max))  # as engines compute
+Scale = Annotated[float, Meta(ge=SCALE_RANGE[0], le=SCALE_RANGE[1])]
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Affine:
     bits: Annotated[int, Meta(ge=2, le=16)] = 8
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.scale) and self.scale > 0):
-            raise TableError(f"activation scale must be finite and positive, got {self.scale}")
+        if not SCALE_RANGE[0] <= self.scale <= SCALE_RANGE[1]:
+            raise TableError(f"activation scale must be a finite float32 above 0, got {self.scale}")
         if not 0 <= self.zero_point < 2**self.bits:
             raise TableError(f"activation zero point must lie in 0..{2**self.bits - 1}, got {self.zero_point}")
 

@@ -102,7 +102,7 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
         load_table(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e308, 1e-46])
 def test_an_impossible_scale_is_refused(scale: float) -> None:
     with pytest.raises(TableError):
         Affine(scale, 0)

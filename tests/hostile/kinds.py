@@ -53,7 +53,7 @@ MANIFEST_RULES = Rules(
 )  # fmt: skip
 TABLE_RULES = Rules(
     open_keys=frozenset({"provenance"}),
-    ranges={"weight_bits": (2, 8), "shape": (1, 2**31), "zero_point": (0, 255), "scale": (1e-300, 1e300),
+    ranges={"weight_bits": (2, 8), "shape": (1, 2**31), "zero_point": (0, 255), "scale": (1.5e-45, 3.4e38),
             "macs": (0, 2**53), "passes": (1, 2)},
 )  # fmt: skip
 TOKENIZER_RULES = Rules(free_keys=frozenset({"vocab", "special_tokens"}))
