@@ -120,10 +120,17 @@ def check_text_config(path: Path, config: Mapping[str, Any]) -> None:
             "which tokens are padding, which is not fed; use a model that has false there"
         )
     check_sizes(path, config)
+    if isinstance(config.get("text_config"), Mapping):  # of a whole CLIP, of which the text encoder is read
+        check_sizes(path, config["text_config"])
 
 
 def check_sizes(path: Path, config: Mapping[str, Any]) -> None:
-    """ModelError for the first field that is no size, or a list of them."""
+    """ModelError for a quantized module, and for the first field that is no size, or a list of them."""
+    if config.get("quantization_config") is not None:
+        raise ModelError(
+            f"{path} `quantization_config`: got {reprlib.repr(config['quantization_config'])}: the weights are "
+            "quantized, which is not read; give the model that they were made from"
+        )
     for name, largest in SIZES.items():
         if config.get(name) is not None and not _is_size(config[name], largest, MAX_LEVELS):
             raise ModelError(

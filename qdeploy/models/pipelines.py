@@ -195,14 +195,22 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
 
     logging.disable_progress_bar()  # loading shows one of its own on every call
     library: Any = transformers if hasattr(transformers, spec.encoder) else latent_diffusion
-    module, info = getattr(library, spec.encoder).from_pretrained(
-        folder,
-        variant=choose_variant(folder, "model"),
-        use_safetensors=True,
-        local_files_only=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
+    try:
+        module, info = getattr(library, spec.encoder).from_pretrained(
+            folder,
+            variant=choose_variant(folder, "model"),
+            use_safetensors=True,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except RuntimeError as exc:
+        if "ignore_mismatched_sizes" not in str(exc):
+            raise
+        raise ModelError(
+            f"the weights in {folder} have other shapes than config.json says; the report above names them. Get the "
+            "config.json that was saved with them"
+        ) from exc
     layers = getattr(module.config, "num_hidden_layers", None)
     check_complete(folder, info, lambda name: is_unused_text_weight(name, layers))
     return module

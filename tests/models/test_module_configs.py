@@ -106,6 +106,9 @@ def test_a_sample_size_that_is_missing_or_a_pair(folder: Path) -> None:
         ("unet", {"down_block_types": []}, "`down_block_types`"),
         ("text_encoder", {"vocab_size": 10**12}, "`vocab_size`"),
         ("text_encoder", {"use_attention_mask": True}, "`use_attention_mask`"),
+        ("text_encoder", {"text_config": {"vocab_size": 10**12}}, "`vocab_size`"),
+        ("text_encoder", {"quantization_config": {"bits": 4}}, "`quantization_config`: got {'bits': 4}"),
+        ("unet", {"quantization_config": {"load_in_8bit": True}}, "`quantization_config`"),
     ],
 )
 def test_settings_that_are_refused_by_name(folder: Path, file: str, settings: dict[str, Any], words: str) -> None:
@@ -205,6 +208,13 @@ def test_a_weight_that_is_no_number_is_found_on_load(folder: Path, part: str, fi
     tensors[name].view(-1)[-1] = value
     save_file(tensors, folder / part / file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"weight `.*` holds NaN or infinity"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("settings", [{"max_position_embeddings": 8}, {"vocab_size": 700}, {"intermediate_size": 32}])
+def test_a_text_encoders_config_of_other_sizes(folder: Path, settings: dict[str, int]) -> None:
+    edit_json(folder / "text_encoder" / "config.json", lambda config: config.update(settings))
+    with pytest.raises(ModelError, match=r"text_encoder have other shapes than config\.json says"):
         load_model(str(folder))
 
 
