@@ -23,7 +23,14 @@ from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.targets.base import Target, load_target
 from tests.shared_artifacts import BUILDS, Artifacts, build_once, hash_sources, remove_stale
-from tests.tiny import write_tiny_inpainting, write_tiny_ldm_text, write_tiny_model, write_tiny_unconditional
+from tests.tiny import (
+    write_tiny_inpainting,
+    write_tiny_ldm_text,
+    write_tiny_model,
+    write_tiny_sd2,
+    write_tiny_sdxl,
+    write_tiny_unconditional,
+)
 
 PROMPTS = ["a cat", "a red house", "rocket"]
 CACHE, KEY = "QDEPLOY_TEST_CACHE", "QDEPLOY_TEST_KEY"  # the second goes from a run to its workers
@@ -108,6 +115,16 @@ def unconditional_folder(out: Path) -> None:
 @build_once("model", traces=False)
 def ldm_text_folder(out: Path) -> None:
     write_tiny_ldm_text(out)
+
+
+@build_once("model", traces=False)
+def sd2_folder(out: Path) -> None:
+    write_tiny_sd2(out)
+
+
+@build_once("model", traces=False)
+def sdxl_folder(out: Path) -> None:
+    write_tiny_sdxl(out)
 
 
 @build_once("model", traces=False)

@@ -97,6 +97,62 @@ def write_tiny_model(folder: Path, pipeline: str = "StableDiffusionPipeline", un
     return folder
 
 
+def write_tiny_sd2(folder: Path) -> Path:
+    """Write a folder like :func:`write_tiny_model`'s in the form of Stable Diffusion 2.1's.
+
+    Linear projections, heads of one width, a text encoder with GELU that ends at its last layer but one, "!" as the
+    padding token, and v-prediction.
+    """
+    import torch
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    write_tiny_model(folder)
+    torch.manual_seed(3)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text = TEXT | dict(hidden_act="gelu", num_hidden_layers=3, projection_dim=16, vocab_size=len(tokenizer))
+    CLIPTextModel(CLIPTextConfig(**text, bos_token_id=0, eos_token_id=1)).save_pretrained(folder / "text_encoder")
+    heads = dict(use_linear_projection=True, attention_head_dim=(2, 4), upcast_attention=True)
+    UNet2DConditionModel(**UNET | heads).save_pretrained(folder / "unet")
+    scheduler = {key: value for key, value in SCHEDULER.items() if key not in ("_class_name", "skip_prk_steps")}
+    DDIMScheduler(**scheduler, prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    return folder
+
+
+def write_tiny_sdxl(
+    folder: Path, pipeline: str = "StableDiffusionXLPipeline", unet_channels: int = 4, **index: bool
+) -> Path:
+    """Write a Stable Diffusion XL folder (seeded): two text encoders, the second one's pooled text, sizes, Euler.
+
+    The second tokenizer pads with "!", the UNet has other depths of transformers at each level, and the VAE's
+    activations leave fp16 (`force_upcast`). ``index``: more settings of ``model_index.json``.
+    """
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    write_tiny_model(folder, pipeline)
+    torch.manual_seed(7)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+    common = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, num_hidden_layers=3)
+    first = CLIPTextConfig(**TEXT | common)
+    second = CLIPTextConfig(**TEXT | common | dict(hidden_size=48, projection_dim=24, hidden_act="gelu"))
+    CLIPTextModel(first).save_pretrained(folder / "text_encoder")
+    CLIPTextModelWithProjection(second).save_pretrained(folder / "text_encoder_2")
+    UNet2DConditionModel(
+        **UNET | dict(in_channels=unet_channels, cross_attention_dim=80, attention_head_dim=(2, 4)),
+        use_linear_projection=True, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    AutoencoderKL(**VAE, scaling_factor=0.13025, force_upcast=True).save_pretrained(folder / "vae")
+    scheduler = {key: SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+    EulerDiscreteScheduler(**scheduler, timestep_spacing="leading").save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | index))
+    return folder
+
+
 def write_tiny_unconditional(folder: Path) -> Path:
     """Write an LDMPipeline folder with a VQ first stage (seeded, about 200 k parameters) and return it."""
     import torch

@@ -22,6 +22,7 @@ class ComponentKind:
     in_loop: called at every step of the denoising loop, with both guidance halves where the model reads text.
     on_demand: only image-to-image and inpainting need it: exported in float if asked for, opened when first used.
     row_cost: memory of a row in calibration, compared with a UNet's.
+    more_inputs, more_outputs: those that only some models have.
     """
 
     name: str
@@ -31,6 +32,8 @@ class ComponentKind:
     in_loop: bool = False
     on_demand: bool = False
     row_cost: int = 1
+    more_inputs: tuple[str, ...] = ()
+    more_outputs: tuple[str, ...] = ()
 
     @property
     def input(self) -> str:
@@ -38,9 +41,17 @@ class ComponentKind:
         return self.inputs[0]
 
 
-TEXT_ENCODER = ComponentKind("text_encoder", ("input_ids",), "hidden", for_text=True)
-UNET = ComponentKind("unet", ("sample", "timestep", "encoder_hidden_states"), "noise_pred", in_loop=True)
-GUIDANCE_INPUT = "timestep_cond"  # a further input of a UNet that reads the guidance scale
+# A UNet may read the guidance scale; Stable Diffusion XL's reads sizes, and pooled text that a text encoder puts out.
+GUIDANCE_INPUT, POOLED_INPUT, SIZES_INPUT = "timestep_cond", "text_embeds", "time_ids"
+POOLED_OUTPUT = "pooled"
+SIZES = 6  # numbers in `time_ids`: height and width of the original, top and left of the crop, height and width wanted
+
+TEXT_ENCODER = ComponentKind("text_encoder", ("input_ids",), "hidden", for_text=True, more_outputs=(POOLED_OUTPUT,))
+UNET = ComponentKind(
+    "unet", ("sample", "timestep", "encoder_hidden_states"), "noise_pred", in_loop=True,
+    more_inputs=(GUIDANCE_INPUT, POOLED_INPUT, SIZES_INPUT),
+)  # fmt: skip
+CONTEXT_INPUT = UNET.inputs[2]
 VAE_DECODER = ComponentKind("vae_decoder", ("latents",), "image", row_cost=2)
 VAE_ENCODER = ComponentKind("vae_encoder", ("image",), "latents", on_demand=True)
 

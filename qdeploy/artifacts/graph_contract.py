@@ -31,8 +31,17 @@ OUTPUTS: Mapping[str, Pattern] = {
     "vae_decoder": {"image": ("float32", ("batch", 3, "H", "W"))},
     "vae_encoder": {"latents": ("float32", ("batch", "C", "h", "w"))},
 }
-# The embedding of the guidance scale, which a UNet that was distilled with guidance reads.
-OPTIONAL_INPUTS: Mapping[str, Pattern] = {"unet": {"timestep_cond": ("float32", ("batch", "G"))}}
+# The embedding of the guidance scale, which a UNet that was distilled with guidance reads; and Stable Diffusion XL's
+# pooled text and sizes, the first of which a text encoder puts out.
+OPTIONAL_INPUTS: Mapping[str, Pattern] = {
+    "unet": {
+        "timestep_cond": ("float32", ("batch", "G")),
+        "text_embeds": ("float32", ("batch", "P")),
+        "time_ids": ("float32", ("batch", 6)),
+    }
+}
+OPTIONAL_OUTPUTS: Mapping[str, Pattern] = {"text_encoder": {"pooled": ("float32", ("batch", "P"))}}
+TOGETHER = {"text_embeds", "time_ids"}
 MAY_BE_OPEN = {"batch", "h", "w", "H", "W"}
 TEXT_INPUT = "encoder_hidden_states"
 
@@ -45,6 +54,7 @@ def find_mismatches(
     signatures: component -> its inputs and outputs. sizes: of the symbols C, h, w, H, W and, with text, T.
     """
     shared, text_width = dict(sizes), 0
+    yield from _find_pooled_mismatches(signatures)
     for name in sorted(signatures, key=lambda name: list(INPUTS).index(get_kind(name).name)):
         kind_name, for_text = get_kind(name).name, get_kind(name).for_text
         known = {symbol: size for symbol, size in shared.items() if symbol != "batch"}
@@ -52,9 +62,8 @@ def find_mismatches(
             known.pop("D", None)  # each has its own; the UNet reads all of them, one after another
         for pattern, signature, kind in zip((INPUTS, OUTPUTS), signatures[name], ("input", "output"), strict=True):
             expected = dict(pattern[kind_name])
-            if kind == "input":
-                optional = OPTIONAL_INPUTS.get(kind_name, {})
-                expected |= {key: value for key, value in optional.items() if key in signature}
+            optional = (OPTIONAL_INPUTS if kind == "input" else OPTIONAL_OUTPUTS).get(kind_name, {})
+            expected |= {key: value for key, value in optional.items() if key in signature}
             if not reads_text:
                 expected.pop(TEXT_INPUT, None)
             if set(signature) != set(expected):
@@ -70,6 +79,17 @@ def find_mismatches(
             text_width += known.get("D", 0)
             known["D"] = text_width
         shared = known
+
+
+def _find_pooled_mismatches(signatures: Mapping[str, tuple[Signature, Signature]]) -> Iterator[str]:
+    """A UNet reads pooled text and sizes, or neither; one text encoder gives that text where it is read."""
+    givers = [name for name, (_, outputs) in signatures.items() if "pooled" in outputs]
+    for name, (inputs, _) in signatures.items():
+        read = TOGETHER & set(inputs)
+        if read and read != TOGETHER:
+            yield f"{name} has the input {read.pop()}, expected {' and '.join(sorted(TOGETHER))} together"
+        if read and len(givers) != 1:
+            yield f"{name} reads text_embeds and {', '.join(givers) or 'no text encoder'} gives them, expected one"
 
 
 def _fits(

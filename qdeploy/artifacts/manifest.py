@@ -111,6 +111,12 @@ class LatentInfo:
         """One picture's latents: (C, h, w)."""
         return self.channels, self.height, self.width
 
+    @property
+    def default_sizes(self) -> tuple[float, ...]:
+        """Stable Diffusion XL's `time_ids` of an uncut picture: height, width, top 0, left 0, height, width."""
+        size = (float(self.image_height), float(self.image_width))
+        return (*size, 0.0, 0.0, *size)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -123,6 +129,7 @@ class Manifest:
     components: Mapping[str, ComponentInfo]
     latents: LatentInfo
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    zero_negative: bool = False  # an empty negative prompt is embedded as zeros, as Stable Diffusion XL was trained
 
     @property
     def largest_weight_codes(self) -> list[int | None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qdeploy.artifacts.components import UNET, choose_graph_batch
+from qdeploy.artifacts.components import GUIDANCE_INPUT, UNET, choose_graph_batch
 from qdeploy.bench.results import DECODE, PICTURE, STEP, TEXT_ENCODER
 from qdeploy.bench.settings import BenchSettings
 from qdeploy.runtime.pipeline import Pipeline
@@ -40,7 +40,8 @@ def build_call(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call 
         return rng.standard_normal(shape, np.float32)
 
     x = draw_input("sample")
-    context = draw_input("encoder_hidden_states") if "encoder_hidden_states" in inputs else None
+    own = (*UNET.inputs[:2], GUIDANCE_INPUT)  # the second and third are made by `predict`
+    context = {name: draw_input(name) for name in inputs if name not in own}
     return lambda: pipeline.predict(x, TIMESTEP, context)
 
 

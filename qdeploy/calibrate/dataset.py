@@ -13,6 +13,9 @@ from torch import Tensor
 
 from qdeploy.artifacts.components import (
     MAX_PER_KIND,
+    POOLED_INPUT,
+    SIZES,
+    SIZES_INPUT,
     TEXT_ENCODER,
     UNET,
     VAE_DECODER,
@@ -44,6 +47,8 @@ class CalibrationSet:
     timestep: ``int64[N]``, the t that belongs to each x_t.
     prompt: ``int64[N]``, row of ``contexts`` for the conditional half.
     contexts: ``float16[P, T, D]``, text embeddings; row 0 is the empty prompt, the unconditional half.
+    pooled: ``float16[P, E]``, pooled text embeddings of the same prompts, for a UNet that reads them.
+    sizes: ``float32[N, 6]``, the sizes (`time_ids`) that such a UNet was given with each sample.
     input_ids: ``int64[P, T]`` for each text encoder, by its name: the tokens of ``contexts``.
     latents: ``float16[M, C, h, w]``, final latents, divided by the scaling factor: the decoder's input.
 
@@ -58,6 +63,8 @@ class CalibrationSet:
     contexts: Tensor | None = None
     input_ids: Mapping[str, Tensor] = field(default_factory=dict)
     latents: Tensor | None = None
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, component: str, size: int) -> Iterator[dict[str, Tensor]]:
@@ -94,9 +101,13 @@ class CalibrationSet:
         x = self.sample[rows].float()
         if self.contexts is None or self.prompt is None:
             return dict(zip(UNET.inputs, (x, t), strict=False))
-        cond = self.contexts[self.prompt[rows]].float()
-        uncond = self.contexts[:1].float().expand_as(cond)
-        return dict(zip(UNET.inputs, (torch.cat([x, x]), t, torch.cat([uncond, cond])), strict=True))
+        texts = self.prompt[rows]
+        values = (torch.cat([x, x]), t, _pair_with_first(self.contexts, texts))
+        feeds = dict(zip(UNET.inputs, values, strict=True))
+        if self.pooled is not None and self.sizes is not None:
+            feeds[POOLED_INPUT] = _pair_with_first(self.pooled, texts)
+            feeds[SIZES_INPUT] = torch.cat([self.sizes[rows]] * 2)
+        return feeds
 
 
 def choose_batch_size(calibration: CalibrationSet, component: str) -> int:
@@ -123,6 +134,7 @@ def sample_feeds(calibration: CalibrationSet, component: str, samples: int) -> I
         sample=calibration.sample[::stride],
         timestep=calibration.timestep[::stride],
         prompt=None if calibration.prompt is None else calibration.prompt[::stride],
+        sizes=None if calibration.sizes is None else calibration.sizes[::stride],
     )
     yield from thinned_set.batches(component, choose_batch_size(calibration, component))
 
@@ -133,6 +145,8 @@ OPTIONAL = {
     "prompt": (torch.int64, 1),
     "contexts": (torch.float16, 3),
     "latents": (torch.float16, 4),
+    "pooled": (torch.float16, 2),
+    "sizes": (torch.float32, 2),
 }
 INPUT_IDS = (torch.int64, 2)  # of each text encoder: `input_ids`, `input_ids_2`
 
@@ -193,11 +207,15 @@ def _parse_header(text: str, path: Path) -> CalibrationHeader:
 
 
 def check_shapes(
-    calibration: CalibrationSet, latent_shape: tuple[int, int, int], context_shape: tuple[int, int] | None
+    calibration: CalibrationSet,
+    latent_shape: tuple[int, int, int],
+    context_shape: tuple[int, int] | None,
+    pooled_width: int | None = None,
 ) -> None:
     """CalibrationError unless the set has the model's shapes and is finite.
 
-    ``latent_shape`` is (C, h, w); ``context_shape`` (T, D) of the text embeddings, None without text.
+    ``latent_shape`` is (C, h, w); ``context_shape`` (T, D) of the text embeddings, None without text; ``pooled_width``
+    of the pooled ones, None where the UNet reads none.
     """
     shapes = (tuple(calibration.sample.shape[1:]), _get_context_shape(calibration))
     if shapes != (latent_shape, context_shape):
@@ -210,7 +228,13 @@ def check_shapes(
             f"calibration set holds decoder latents {list(calibration.latents.shape[1:])}, the model has "
             f"{list(latent_shape)}; calibrate this model"
         )
-    for name in ("sample", "contexts", "latents"):
+    width = None if calibration.pooled is None else calibration.pooled.shape[1]
+    if width != pooled_width:
+        raise CalibrationError(
+            f"calibration set holds pooled text of {width or 'no'} channels, the model reads {pooled_width or 'none'}; "
+            "calibrate this model"
+        )
+    for name in ("sample", "contexts", "latents", "pooled", "sizes"):
         tensor = getattr(calibration, name)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise CalibrationError(f"calibration set holds NaN or infinity in {name!r}; calibrate again")
@@ -251,6 +275,12 @@ def _name_ids(text_encoder: str) -> str:
     return TEXT_ENCODER.input + text_encoder.removeprefix(TEXT_ENCODER.name)
 
 
+def _pair_with_first(table: Tensor, rows: Tensor) -> Tensor:
+    """``float32[2 B, ...]``: row 0 for each of ``rows int64[B]``, then the rows themselves."""
+    chosen = table[rows].float()
+    return torch.cat([table[:1].float().expand_as(chosen), chosen])
+
+
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
@@ -285,6 +315,7 @@ def _check_tensors(calibration: CalibrationSet) -> None:
     for encoder, ids in calibration.input_ids.items():
         if ids.numel() and ids.min() < 0:
             raise ValueError(f"`{_name_ids(encoder)}` holds {int(ids.min())}, expected tokens from 0 up")
+    _check_added(calibration)
     if contexts is None or prompt is None:
         if contexts is not None or prompt is not None or calibration.input_ids:
             raise ValueError("`prompt`, `contexts` and `input_ids` go together")
@@ -294,3 +325,17 @@ def _check_tensors(calibration: CalibrationSet) -> None:
     for ids in calibration.input_ids.values():
         if len(ids) != len(contexts):
             raise ValueError(f"{len(ids)} rows of tokens but {len(contexts)} contexts")
+
+
+def _check_added(calibration: CalibrationSet) -> None:
+    """ValueError unless pooled text and sizes are both there, or neither, one for each context and sample."""
+    pooled, sizes, contexts = calibration.pooled, calibration.sizes, calibration.contexts
+    if pooled is None and sizes is None:
+        return
+    if pooled is None or sizes is None or contexts is None:
+        raise ValueError("`pooled` and `sizes` go together, with `contexts`")
+    if len(pooled) != len(contexts) or tuple(sizes.shape) != (len(calibration.sample), SIZES):
+        raise ValueError(
+            f"`pooled` has {len(pooled)} rows for {len(contexts)} contexts, and `sizes` is {list(sizes.shape)} for "
+            f"{len(calibration.sample)} samples of {SIZES} numbers"
+        )

@@ -50,7 +50,7 @@ def quantize_model(
     Components that the set holds no inputs for stay in float. ``work`` is a folder where reconstruction
     keeps what it has finished, so that an interrupted run resumes from there with the same result.
     """
-    check_shapes(calibration, model.latents.shape, model.context_shape)
+    check_shapes(calibration, model.latents.shape, model.context_shape, model.pooled_width)
     check_model(calibration, model.sha256)
     check_numbers(calibration, int(model.scheduler_config.get("num_train_timesteps", 1000)), model.vocabularies)
     names = [name for name in model.components if get_kind(name).name in spec.components and calibration.count(name)]

@@ -15,7 +15,15 @@ from qdeploy.base.names import matches_name
 # fraction of a percent of the MACs (Q-Diffusion, section 4.1); a decoder's 1x1 shortcuts because the
 # transposes around their integer product cost more than it saves. Matched as the last dotted names of a module path.
 KEEP_FLOAT = {
-    UNET.name: ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "time_emb_proj"),
+    UNET.name: (
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+        "add_embedding.linear_1",  # of Stable Diffusion XL's pooled text and sizes, added to that of the timestep
+        "add_embedding.linear_2",
+        "time_emb_proj",
+    ),
     VAE_DECODER.name: ("post_quant_conv", "conv_in", "conv_out", "conv_shortcut"),
     TEXT_ENCODER.name: (),
 }  # by the component's kind

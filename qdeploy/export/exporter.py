@@ -29,7 +29,7 @@ from qdeploy.export.audit import audit_file, audit_graph
 from qdeploy.export.fp16_range import check_fp16_range
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC, OpenDims
-from qdeploy.export.parity import ExpectedOutputs, choose_least_sqnr, compute_expected, measure_parity
+from qdeploy.export.parity import ExpectedOutputs, choose_least_sqnr, compute_expected, measure_parities
 from qdeploy.export.plans import check_buildable, check_profile, grid_from_model
 from qdeploy.export.release import release_memory
 from qdeploy.export.runtime_files import build_runtime_files, check_opens, write_runtime_files
@@ -101,6 +101,7 @@ def export_bundle(
             components=infos,
             latents=replace(model.latents, side_multiple=model.size_multiple(UNET.name) if open_dims.size else 0),
             provenance=build_provenance(model, table),
+            zero_negative=model.zero_negative,
         )
         write_manifest(folder, manifest)
         check_opens(folder, out)
@@ -129,6 +130,7 @@ def export_component(
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
     component = float_component
+    target = target.in_float32() if float_component.stays_float32 else target
     quant = None if quant is None else restrict_to_numerics(quant, target.numerics)
     if quant is not None and not (quant.layers or quant.attention):
         quant = None  # all of it was given back to float (--float-macs, --keep-float)
@@ -198,7 +200,7 @@ def check_parity(
 
     least_db: of the simulator against the float model; None for a float graph.
 
-    Every one of ``expected``, of a shape each, must pass; the manifest records the first one.
+    Every one of ``expected``, of a shape each, must pass with each output; the manifest records the first one's first.
     """
     stand_in = None if info.parity_engine is None else target.stand_in
     options = EngineOptions(
@@ -206,7 +208,7 @@ def check_parity(
     )
     session = load_engine(info.parity_engine or target.engine).open_session(path, options)
     try:
-        parities = [measure_parity(outputs, session) for outputs in expected]
+        parities = [parity for outputs in expected for parity in measure_parities(outputs, session)]
     finally:
         session.close()
     name = path.parent.name

@@ -6,14 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import nn
-
 from qdeploy.base.errors import ParityError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.engines.base import Session
-from qdeploy.simulate.compare import Probes, compute_outputs
+from qdeploy.models.components import TorchComponent
+from qdeploy.simulate.compare import Outputs, Probes, compute_outputs, join_calls
 from qdeploy.targets.base import ParityLimits
 
 # The absolute side. An output of zeros is at 0 dB, an unrelated one of the same power at -3: below the floor the error
@@ -77,11 +74,11 @@ class ExpectedOutputs:
     """Outputs of the float model and the simulator for some probes, so that neither is in memory with the engine."""
 
     probes: Probes
-    reference: Sequence[NDArray[np.float32]]
-    simulator: Sequence[NDArray[np.float32]]
+    reference: Sequence[Outputs]
+    simulator: Sequence[Outputs]
 
 
-def compute_expected(float_component: nn.Module, simulator: nn.Module, probes: Probes) -> ExpectedOutputs:
+def compute_expected(float_component: TorchComponent, simulator: TorchComponent, probes: Probes) -> ExpectedOutputs:
     """Run both on the probes, until there are enough output values; ``simulator`` may be ``float_component``."""
     reference = compute_outputs(float_component, probes)
     used = probes[: len(reference)]
@@ -90,10 +87,11 @@ def compute_expected(float_component: nn.Module, simulator: nn.Module, probes: P
     )
 
 
-def measure_parity(expected: ExpectedOutputs, session: Session) -> Parity:
-    """Run the engine on the same probes."""
-    engine = [next(iter(session.run(feeds).values())) for feeds in expected.probes]
-    reference, simulator, engine_output = (
-        np.concatenate(outputs) for outputs in (expected.reference, expected.simulator, engine)
-    )
-    return Parity(sqnr_db(simulator, engine_output), sqnr_db(reference, simulator), sqnr_db(reference, engine_output))
+def measure_parities(expected: ExpectedOutputs, session: Session) -> list[Parity]:
+    """Run the engine on the same probes; one figure for each of the component's outputs, in their order."""
+    engine = [tuple(session.run(feeds).values()) for feeds in expected.probes]
+    joined = zip(*map(join_calls, (expected.reference, expected.simulator, engine)), strict=True)
+    return [
+        Parity(sqnr_db(simulator, output), sqnr_db(reference, simulator), sqnr_db(reference, output))
+        for reference, simulator, output in joined
+    ]

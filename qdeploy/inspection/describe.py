@@ -131,6 +131,11 @@ def describe_calibration(path: Path) -> FactRows:
             f"{len(calibration.timestep.unique())} from {calibration.timestep.min()} to {calibration.timestep.max()}",
         ),
         ("text encoder inputs", str(calibration.count(TEXT_ENCODER.name))),
+        *(
+            []
+            if calibration.pooled is None
+            else [("pooled text", f"{calibration.pooled.shape[1]} channels, and sizes")]
+        ),
         ("decoder latents", str(calibration.count(VAE_DECODER.name))),
     ]
 

@@ -1,4 +1,7 @@
-"""The components of a model in torch, one class a kind: signature, example inputs, size multiple."""
+"""The components of a model in torch, one class a kind: signature, example inputs, size multiple.
+
+Text encoders are in ``text_encoders.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.components import GUIDANCE_INPUT, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.components import (
+    GUIDANCE_INPUT,
+    POOLED_INPUT,
+    SIZES,
+    SIZES_INPUT,
+    UNET,
+    VAE_DECODER,
+    VAE_ENCODER,
+)
 from qdeploy.artifacts.manifest import LatentInfo
-from qdeploy.models.tokenizing import PromptTokenizer
 
 ForwardHook = Callable[..., None]  # (module, args, output)
 
@@ -22,6 +32,7 @@ class TorchComponent(nn.Module):
     outputs: tuple[str, ...]
     inner: nn.Module
     remark = ""  # on what it holds besides its own weights
+    stays_float32 = False  # on a target in fp16, whose range its activations leave
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -34,40 +45,6 @@ class TorchComponent(nn.Module):
     def size_multiple(self, latents: LatentInfo) -> int:
         """What the height and width of the input must be multiples of, in latents or pixels."""
         return 1
-
-
-class TextEncoder(TorchComponent):
-    """``input_ids int64[B, T]`` -> ``hidden float32[B, T, D]``; with the tokenizer whose ids it reads."""
-
-    outputs = (TEXT_ENCODER.output,)
-
-    def __init__(self, inner: nn.Module, tokenizer: PromptTokenizer) -> None:
-        super().__init__(inner)
-        self.tokenizer = tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of its embedding: tokens are below it."""
-        modules = self.inner.modules()  # of several embeddings that of tokens is the first
-        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), 0)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """``int64[B, T]`` -> ``float32[B, T, D]``."""
-        embeddings: Tensor = self.inner(input_ids).last_hidden_state
-        return embeddings
-
-    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
-        """Token codes of empty prompts, ``int64[B, T]``."""
-        return {TEXT_ENCODER.input: self.tokenizer([""] * batch)}
-
-
-class BertTextEncoder(TextEncoder):
-    """The same for ``LDMBertEncoder``, the text encoder of CompVis' text-to-image latent diffusion."""
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """``int64[B, T]`` -> ``float32[B, T, D]``."""
-        embeddings: Tensor = self.inner(input_ids, return_dict=False)[0]
-        return embeddings
 
 
 class NoisePredictor(TorchComponent):
@@ -91,11 +68,26 @@ class NoisePredictor(TorchComponent):
 
 
 class UNet(NoisePredictor):
-    """``sample float32[B, C, h, w], timestep int64[], encoder_hidden_states float32[B, T, D]`` -> ``noise_pred``."""
+    """``sample float32[B, C, h, w], timestep int64[], encoder_hidden_states float32[B, T, D]`` -> ``noise_pred``.
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """``float32[B, C, h, w]``, ``int64[]``, ``float32[B, T, D]`` -> ``float32[B, C, h, w]``."""
-        noise_pred: Tensor = self.inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    Where its config asks for them it also reads ``timestep_cond float32[B, G]``, the embedding of the guidance scale
+    that it was distilled with; and ``text_embeds float32[B, P]`` and ``time_ids float32[B, 6]``, Stable Diffusion XL's
+    pooled text and sizes.
+    """
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The model output for ``sample`` at ``timestep``, of its shape."""
+        added = None if text_embeds is None else {POOLED_INPUT: text_embeds, SIZES_INPUT: time_ids}
+        options = {GUIDANCE_INPUT: timestep_cond, "added_cond_kwargs": added, "return_dict": False}
+        noise_pred: Tensor = self.inner(sample, timestep, encoder_hidden_states, **options)[0]
         return noise_pred
 
     @property
@@ -103,10 +95,30 @@ class UNet(NoisePredictor):
         """Channels D of the text embeddings that it reads, before a projection of its own where it has one."""
         return read_text_width(self.inner.config)
 
+    @property
+    def guidance_channels(self) -> int | None:
+        """Channels G of the guidance scale's embedding; None where it reads none."""
+        config: Any = self.inner.config
+        return None if config.time_cond_proj_dim is None else int(config.time_cond_proj_dim)
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Channels P of the pooled text embedding; None where it reads neither that nor sizes."""
+        inner: Any = self.inner
+        if inner.config.addition_embed_type is None:
+            return None
+        return int(inner.add_embedding.linear_1.in_features - SIZES * inner.config.addition_time_embed_dim)
+
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
-        """``float32[B, C, h, w]`` of unit noise at timestep 500, and text ``float32[B, T, D]``."""
+        """Unit noise at timestep 500, text, and what else it reads."""
         feeds = super().make_example(batch, latents)
-        return feeds | {UNET.inputs[2]: torch.randn(batch, latents.tokens, self.text_width)}
+        feeds[UNET.inputs[2]] = torch.randn(batch, latents.tokens, self.text_width)
+        if self.guidance_channels is not None:
+            feeds[GUIDANCE_INPUT] = torch.randn(batch, self.guidance_channels)
+        if self.pooled_width is not None:
+            feeds[POOLED_INPUT] = torch.randn(batch, self.pooled_width)
+            feeds[SIZES_INPUT] = torch.tensor(latents.default_sizes).expand(batch, -1)
+        return feeds
 
 
 def read_text_width(unet_config: Any) -> int:
@@ -114,23 +126,6 @@ def read_text_width(unet_config: Any) -> int:
     hidden, width = unet_config.encoder_hid_dim, unet_config.cross_attention_dim
     width = width if hidden is None else hidden
     return int(width[0] if isinstance(width, list | tuple) else width)
-
-
-class GuidanceUNet(UNet):
-    """The same with ``timestep_cond float32[B, G]``, the embedding of the guidance scale that it was distilled with."""
-
-    def forward(  # type: ignore[override]
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor
-    ) -> Tensor:
-        """The model output for ``sample`` at ``timestep``, of its shape."""
-        options = {"timestep_cond": timestep_cond, "return_dict": False}
-        noise_pred: Tensor = self.inner(sample, timestep, encoder_hidden_states, **options)[0]
-        return noise_pred
-
-    def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
-        """Also an embedding of the guidance scale."""
-        channels = int(self.inner.config.time_cond_proj_dim)  # type: ignore[union-attr, arg-type]
-        return super().make_example(batch, latents) | {GUIDANCE_INPUT: torch.randn(batch, channels)}
 
 
 class UnconditionalUNet(NoisePredictor):
@@ -199,6 +194,11 @@ def find_nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     pixels = latents.permute(0, 2, 3, 1)  # [B, h, w, C]
     distance = codebook.square().sum(dim=1) - pixels @ (2 * codebook.T)  # [B, h, w, K]
     return nn.functional.embedding(distance.argmin(dim=-1), codebook).permute(0, 3, 1, 2)
+
+
+def list_outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a component returned, one tensor for each of its ``outputs``."""
+    return (result,) if isinstance(result, Tensor) else result
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.components import UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.components import CONTEXT_INPUT, POOLED_INPUT, UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.artifacts.manifest import TEXT_TO_IMAGE, UNCONDITIONAL, LatentInfo
 from qdeploy.base.errors import ModelError
 from qdeploy.models.components import (
-    BertTextEncoder,
-    GuidanceUNet,
-    TextEncoder,
     TorchComponent,
     UnconditionalUNet,
     UNet,
     VaeDecoder,
     VaeEncoder,
     VqDecoder,
+    list_outputs,
     read_text_width,
 )
-from qdeploy.models.part_checks import check_finite, check_sides, check_text_width, check_vocabulary
+from qdeploy.models.part_checks import check_finite, check_pooled_width, check_sides, check_text_width, check_vocabulary
+from qdeploy.models.text_encoders import BertTextEncoder, PenultimateTextEncoder, PooledTextEncoder, TextEncoder
 from qdeploy.models.tokenizing import PromptTokenizer
 
 AnyComponent = TypeVar("AnyComponent", bound=TorchComponent)
@@ -37,6 +36,7 @@ class LatentDiffusion:
 
     text_encoders: by component name, in the order in which their embeddings are joined. An unconditional model has
         none, and an ``UnconditionalUNet``.
+    zero_negative: an empty negative prompt is embedded as zeros, as Stable Diffusion XL was trained.
     """
 
     source: str
@@ -49,6 +49,7 @@ class LatentDiffusion:
     latents: LatentInfo
     loras: tuple[str, ...] = ()  # FILE:SCALE of each one that was fused
     corrections: tuple[str, ...] = ()  # settings that are used otherwise than the files have them
+    zero_negative: bool = False
 
     @property
     def reads_text(self) -> bool:
@@ -96,7 +97,9 @@ class LatentDiffusion:
     @property
     def vae_encoder(self) -> VaeEncoder:
         """The encoder of the same VAE, always in float: run to calibrate, exported on demand."""
-        return VaeEncoder(self.vae_decoder.inner).eval()
+        encoder = VaeEncoder(self.vae_decoder.inner).eval()
+        encoder.stays_float32 = self.vae_decoder.stays_float32
+        return encoder
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``int64[B, T]`` for each text encoder; ModelError for an unconditional model."""
@@ -112,18 +115,29 @@ class LatentDiffusion:
     @property
     def guidance_channels(self) -> int | None:
         """Channels of the guidance scale's embedding that the UNet reads; None where it reads none."""
-        return getattr(self.unet.inner.config, "time_cond_proj_dim", None)
+        return self.unet.guidance_channels if isinstance(self.unet, UNet) else None
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Channels of the pooled text embedding that the UNet reads, with sizes; None where it reads neither."""
+        return self.unet.pooled_width if isinstance(self.unet, UNet) else None
 
     @property
     def is_guided(self) -> bool:
         """Whether the UNet runs with and without the text, for classifier-free guidance."""
         return self.reads_text and self.guidance_channels is None
 
-    @torch.no_grad()
     def embed(self, input_ids: Mapping[str, Tensor]) -> Tensor:
         """Text embeddings ``float32[B, T, D]`` of what :meth:`tokenize` gave: all text encoders' channels, joined."""
-        hidden = [encoder(input_ids[name]) for name, encoder in self.text_encoders.items()]
-        return torch.cat(hidden, dim=-1)
+        return self.embed_all(input_ids)[CONTEXT_INPUT]
+
+    @torch.no_grad()
+    def embed_all(self, input_ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All that the UNet reads of the text, by its inputs: also the pooled ``float32[B, P]`` where it reads that."""
+        outputs = [list_outputs(encoder(input_ids[name])) for name, encoder in self.text_encoders.items()]
+        pooled = [more[0] for _, *more in outputs if more]
+        context = {CONTEXT_INPUT: torch.cat([hidden for hidden, *_ in outputs], dim=-1)}
+        return context | ({} if self.pooled_width is None else {POOLED_INPUT: pooled[0]})
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
@@ -141,10 +155,15 @@ class LatentDiffusion:
 
 @dataclass(frozen=True)
 class TextParts:
-    """One text encoder and its tokenizer."""
+    """One text encoder and its tokenizer.
+
+    tokenizer: of transformers, with a `backend_tokenizer`.
+    penultimate: the last layer but one is read, without the final norm.
+    """
 
     encoder: nn.Module
-    tokenizer: Any  # a transformers tokenizer with a `backend_tokenizer`
+    tokenizer: Any
+    penultimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +174,8 @@ class ModelParts:
     scaling_factor: of the latents; the decoder is given latents divided by it.
     sample_size: height and width of the latents, or both in one number.
     corrections: settings that are used otherwise than the files have them.
+    zero_negative: an empty negative prompt is embedded as zeros.
+    float32_vae: the VAE stays in float32 on targets in fp16, whose range it leaves.
     """
 
     unet: nn.Module
@@ -164,6 +185,8 @@ class ModelParts:
     scaling_factor: float
     sample_size: int | tuple[int, int]
     corrections: tuple[str, ...] = ()
+    zero_negative: bool = False
+    float32_vae: bool = False
 
 
 def assemble_model(parts: ModelParts, *, source: str, folder: Path, sha256: str) -> LatentDiffusion:
@@ -184,16 +207,19 @@ def assemble_model(parts: ModelParts, *, source: str, folder: Path, sha256: str)
         scaling_factor=parts.scaling_factor,
         tokens=max((encoder.tokenizer.length for encoder in text_encoders.values()), default=0),
     )
+    vae_decoder = freeze((VqDecoder if is_vq(vae) else VaeDecoder)(vae))
+    vae_decoder.stays_float32 = parts.float32_vae
     return LatentDiffusion(
         source=source,
         folder=folder,
         sha256=sha256,
         text_encoders=text_encoders,
-        unet=freeze(choose_unet(unet, bool(text_encoders))(unet)),
-        vae_decoder=freeze((VqDecoder if is_vq(vae) else VaeDecoder)(vae)),
+        unet=freeze((UNet if text_encoders else UnconditionalUNet)(unet)),
+        vae_decoder=vae_decoder,
         scheduler_config=parts.scheduler_config,
         latents=latents,
         corrections=parts.corrections,
+        zero_negative=parts.zero_negative,
     )
 
 
@@ -217,6 +243,9 @@ def check_parts(parts: ModelParts, source: str) -> None:
     if parts.text:
         encoders = {name: text.encoder for name, text in parts.text.items()}
         check_text_width(read_text_width(config), encoders, source)
+        wrapped = {name: wrap_text_encoder(text) for name, text in parts.text.items()}
+        given = {name: text.pooled_width for name, text in wrapped.items() if isinstance(text, PooledTextEncoder)}
+        check_pooled_width(UNet(parts.unet).pooled_width, given, source)
     check_finite(parts.unet, source, "UNet")
     check_finite(parts.vae, source, "VAE")
     for name, text in parts.text.items():
@@ -236,18 +265,14 @@ def count_latent_channels(vae: Any) -> int:
     return int(vae.config.latent_channels if embedded is None else embedded)
 
 
-def choose_unet(unet: Any, reads_text: bool) -> type[UNet | UnconditionalUNet]:
-    """The component class by what the UNet reads besides x and t."""
-    if not reads_text:
-        return UnconditionalUNet
-    return UNet if unet.config.time_cond_proj_dim is None else GuidanceUNet
-
-
 def wrap_text_encoder(text: TextParts) -> TextEncoder:
     """``LDMBertModel`` without its unused output layer, a tenth of its weights; else the model as it is."""
     encoder: Any = text.encoder
     if type(encoder).__name__ == "LDMBertModel":
         return BertTextEncoder(encoder.model, wrap_tokenizer(text))
+    if text.penultimate:
+        pools = hasattr(encoder, "text_projection")
+        return (PooledTextEncoder if pools else PenultimateTextEncoder)(encoder, wrap_tokenizer(text))
     return TextEncoder(encoder, wrap_tokenizer(text))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.components import TEXT_ENCODER, UNET, get_kind
+from qdeploy.artifacts.components import UNET, get_kind
 from qdeploy.base.documents import parse_json
 from qdeploy.base.errors import ModelError, join_names
 from qdeploy.base.files import hash_file
@@ -31,8 +31,12 @@ from qdeploy.models.options import LoraFile
 from qdeploy.models.rewrites.surgery import copy_module
 from qdeploy.models.weight_files import check_safetensors
 
-PREFIXES = {UNET.name: ("unet.", ""), TEXT_ENCODER.name: ("text_encoder.", "")}
-KOHYA_PREFIXES = {UNET.name: "lora_unet_", TEXT_ENCODER.name: "lora_te_"}
+PREFIXES = {UNET.name: ("unet.", ""), "text_encoder": ("text_encoder.", ""), "text_encoder_2": ("text_encoder_2.",)}
+KOHYA_PREFIXES = {
+    UNET.name: ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),  # the second where the model has several
+    "text_encoder_2": ("lora_te2_",),
+}
 OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 OTHER_METHODS = ("hada_", "lokr_", "lora_mid", "lora_magnitude_vector", "dora_scale", "oft_", ".diff", ".bias")
 METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's LoraConfig, names prefixed by the component
@@ -276,4 +280,4 @@ def list_spellings(component: str, layer: str) -> Iterator[str]:
 def add_prefixes(component: str, name: str) -> Iterator[str]:
     """``name`` as diffusers and as kohya write it."""
     yield from (prefix + name for prefix in PREFIXES[component])
-    yield KOHYA_PREFIXES[component] + name.replace(".", "_")
+    yield from (prefix + name.replace(".", "_") for prefix in KOHYA_PREFIXES[component])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qdeploy.artifacts.components import SIZES as PICTURE_SIZES
 from qdeploy.base.errors import ModelError
 
 MAX_SIDE = 4096  # of latents; a picture of 8192 pixels has 1024
@@ -25,7 +26,7 @@ UNFED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "class_embed_type": ((None,), "class labels"),
     "num_class_embeds": ((None,), "class labels"),
     "class_embeddings_concat": ((None, False), "class labels"),
-    "addition_embed_type": ((None,), "sizes, pooled text or a picture"),
+    "addition_embed_type": ((None, "text_time"), "pooled text or a picture in another way than Stable Diffusion XL"),
     "encoder_hid_dim_type": ((None, "text_proj"), "a picture's embedding"),
     "dual_cross_attention": ((None, False), "two conditionings at once"),
     "attention_type": ((None, "default"), "boxes with their own texts (GLIGEN)"),
@@ -49,6 +50,8 @@ SIZES: Mapping[str, int] = {
     "conv_in_kernel": MAX_LEVELS,
     "conv_out_kernel": MAX_LEVELS,
     "time_embedding_dim": MAX_CHANNELS,
+    "addition_time_embed_dim": MAX_CHANNELS,
+    "projection_class_embeddings_input_dim": MAX_CHANNELS,
     "vocab_size": MAX_CHANNELS,
     "hidden_size": MAX_CHANNELS,
     "intermediate_size": MAX_CHANNELS,
@@ -73,13 +76,15 @@ def check_unet_config(path: Path, config: Mapping[str, Any]) -> None:
                 f"{path} `{name}`: got {reprlib.repr(value)}: the UNet reads {what}, "
                 f"which is not fed; use a model that has {absent[0]!r} there"
             )
+    check_sizes(path, config)
+    if config.get("addition_embed_type") is not None:
+        _check_added(path, config)
     guidance = config.get("time_cond_proj_dim")
     if guidance is not None and not (type(guidance) is int and MIN_GUIDANCE <= guidance <= MAX_GUIDANCE):
         raise ModelError(
             f"{path} `time_cond_proj_dim`: got {reprlib.repr(guidance)}, expected null, or the channels of the "
             f"guidance scale's embedding, from {MIN_GUIDANCE} to {MAX_GUIDANCE}"
         )
-    check_sizes(path, config)
     _check_text_width(path, config)
 
 
@@ -93,6 +98,16 @@ def _check_text_width(path: Path, config: Mapping[str, Any]) -> None:
         )
     if isinstance(projected, list):
         raise ModelError(f"{path} `encoder_hid_dim`: got {reprlib.repr(projected)}, expected a number or null")
+
+
+def _check_added(path: Path, config: Mapping[str, Any]) -> None:
+    """ModelError unless the sizes' embedding leaves channels for pooled text, as a whole embedding of such a UNet."""
+    each, both = config.get("addition_time_embed_dim"), config.get("projection_class_embeddings_input_dim")
+    if type(each) is not int or type(both) is not int or both <= PICTURE_SIZES * each:
+        raise ModelError(
+            f"{path} `projection_class_embeddings_input_dim`: got {reprlib.repr(both)} with `addition_time_embed_dim` "
+            f"{reprlib.repr(each)}, expected {PICTURE_SIZES} times the second and the channels of the pooled text"
+        )
 
 
 def check_vae_config(path: Path, config: Mapping[str, Any]) -> None:

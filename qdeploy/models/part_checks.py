@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdeploy.artifacts.components import SIZES
 from qdeploy.base.errors import ModelError
 
 
@@ -44,6 +45,16 @@ def check_sides(tokenizer: Any, source: str, name: str) -> None:
                 f"{source}: the tokenizer of the {name} has `{setting}` {side!r:.40} in its tokenizer_config.json, "
                 "expected 'right'; write it there if the model was trained so"
             )
+
+
+def check_pooled_width(read: int | None, given: Mapping[str, int], source: str) -> None:
+    """ModelError unless the pooled text that the UNet reads is as wide as the one that a text encoder gives."""
+    if read is not None and list(given.values()) != [read]:
+        shown = " and ".join(f"{name} gives {width}" for name, width in given.items()) or "no text encoder gives one"
+        raise ModelError(
+            f"{source}: the UNet reads a pooled text embedding of {read} channels next to {SIZES} sizes, and {shown}; "
+            "its parts belong to different models, or it is a refiner, which is not supported"
+        )
 
 
 def check_vocabulary(tokenizer: Any, text: Any, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Folders of diffusers pipelines: the known classes, the names of their parts, and reading them.
+"""Reading folders of diffusers pipelines; what each class is made of is in ``pipeline_specs.py``.
 
 Weights are read from safetensors only, never from pickles, and never from the network.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qdeploy.artifacts.components import TEXT_ENCODER, name_component, name_tokenizer
+from qdeploy.artifacts.components import name_tokenizer
 from qdeploy.base.errors import ModelError, UsageError, join_names
 from qdeploy.models.config_files import check_regular, read_config, read_scheduler_config
 from qdeploy.models.corrections import correct_sample_size, correct_scheduler
@@ -27,77 +27,30 @@ from qdeploy.models.module_configs import (
     check_vae_config,
     read_sample_size,
 )
+from qdeploy.models.pipeline_specs import PIPELINES, REFUSED, SCHEDULER, XL, PipelineSpec, TextEncoderSpec
 from qdeploy.models.weight_files import check_weight_files, choose_variant
 
-SCHEDULER = "scheduler"
 TOKENIZER_FILE = "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class TextEncoderSpec:
-    """A text encoder's folder and class; its tokenizer's class, files (or a tokenizer.json) and place on the hub."""
-
-    folder: str
-    encoder: str
-    tokenizer: str
-    vocabulary: tuple[str, ...]
-    hub: str
-
-
-@dataclass(frozen=True)
-class PipelineSpec:
-    """What a pipeline class is made of: folders and classes."""
-
-    vae_folder: str
-    vae: tuple[str, ...]
-    unet: str
-    text: tuple[TextEncoderSpec, ...] = ()
-
-    @property
-    def text_encoders(self) -> dict[str, TextEncoderSpec]:
-        """By component name."""
-        return {name_component(TEXT_ENCODER, number): text for number, text in enumerate(self.text)}
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """Every folder that the pipeline needs."""
-        text = [folder for name, spec in self.text_encoders.items() for folder in (spec.folder, name_tokenizer(name))]
-        return (*text, "unet", self.vae_folder, SCHEDULER)
-
-    @property
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        """Classes that each part may have, but for the scheduler; transformers has two names for a tokenizer."""
-        parts: dict[str, tuple[str, ...]] = {"unet": (self.unet,), self.vae_folder: self.vae}
-        for name, text in self.text_encoders.items():
-            parts[text.folder] = (text.encoder,)
-            parts[name_tokenizer(name)] = (text.tokenizer, f"{text.tokenizer}Fast")
-        return parts
-
-
-CLIP = TextEncoderSpec(
-    "text_encoder", "CLIPTextModel", "CLIPTokenizer", ("vocab.json", "merges.txt"), "openai/clip-vit-large-patch14"
-)
-BERT = TextEncoderSpec("bert", "LDMBertModel", "BertTokenizer", ("vocab.txt",), "google-bert/bert-base-uncased")
-PIPELINES: Mapping[str, PipelineSpec] = {
-    "StableDiffusionPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
-    "StableDiffusionInpaintPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
-    "LatentConsistencyModelPipeline": PipelineSpec("vae", ("AutoencoderKL",), "UNet2DConditionModel", (CLIP,)),
-    "LDMTextToImagePipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DConditionModel", (BERT,)),
-    "LDMPipeline": PipelineSpec("vqvae", ("AutoencoderKL", "VQModel"), "UNet2DModel"),
-}
 
 
 def read_pipeline_class(folder: Path) -> str:
     """The pipeline class of ``model_index.json``; ModelError for an unknown one."""
     name = read_model_index(folder).pipeline
     if not isinstance(name, str) or name not in PIPELINES:
-        raise ModelError(f"{folder} is a {reprlib.repr(name)}; this version takes folders of {', '.join(PIPELINES)}")
+        reason = f": {REFUSED[name]}, which is not supported" if isinstance(name, str) and name in REFUSED else ""
+        known = ", ".join(PIPELINES)
+        raise ModelError(f"{folder} is a {name!r:.60}{reason}; this version takes folders of {known}")
     return name
 
 
 def read_pipeline_spec(folder: Path) -> PipelineSpec:
     """What the folder's pipeline is made of; ModelError for an unknown one or when a part's folder is missing."""
-    spec = PIPELINES[read_pipeline_class(folder)]
+    spec, index = PIPELINES[read_pipeline_class(folder)], read_model_index(folder).entries
+    if spec is XL and (index.get("requires_aesthetics_score") or index.get("text_encoder") == [None, None]):
+        raise ModelError(
+            f"{folder} is the refiner of Stable Diffusion XL, which is not supported: it goes on from latents of the "
+            "base model; give the base model"
+        )
     missing = [part for part in spec.folders if not (folder / part).is_dir()]
     if missing:
         raise ModelError(f"{folder} is incomplete: no folder {', '.join(missing)}; copy the whole pipeline folder")
@@ -117,6 +70,7 @@ def parts_from_folder(
         name: TextParts(
             load_text_encoder(folder / text_spec.folder, text_spec),
             load_tokenizer(folder / name_tokenizer(name), text_spec, allow_download),
+            text_spec.penultimate,
         )
         for name, text_spec in spec.text_encoders.items()
     }
@@ -127,6 +81,8 @@ def parts_from_folder(
         scheduler_config=scheduler,
         scaling_factor=read_scaling_factor(vae, read_config(folder / spec.vae_folder / "config.json")),
         sample_size=unet_size,
+        zero_negative=spec is XL and index.entries.get("force_zeros_for_empty_prompt", True) is True,
+        float32_vae=spec is XL and bool(vae.config.force_upcast),  # type: ignore[union-attr]
     )
     notes = list_notes(folder, spec.vae_folder, [text_spec.folder for text_spec in spec.text], parts)
     return replace(parts, corrections=(*corrections, *index.list_left_out(spec.folders), *notes))
@@ -248,15 +204,16 @@ def load_tokenizer(folder: Path, spec: TextEncoderSpec, allow_download: bool = F
         if not path.is_dir():
             check_regular(path)
     missing = [name for name in spec.vocabulary if not (folder / name).is_file()]
+    pad = {} if spec.pad is None else {"pad_token": spec.pad}
     if not missing or (folder / TOKENIZER_FILE).is_file():
-        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+        return tokenizer_class.from_pretrained(folder, local_files_only=True, **pad)
     if not allow_download:
         raise ModelError(
             f"{folder} holds no tokenizer: put {' and '.join(spec.vocabulary)} (or {TOKENIZER_FILE}) of {spec.hub} "
             "there, or let --allow-download fetch it"
         )
     try:
-        return tokenizer_class.from_pretrained(spec.hub)
+        return tokenizer_class.from_pretrained(spec.hub, **pad)
     except OSError as exc:
         raise ModelError(f"the tokenizer {spec.hub} cannot be fetched: {exc}") from exc
 

@@ -16,7 +16,8 @@ from qdeploy.models.checkpoints.schedule import read_scheduler_config
 from qdeploy.models.checkpoints.text import build_clip_config
 from qdeploy.models.checkpoints.unet import build_unet
 from qdeploy.models.latent_diffusion import LatentDiffusion, ModelParts, TextParts, assemble_model
-from qdeploy.models.pipelines import CLIP, load_tokenizer
+from qdeploy.models.pipeline_specs import CLIP
+from qdeploy.models.pipelines import load_tokenizer
 
 TOKENIZER_MODEL = "emoji"  # the built-in model whose CLIP tokenizer a random model takes
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
-from qdeploy.artifacts.components import name_tokenizer
+from qdeploy.artifacts.components import TEXT_ENCODER, name_tokenizer
 from qdeploy.artifacts.file_kind import CALIBRATION, TABLE, read_file_kind
 from qdeploy.base.errors import ModelError
 from qdeploy.base.files import hash_file
 from qdeploy.models.checkpoints import convert_checkpoint
+from qdeploy.models.checkpoints.kinds import SDXL
 from qdeploy.models.checkpoints.original_config import find_config
 from qdeploy.models.latent_diffusion import ModelParts, TextParts
 from qdeploy.models.options import ModelOptions
-from qdeploy.models.pipelines import BERT, CLIP, load_tokenizer
+from qdeploy.models.pipeline_specs import BERT, CLIP, OPEN_CLIP, XL_FILE, TextEncoderSpec
+from qdeploy.models.pipelines import load_tokenizer
 
-TEXT = {"sd1": (CLIP,), "ldm-text2img": (BERT,)}  # kind of checkpoint -> its text encoders
+TEXT = {
+    "sd1": (CLIP,),
+    "sd2": (OPEN_CLIP,),
+    "sdxl": XL_FILE,
+    "ldm-text2img": (BERT,),
+}  # kind of checkpoint -> its text encoders
 
 
 def is_single_file(source: str) -> bool:
@@ -29,9 +37,7 @@ def parts_from_file(path: Path, options: ModelOptions) -> ModelParts:
     checkpoint = convert_checkpoint(path, options.config, options.ema)
     specs = dict(zip(checkpoint.text_encoders, TEXT.get(checkpoint.kind, ()), strict=True))
     text = {
-        name: TextParts(
-            encoder, load_tokenizer(path.parent / name_tokenizer(name), specs[name], options.allow_download)
-        )
+        name: TextParts(encoder, find_tokenizer(path.parent, name, specs[name], options), specs[name].penultimate)
         for name, encoder in checkpoint.text_encoders.items()
     }
     return ModelParts(
@@ -42,7 +48,16 @@ def parts_from_file(path: Path, options: ModelOptions) -> ModelParts:
         checkpoint.scaling_factor,
         checkpoint.sample_size,
         checkpoint.corrections,
+        zero_negative=checkpoint.kind == SDXL,  # no file says so; the folders of the published models do
+        float32_vae=checkpoint.kind == SDXL,
     )
+
+
+def find_tokenizer(folder: Path, text_encoder: str, spec: TextEncoderSpec, options: ModelOptions) -> Any:
+    """The tokenizer in ``folder`` or below; a second text encoder's may be the first one's with its own padding."""
+    own = folder / name_tokenizer(text_encoder)
+    shared = folder / name_tokenizer(TEXT_ENCODER.name)
+    return load_tokenizer(own if own.is_dir() else shared, spec, options.allow_download)
 
 
 def refuse_own_files(path: Path) -> None:

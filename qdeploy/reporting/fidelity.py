@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import make_scheduler, replace_scheduler
 from qdeploy.sampling.config_file import read_scheduler_file
 from qdeploy.sampling.loop import PictureStreams, denoise
+
+Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def measure_fidelity(
     scheduler = make_scheduler(config, steps, rng=PictureStreams(seeds))
     curve: list[float] = []
 
-    def predict(x: NDArray[np.float32], t: int, context: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    def predict(x: Array, t: int, context: Mapping[str, Array] | None) -> Array:
         expected = reference.predict(x, t, context, guidance_scale=guidance_scale)
         prediction = candidate.predict(x, t, context, guidance_scale=guidance_scale)
         curve.append(sqnr_db(expected, prediction))
@@ -75,9 +77,9 @@ def measure_fidelity(
     noise = np.random.default_rng(0).standard_normal((len(prompts), *reference.latents.shape), np.float32)
     cond = uncond = None
     if reference.reads_text:
-        cond = reference.encode(prompts)
+        cond = reference.make_context(prompts)
         if reference.model.guidance_channels is None:
-            uncond = np.repeat(reference.encode([""]), len(prompts), axis=0)
+            uncond = reference.model.make_negative_context(len(prompts))
     final = denoise(predict, scheduler, noise, cond, uncond, guidance_scale)
     request = {"prompt": list(prompts)} if candidate.reads_text else {"count": len(prompts)}
     result = candidate(**request, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler_name, latents=noise)

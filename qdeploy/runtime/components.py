@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qdeploy.artifacts.bundle import Bundle
 from qdeploy.artifacts.components import get_kind
 from qdeploy.artifacts.graph_file import OPEN
-from qdeploy.artifacts.manifest import ComponentInfo
+from qdeploy.artifacts.manifest import ComponentInfo, TensorInfo
 from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError
 from qdeploy.engines.base import Engine, EngineOptions, Session
@@ -80,7 +80,11 @@ class BundleComponent:
                 self._release()
 
     def run(self, feeds: Feeds, clock: Clock | None = None, at_once: int = 1) -> NDArray[np.float32]:
-        """First output for feeds of any batch size: cut to the graph's batch, the last piece padded.
+        """The first output, as :meth:`run_all` has it."""
+        return next(iter(self.run_all(feeds, clock, at_once).values()))
+
+    def run_all(self, feeds: Feeds, clock: Clock | None = None, at_once: int = 1) -> dict[str, NDArray[np.float32]]:
+        """All outputs for feeds of any batch size: cut to the graph's batch, the last piece padded.
 
         Scalar inputs (the timestep) are passed unchanged. A graph whose batch was left open takes ``at_once`` rows a
         call. Raises NonFiniteError for NaN or infinity in the output, EngineError when the engine fails.
@@ -95,9 +99,9 @@ class BundleComponent:
                 piece = self._cut_batch(feeds, start, batch, pad=not is_open)
                 with clock.measure(self.name):
                     outputs = session.run(piece)
-                pieces.append(self._check_output(outputs, batch if not is_open else min(batch, count - start)))
-        joined = np.concatenate(pieces)[:count]
-        if not np.isfinite(joined).all():
+                pieces.append(self._check_outputs(outputs, batch if not is_open else min(batch, count - start)))
+        joined = {name: np.concatenate([piece[name] for piece in pieces])[:count] for name in self.info.outputs}
+        if not all(np.isfinite(output).all() for output in joined.values()):
             raise NonFiniteError(
                 f"the output of {self.name} holds NaN or infinity; the bundle or its inputs are broken"
             )
@@ -129,9 +133,13 @@ class BundleComponent:
             self._session.close()
             self._session = None
 
-    def _check_output(self, outputs: Mapping[str, NDArray[np.float32]], rows: int) -> NDArray[np.float32]:
-        """The graph's output; EngineError when it is not what the manifest says, which NumPy would broadcast."""
-        ((name, expected),) = self.info.outputs.items()
+    def _check_outputs(self, outputs: Mapping[str, NDArray[np.float32]], rows: int) -> dict[str, NDArray[np.float32]]:
+        """The graph's outputs; EngineError when one is not what the manifest says, which NumPy would broadcast."""
+        return {name: self._check_output(name, info, outputs, rows) for name, info in self.info.outputs.items()}
+
+    def _check_output(
+        self, name: str, expected: TensorInfo, outputs: Mapping[str, NDArray[np.float32]], rows: int
+    ) -> NDArray[np.float32]:
         output = outputs.get(name)
         if not isinstance(output, np.ndarray):
             raise EngineError(f"{self.name} returned no array {name!r}; export the bundle again")

@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import SCHEDULER, Bundle, tokenizer_file
-from qdeploy.artifacts.components import GUIDANCE_INPUT, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.components import (
+    CONTEXT_INPUT,
+    GUIDANCE_INPUT,
+    POOLED_INPUT,
+    POOLED_OUTPUT,
+    SIZES_INPUT,
+    TEXT_ENCODER,
+    UNET,
+    VAE_DECODER,
+    VAE_ENCODER,
+)
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE as NOISE_CORRECTION
 from qdeploy.artifacts.noise_correction import NoiseCorrection, load_noise_correction
 from qdeploy.base.arrays import Feeds
@@ -37,6 +47,8 @@ class BundleModel:
         self.bundle = bundle
         self.loaded = loaded
         self.latents = bundle.manifest.latents
+        self.reads_sizes = SIZES_INPUT in bundle.manifest.unet.inputs
+        self.zero_negative = bundle.manifest.zero_negative
         self.reads_mask = bundle.manifest.unet.inputs[UNET.input].shape[1] != self.latents.channels
         self.tokenizers: Mapping[str, Tokenizer] = {
             name: Tokenizer(bundle.path(tokenizer_file(name)), self.latents.tokens)
@@ -63,13 +75,29 @@ class BundleModel:
             raise UsageError(
                 f"token ids: got {len(input_ids)} arrays, expected {len(names)}, one for each of {', '.join(names)}"
             )
-        return join_embeddings(
-            [self.run_text_encoder(name, ids, clock) for name, ids in zip(names, input_ids, strict=True)]
-        )
+        outputs = [self.run_text_encoder(name, ids, clock) for name, ids in zip(names, input_ids, strict=True)]
+        return join_outputs(outputs)[CONTEXT_INPUT]
 
-    def run_text_encoder(self, name: str, input_ids: NDArray[np.int64], clock: Clock | None = None) -> Array:
-        """Hidden states ``float32[B, T, D]`` of one text encoder for token ids ``int64[B, T]``."""
-        return self.component(name).run({TEXT_ENCODER.input: input_ids}, clock)
+    def make_context(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """What the UNet reads besides x and t, by its inputs, for plain prompts and pictures of the bundle's size."""
+        outputs = [self.run_text_encoder(name, tokenizer(prompts)) for name, tokenizer in self.tokenizers.items()]
+        return self.add_sizes(join_outputs(outputs), self.latents.default_sizes)
+
+    def make_negative_context(self, count: int) -> dict[str, Array]:
+        """The same ``count`` times without a prompt, for classifier-free guidance."""
+        context = zero_rows(self.make_context([""]), [self.zero_negative])
+        return {name: np.repeat(values, count, axis=0) for name, values in context.items()}
+
+    def add_sizes(self, context: dict[str, Array], sizes: Sequence[float]) -> dict[str, Array]:
+        """``context`` with the same sizes for each of its rows, where the UNet reads sizes."""
+        if not self.reads_sizes:
+            return context
+        rows = len(context[CONTEXT_INPUT])
+        return context | {SIZES_INPUT: np.repeat(np.array([sizes], np.float32), rows, axis=0)}
+
+    def run_text_encoder(self, name: str, input_ids: NDArray[np.int64], clock: Clock | None = None) -> dict[str, Array]:
+        """One text encoder's outputs for token ids ``int64[B, T]``: ``hidden float32[B, T, D]``, and pooled text."""
+        return self.component(name).run_all({TEXT_ENCODER.input: input_ids}, clock)
 
     def encode_unit(self, image: Array, clock: Clock | None = None) -> Array:
         """Scaled latents ``float32[B, C, h, w]``, the encoder's mean, of pictures ``float32[B, 3, H, W]`` in [-1, 1].
@@ -89,19 +117,24 @@ class BundleModel:
         self,
         x: Array,
         t: int,
-        context: Array | None,
+        context: Array | Mapping[str, Array] | None,
         clock: Clock | None = None,
         at_once: int = 1,
         guidance_scale: float = 7.5,
     ) -> Array:
         """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included.
 
-        ``context`` is ``float32[B, T, D]``, None for an unconditional bundle. An inpainting UNet reads 2 C + 1
-        channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open. Only a UNet
-        with `timestep_cond` reads ``guidance_scale``.
+        ``context`` is ``float32[B, T, D]``, or what :meth:`make_context` gives, which a UNet of Stable Diffusion XL
+        needs; None for an unconditional bundle. An inpainting UNet reads 2 C + 1 channels: x, mask, latents of the
+        masked picture. ``at_once`` is for graphs whose batch is open. Only a UNet with `timestep_cond` reads
+        ``guidance_scale``.
         """
-        values = (x, np.array(t, np.int64), *(() if context is None else (context,)))
-        feeds: Feeds = dict(zip(UNET.inputs, values, strict=False))
+        if self.reads_sizes and not isinstance(context, Mapping):
+            raise UsageError(
+                "the UNet reads pooled text and sizes next to text embeddings; give `context` as make_context makes it"
+            )
+        more = context if isinstance(context, Mapping) else {} if context is None else {CONTEXT_INPUT: context}
+        feeds: Feeds = {**dict(zip(UNET.inputs, (x, np.array(t, np.int64)), strict=False)), **more}
         if self.guidance_channels is not None:
             feeds = {**feeds, GUIDANCE_INPUT: embed_guidance_scale(guidance_scale, self.guidance_channels, len(x))}
         noise_pred = self.component(UNET.name).run(feeds, clock, at_once)
@@ -113,9 +146,23 @@ class BundleModel:
         return pixels_from_decoded(self.component(VAE_DECODER.name).run({VAE_DECODER.input: scaled}, clock))
 
 
-def join_embeddings(hidden: Sequence[Array]) -> Array:
-    """The context ``float32[B, T, D]`` of the hidden states of all text encoders: their channels one after another."""
-    return hidden[0] if len(hidden) == 1 else np.concatenate(hidden, axis=-1)
+def join_outputs(outputs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """All text encoders' outputs by the UNet's inputs: hidden states' channels one after another, and pooled text."""
+    hidden = [states[TEXT_ENCODER.output] for states in outputs]
+    context = {CONTEXT_INPUT: hidden[0] if len(hidden) == 1 else np.concatenate(hidden, axis=-1)}
+    for states in outputs:
+        if POOLED_OUTPUT in states:
+            context[POOLED_INPUT] = states[POOLED_OUTPUT]
+    return context
+
+
+def zero_rows(context: Mapping[str, Array], is_zero: Sequence[bool]) -> dict[str, Array]:
+    """``context`` with the text of some rows as zeros, as Stable Diffusion XL reads an empty negative prompt."""
+    kept = np.array([0 if zero else 1 for zero in is_zero], np.float32)
+    return {
+        name: values if name == SIZES_INPUT else values * kept.reshape(-1, *[1] * (values.ndim - 1))
+        for name, values in context.items()
+    }
 
 
 def load_bundle_correction(bundle: Bundle) -> NoiseCorrection | None:

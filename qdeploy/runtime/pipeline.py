@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,9 @@ class Pipeline:
         first: int = 0,
         width: int | None = None,
         height: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
         scheduler: str | None = None,
         eta: float = 0.0,
         latents: Array | None = None,
@@ -86,6 +89,10 @@ class Pipeline:
         ddim's share of noise, which no other takes. ``width`` and ``height`` in pixels are the bundle's own by default;
         others take a bundle that was exported with its size open. ``allow_large`` lifts the limits of
         4.2 million pixels a picture and 268 million a request, which keep a slip from taking all memory.
+
+        Only a bundle of Stable Diffusion XL reads ``original_size`` (height, width), ``crop`` (top, left) and
+        ``target_size`` (height, width), which say how the picture is to look as one of its training set; by default
+        it is uncut, of the size that it is made in.
 
         ``callback`` is called after every step and may return False to cancel; ``cancel`` (a ``threading.Event``)
         cancels from another thread; ``deadline_s`` is seconds from now. All three are checked between steps.
@@ -120,6 +127,7 @@ class Pipeline:
             size=size,
             source=source,
             reads_guidance=self.model.guidance_channels is not None,
+            sizes=checks.build_sizes(original_size, crop, target_size, size, self.model.reads_sizes),
         )
         return Run(self.model, request, stop, callback).run()
 
@@ -131,6 +139,13 @@ class Pipeline:
         """Text embeddings ``float32[B, T, D]`` of token ids ``int64[B, T]``, one array for each text encoder."""
         return self.model.embed(input_ids)
 
+    def make_context(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """What the UNet reads besides x and t, by its inputs, for pictures of the bundle's size: for :meth:`predict`.
+
+        ``encoder_hidden_states float32[B, T, D]``; for Stable Diffusion XL also ``text_embeds`` and ``time_ids``.
+        """
+        return self.model.make_context(prompts)
+
     def encode_image(self, pixels: NDArray[np.uint8]) -> Array:
         """Scaled latents ``float32[B, C, h, w]``, the encoder's mean, of pictures ``uint8[B, H, W, 3]``."""
         return self.model.encode_unit(unit_from_pixels(pixels))
@@ -140,13 +155,20 @@ class Pipeline:
         return self.model.encode_unit(image)
 
     def predict(
-        self, x: Array, t: int, context: Array | None, *, at_once: int = 1, guidance_scale: float = 7.5
+        self,
+        x: Array,
+        t: int,
+        context: Array | Mapping[str, Array] | None,
+        *,
+        at_once: int = 1,
+        guidance_scale: float = 7.5,
     ) -> Array:
         """One UNet call: model output for ``float32[B, C, H, W]`` at timestep ``t``, noise correction included.
 
-        ``context`` is ``float32[B, T, D]``, None for an unconditional bundle. An inpainting UNet reads 2 C + 1
-        channels: x, mask, latents of the masked picture. ``at_once`` is for graphs whose batch is open. Only a UNet
-        with `timestep_cond` reads ``guidance_scale``.
+        ``context`` is ``float32[B, T, D]``, or what :meth:`make_context` gives, which a UNet of Stable Diffusion XL
+        needs; None for an unconditional bundle. An inpainting UNet reads 2 C + 1 channels: x, mask, latents of the
+        masked picture. ``at_once`` is for graphs whose batch is open. Only a UNet with `timestep_cond` reads
+        ``guidance_scale``.
         """
         return self.model.predict(x, t, context, at_once=at_once, guidance_scale=guidance_scale)
 

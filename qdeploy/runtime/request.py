@@ -20,6 +20,7 @@ from qdeploy.runtime.image import PictureInput, mask_from_picture, pixels_from_p
 Array = NDArray[np.float32]
 MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
 MAX_SIDE = 8192  # pixels; more would not fit a machine's memory, and is a mistake or an attack
+MAX_STATED_SIDE = 2**16  # of a size that only describes a picture
 MAX_PIXELS = 2048 * 2048  # of one picture, without allow_large
 MAX_REQUEST_PIXELS = 2**28  # of all pictures of one request, without allow_large: 1,024 of 512 x 512
 DECODER_BYTES_PER_PIXEL = 4096  # Stable Diffusion's decoder: four maps of 256 channels in float32 at full size
@@ -36,6 +37,8 @@ class GenerationRequest:
     prompts, negative_prompts: None for an unconditional bundle; as many of the second as of the first.
     size: the bundle's latents at the height and width that the pictures are to have.
     reads_guidance: whether the bundle's UNet reads the guidance scale.
+    sizes: six numbers that a UNet of Stable Diffusion XL reads: (height, width) of the original, (top, left) of its
+        crop and (height, width) wanted.
     """
 
     prompts: tuple[str, ...] | None
@@ -51,6 +54,7 @@ class GenerationRequest:
     size: LatentInfo
     source: SourcePicture | None
     reads_guidance: bool = False
+    sizes: tuple[float, ...] = ()
 
     @property
     def is_guided(self) -> bool:
@@ -83,6 +87,34 @@ def check_text(manifest: Manifest, prompt: str | Sequence[str] | None, options: 
     if not manifest.reads_text and (prompt is not None or options):
         given = ", ".join([*(["a prompt"] if prompt is not None else []), *sorted(options)])
         raise UsageError(f"got {given}, expected none: this bundle is unconditional, it makes pictures without text")
+
+
+def build_sizes(
+    original_size: tuple[int, int] | None,
+    crop: tuple[int, int] | None,
+    target_size: tuple[int, int] | None,
+    size: LatentInfo,
+    reads_sizes: bool,
+) -> tuple[float, ...]:
+    """The six numbers, by default those of an uncut picture of the request's size, as diffusers has them."""
+    given = {"original_size": original_size, "crop": crop, "target_size": target_size}
+    if not reads_sizes and any(pair is not None for pair in given.values()):
+        named = ", ".join(name for name, pair in given.items() if pair is not None)
+        raise UsageError(f"got {named}, expected none: only a bundle of Stable Diffusion XL reads sizes")
+    pairs = [size.default_sizes[start : start + 2] for start in (0, 2, 4)]
+    for number, (name, pair) in enumerate(given.items()):
+        if pair is not None:
+            pairs[number] = _check_pair(name, pair)
+    return tuple(value for pair in pairs for value in pair)
+
+
+def _check_pair(name: str, pair: tuple[int, int]) -> tuple[float, ...]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise RequestError(f"{name}: got {pair!r:.40}, expected two whole numbers, vertical first")
+    values = [check_integer(name, value, 0 if name == "crop" else 1) for value in pair]
+    if max(values) > MAX_STATED_SIDE:
+        raise RequestError(f"{name}: got {max(values)}, expected at most {MAX_STATED_SIDE} pixels")
+    return tuple(map(float, values))
 
 
 def check_prompts(

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.artifacts.components import UNET, VAE_DECODER, VAE_ENCODER
+from qdeploy.artifacts.components import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
 from qdeploy.base.errors import NonFiniteError, RequestError
 from qdeploy.engines.base import Session
 from qdeploy.runtime.image import unit_from_pixels
-from qdeploy.runtime.model import BundleModel, join_embeddings
+from qdeploy.runtime.model import BundleModel, join_outputs, zero_rows
 from qdeploy.runtime.request import GenerationRequest, SourcePicture
 from qdeploy.runtime.results import Clock, Result, Step
 from qdeploy.runtime.stopping import StopCondition
@@ -23,6 +23,7 @@ from qdeploy.sampling.loop import PictureStreams, SourceLatents, denoise, draw_u
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
+Context = dict[str, Array]  # what the UNet reads besides x and t, by its inputs; a row a picture
 
 
 class Run:
@@ -59,30 +60,40 @@ class Run:
         log.debug("%d pictures in %d steps: %s", len(pixels), request.steps, self._clock.spent_ms)
         return Result(pixels, final, request.seeds, self._clock.spent_ms, self._truncated)
 
-    def _contexts(self) -> tuple[Array | None, Array | None]:
-        """Embeddings ``float32[B, T, D]`` of the prompts and, where there is guidance, of the negative ones."""
-        request = self._request
+    def _contexts(self) -> tuple[Context | None, Context | None]:
+        """The contexts of the prompts and, where there is guidance, of the negative ones."""
+        request, model = self._request, self._model
         if request.prompts is None or request.negative_prompts is None:
             return None, None
-        texts = [*request.prompts, *(request.negative_prompts if request.is_guided else ())]
+        negatives = request.negative_prompts if request.is_guided else ()
+        is_zero = [model.zero_negative and not text for text in negatives]
+        texts = [*request.prompts, *(text for text, zero in zip(negatives, is_zero, strict=True) if not zero)]
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        hidden = self._embed(list(rows))
-        contexts = np.repeat(hidden[[rows[text] for text in texts]], request.per_prompt, axis=0)
-        cond, uncond = np.split(contexts, 2) if request.is_guided else (contexts, None)
-        return cond, uncond
+        embedded = model.add_sizes(self._embed(list(rows)), request.sizes)
+        cond = self._select_rows(embedded, [rows[text] for text in request.prompts])
+        if not request.is_guided:
+            return cond, None
+        uncond = self._select_rows(embedded, [rows.get(text, 0) for text in negatives])
+        return cond, zero_rows(uncond, np.repeat(is_zero, request.per_prompt).tolist())
 
-    def _embed(self, texts: Sequence[str]) -> Array:
-        """Embeddings ``float32[B, T, D]``, weighted where the request asks for it, by all text encoders."""
+    def _select_rows(self, context: Context, rows: Sequence[int]) -> Context:
+        """One row a picture, of one a prompt."""
+        return {name: np.repeat(values[rows], self._request.per_prompt, axis=0) for name, values in context.items()}
+
+    def _embed(self, texts: Sequence[str]) -> Context:
+        """What all text encoders make of the texts, hidden states weighted where the request asks for it."""
         is_weighted = self._request.weighting
         parsed = [parse_weights(text) if is_weighted else WeightedText.from_text(text) for text in texts]
-        hidden = []
+        outputs = []
         for name, tokenizer in self._model.tokenizers.items():
             tokens = tokenizer.encode(parsed)
             self._truncated |= {text: cut for text, cut in zip(texts, tokens.truncated, strict=True) if cut}
             with self._hold_component(name):
                 states = self._model.run_text_encoder(name, tokens.ids, self._clock)
-            hidden.append(apply_weights(states, tokens.weights) if is_weighted else states)
-        return join_embeddings(hidden)
+            if is_weighted:
+                states[TEXT_ENCODER.output] = apply_weights(states[TEXT_ENCODER.output], tokens.weights)
+            outputs.append(states)
+        return join_outputs(outputs)
 
     def _encode_source(self, source: SourcePicture, begin: int | None) -> SourceLatents | None:
         """The latents of the source picture for the trajectory, or for the input of an inpainting UNet."""
@@ -119,8 +130,8 @@ class Run:
         self,
         scheduler: Scheduler,
         noise: Array,
-        cond: Array | None,
-        uncond: Array | None,
+        cond: Context | None,
+        uncond: Context | None,
         source_latents: SourceLatents | None,
     ) -> Array:
         request, stop = self._request, self._stop
@@ -129,9 +140,9 @@ class Run:
         )
         calls = iter(range(1, count + 1))
 
-        def predict(x: Array, t: int, context: Array | None) -> Array:
-            if context is not None:
-                context.flags.writeable = False  # the same at every step: an engine may keep it on its device
+        def predict(x: Array, t: int, context: Context | None) -> Array:
+            for values in (context or {}).values():
+                values.flags.writeable = False  # the same at every step: an engine may keep it on its device
             position = f"in step {next(calls)} of {count} (timestep {t})"
             try:
                 return self._model.predict(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,8 @@ from qdeploy.base.errors import CancelledError, NonFiniteError
 from qdeploy.sampling import Scheduler
 
 Array = NDArray[np.float32]
-# What the model is conditioned on: float32[B, T, D], or None for an unconditional model.
-Context = TypeVar("Context", bound=Array | None)
+# What the model is conditioned on: float32[B, T, D], several such arrays by name, or None for an unconditional model.
+Context = TypeVar("Context", bound=Array | Mapping[str, Array] | None)
 # (x_t float32[B, C, H, W], t, context) -> model output like x_t
 PredictNoise = Callable[[Array, int, Context], Array]
 # (index of the step, t, x after the step) -> False to stop
@@ -81,7 +81,7 @@ def denoise(
 ) -> Array:
     """Latents ``float32[B, C, H, W]`` from unit noise of that shape, and from the ``source`` picture.
 
-    ``cond`` and ``uncond`` are ``float32[B, T, D]``; without ``uncond`` the model runs once a
+    ``cond`` and ``uncond`` are ``float32[B, T, D]``, or arrays by name; without ``uncond`` the model runs once a
     step and ``guidance_scale`` and ``guidance_rescale`` are ignored; an unconditional model has neither.
     Steps are counted from the first one that is made. Raises CancelledError when ``on_step`` returns False, and
     NonFiniteError for latents that are not finite: the Q of an integer model would make numbers of them again.
@@ -91,12 +91,12 @@ def denoise(
     x = noise * np.float32(scheduler.init_noise_sigma) if start is None else start
     count = len(scheduler.timesteps) - begin
     is_guided = cond is not None and uncond is not None
-    # one array for all steps, so that an engine may keep it on its device
-    text = np.concatenate([uncond, cond]) if is_guided else cond
+    # the same arrays for all steps, so that an engine may keep them on its device
+    text = join_halves(uncond, cond) if is_guided else cond
     for index, t in enumerate(scheduler.timesteps[begin:], begin):
         model_input = scheduler.scale_model_input(x, index)
         noise_pred = (
-            apply_guidance(predict, model_input, int(t), text, guidance_scale, guidance_rescale)  # type: ignore[arg-type]
+            apply_guidance(predict, model_input, int(t), text, guidance_scale, guidance_rescale)
             if is_guided
             else predict(model_input, int(t), cond)
         )
@@ -112,6 +112,13 @@ def denoise(
         if on_step is not None and on_step(index - begin, int(t), x) is False:
             raise CancelledError(f"stopped by the callback after step {index - begin + 1} of {count}")
     return x
+
+
+def join_halves(uncond: Any, cond: Any) -> Any:
+    """Both contexts in one, the unconditional rows first."""
+    if isinstance(cond, Mapping):
+        return {name: np.concatenate([uncond[name], values]) for name, values in cond.items()}
+    return np.concatenate([uncond, cond])
 
 
 def apply_guidance(

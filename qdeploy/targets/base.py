@@ -26,6 +26,7 @@ DEFAULT_TARGET = "ort-cpu"
 FLOAT_BITS = {"fp32": 32, "fp16": 16}
 PRECISIONS = (*FLOAT_BITS, "int8")
 OPENABLE = ("batch", "size")  # dimensions that a graph may leave open; size is height and width
+HALF_PASS = "to_fp16"
 LAST_PASS = "strip_metadata"  # of every lowering: nothing of the exporting machine stays in a file
 
 
@@ -147,6 +148,11 @@ class Target:
     def in_full_range(self) -> Target:
         """The target with 8-bit weight codes up to +-127, where it would take those within +-64."""
         return replace(self, numerics=replace(self.numerics, half_range_weights=False))
+
+    def in_float32(self) -> Target:
+        """The target with float32 where it would take fp16, for a component whose activations fp16 cannot hold."""
+        passes = tuple(name for name in self.passes if name != HALF_PASS)
+        return replace(self, numerics=replace(self.numerics, float_type="fp32"), passes=passes)
 
     def choose_precision(self, is_quantized: bool) -> str:
         """The precision of a table's graphs, or of a float model's."""

@@ -18,11 +18,13 @@ from qdeploy.artifacts.components import (
     name_component,
     name_tokenizer,
 )
-from qdeploy.models.components import BertTextEncoder, TextEncoder, UnconditionalUNet, UNet, VaeDecoder, VaeEncoder
+from qdeploy.models.components import UnconditionalUNet, UNet, VaeDecoder, VaeEncoder
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.models.text_encoders import BertTextEncoder, PenultimateTextEncoder, PooledTextEncoder, TextEncoder
 
 CLASSES = [
-    (TextEncoder, TEXT_ENCODER), (BertTextEncoder, TEXT_ENCODER), (UNet, UNET), (UnconditionalUNet, UNET),
+    (TextEncoder, TEXT_ENCODER), (BertTextEncoder, TEXT_ENCODER), (PenultimateTextEncoder, TEXT_ENCODER),
+    (PooledTextEncoder, TEXT_ENCODER), (UNet, UNET), (UnconditionalUNet, UNET),
     (VaeDecoder, VAE_DECODER), (VaeEncoder, VAE_ENCODER),
 ]  # fmt: skip
 
@@ -30,8 +32,8 @@ CLASSES = [
 @pytest.mark.parametrize(("component", "kind"), CLASSES, ids=lambda value: getattr(value, "__name__", None))
 def test_classes_have_their_kinds_signature(component: type, kind: object) -> None:
     parameters = tuple(inspect.signature(component.forward).parameters)[1:]
-    assert parameters == kind.inputs[: len(parameters)]
-    assert component.outputs == (kind.output,)
+    assert parameters == (*kind.inputs, *kind.more_inputs)[: len(parameters)]
+    assert component.outputs == (kind.output, *kind.more_outputs)[: len(component.outputs)]
 
 
 def test_examples_have_the_kinds_inputs(tiny_model: LatentDiffusion) -> None:

@@ -49,6 +49,30 @@ def test_a_unet_may_read_the_guidance_scale() -> None:
         assert len(find(make_signatures() | {"unet": (guided, outputs)})) == count
 
 
+def make_xl(pooled: int = 1280, read: int = 1280, **more: tuple) -> dict:
+    """Two text encoders, the second one's pooled text, and a UNet that reads it with sizes."""
+    signatures = make_signatures(width=768 + 1280)
+    outputs = {"hidden": ("float32", (1, 77, 1280)), "pooled": ("float32", (1, pooled))}
+    inputs = {"text_embeds": ("float32", (2, read)), "time_ids": ("float32", (2, 6))} | more
+    unet_inputs, unet_outputs = signatures["unet"]
+    return signatures | {
+        "text_encoder_2": ({"input_ids": ("int64", (1, 77))}, outputs),
+        "unet": (unet_inputs | inputs, unet_outputs),
+    }
+
+
+def test_a_unet_may_read_pooled_text_and_sizes() -> None:
+    assert find(make_xl()) == []
+    assert find(make_xl(read=768)) == ["unet has the input text_embeds float32[2, 768], expected float32[2, 1280]"]
+    assert "time_ids float32[2, 5], expected float32[2, 6]" in find(make_xl(time_ids=("float32", (2, 5))))[0]
+    silent = make_xl()
+    silent["text_encoder_2"][1].pop("pooled")
+    assert find(silent) == ["unet reads text_embeds and no text encoder gives them, expected one"]
+    half = make_xl()
+    half["unet"][0].pop("time_ids")
+    assert find(half) == ["unet has the input text_embeds, expected text_embeds and time_ids together"]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [

@@ -16,7 +16,7 @@ from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.exporter import export_bundle
-from qdeploy.export.parity import ExpectedOutputs, Parity, compute_expected, measure_parity
+from qdeploy.export.parity import ExpectedOutputs, Parity, compute_expected, measure_parities
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import Target, load_target
@@ -64,7 +64,7 @@ class MachineOutputs:
 
     def parity(self, expected: ExpectedOutputs, component: str) -> Parity:
         """How far these outputs are from the simulator's and the float model's, as the export's gate measures."""
-        return measure_parity(expected, Replay(self.outputs(component)))
+        return measure_parities(expected, Replay(self.outputs(component)))[0]
 
 
 class Replay:

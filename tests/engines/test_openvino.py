@@ -23,7 +23,7 @@ from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle, save_graph
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import compute_expected, measure_parity
+from qdeploy.export.parity import compute_expected, measure_parities
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import Numerics, load_target
@@ -51,7 +51,7 @@ def test_it_computes_what_the_simulator_says(
     load_target("openvino").lower(graph)
     save_graph(graph, tmp_path / "model.onnx")
     session = load_engine("openvino").open_session(tmp_path / "model.onnx", EngineOptions())
-    parity = measure_parity(compute_expected(tiny_model.unet, simulator, table.probes["unet"]), session)
+    (parity,) = measure_parities(compute_expected(tiny_model.unet, simulator, table.probes["unet"]), session)
     parity.check("unet", load_target("openvino").parity)
 
 

@@ -23,7 +23,7 @@ from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.export.audit import PRODUCT_OPS, audit_graph
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
-from qdeploy.export.parity import Parity, compute_expected, measure_parity
+from qdeploy.export.parity import Parity, compute_expected, measure_parities
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.passes.fuse_linear import INTEGER_MATMUL
 from qdeploy.passes.split_gate import GATE
@@ -170,7 +170,7 @@ def test_an_engine_with_one_wrong_kind_of_kernel_fails_parity(
     session = load_engine("ort-cpu").open_session(tmp_path / "wrong.onnx", EngineOptions())
     right = build_simulator(tiny_model.unet, quant, ORT_CPU.numerics)
     with pytest.raises(ParityError, match="does not compute what the table says"):
-        parity = measure_parity(compute_expected(tiny_model.unet, right, table.probes["unet"]), session)
+        (parity,) = measure_parities(compute_expected(tiny_model.unet, right, table.probes["unet"]), session)
         parity.check("unet", ORT_CPU.parity)
 
 
@@ -214,7 +214,7 @@ def test_a_table_of_other_weights_is_refused(tiny_model: LatentDiffusion, table:
 def test_a_failing_gate_leaves_nothing(
     tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qdeploy.export.exporter.measure_parity", lambda *_: Parity(3.0, 30.0, 3.0))
+    monkeypatch.setattr("qdeploy.export.exporter.measure_parities", lambda *_: [Parity(3.0, 30.0, 3.0)])
     with pytest.raises(ParityError, match=r"3\.0 dB"):
         export_bundle(tiny_model, table, ORT_CPU, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

@@ -153,18 +153,26 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, width: int, heads: int, context: int) -> None:
+    """``use_linear``: Stable Diffusion 2's projections are matrices, the first one's are 1x1 convolutions."""
+
+    def __init__(self, width: int, heads: int, context: int, use_linear: bool = False, depth: int = 1) -> None:
         super().__init__()
+        self.use_linear = use_linear
         self.norm = nn.GroupNorm(32, width, eps=1e-6)
-        self.proj_in = nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(width, heads, context)])
-        self.proj_out = nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width) if use_linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(width, heads, context) for _ in range(depth)])
+        self.proj_out = nn.Linear(width, width) if use_linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        h = self.norm(x)
+        h = h if self.use_linear else self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)
+        h = self.proj_in(h) if self.use_linear else h
         for block in self.transformer_blocks:
             h = block(h, context)
-        return self.proj_out(h.transpose(1, 2).reshape(x.shape)) + x
+        h = self.proj_out(h) if self.use_linear else h
+        h = h.transpose(1, 2).reshape(x.shape)
+        return (h if self.use_linear else self.proj_out(h)) + x
 
 
 class EmbedSequential(nn.Sequential):
@@ -193,6 +201,9 @@ class UNetSizes:
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     use_new_attention_order: bool = False
+    use_linear_in_transformer: bool = False
+    transformer_depth: tuple[int, ...] | None = None  # by level; 1 at each
+    adm_in_channels: int | None = None  # of sgm's `vector`: pooled text and sizes
 
 
 class UNetModel(nn.Module):
@@ -201,6 +212,11 @@ class UNetModel(nn.Module):
         self.sizes = sizes
         width = sizes.model_channels
         self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+        if sizes.adm_in_channels is not None:
+            embed = nn.Sequential(
+                nn.Linear(sizes.adm_in_channels, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
+            )
+            self.label_emb = nn.Sequential(embed)
         first = nn.Conv2d(sizes.in_channels, width, 3, padding=1)
         self.input_blocks = nn.ModuleList([EmbedSequential(first)])
         skips = [width]
@@ -236,11 +252,14 @@ class UNetModel(nn.Module):
             return []
         heads = sizes.num_heads if sizes.num_head_channels == -1 else width // sizes.num_head_channels
         if sizes.context_dim is not None:
-            return [SpatialTransformer(width, heads, sizes.context_dim)]
+            depth = 1 if sizes.transformer_depth is None else sizes.transformer_depth[-1 if level is None else level]
+            return [SpatialTransformer(width, heads, sizes.context_dim, sizes.use_linear_in_transformer, depth)]
         return [AttentionBlock(width, heads, sizes.use_new_attention_order)]
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         emb = self.time_embed(timestep_embedding(timesteps, self.sizes.model_channels).to(x.dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
         skips = []
         for block in self.input_blocks:
             x = block(x, emb, context)
@@ -461,7 +480,7 @@ class TransformerWrapper(nn.Module):
 
 @dataclass(frozen=True)
 class TextSizes:
-    """``kind`` is "bert" (``BERTEmbedder``) or "clip" (``FrozenCLIPEmbedder``)."""
+    """``kind`` is "bert" (``BERTEmbedder``), "clip" or "open_clip" (``Frozen…CLIPEmbedder``)."""
 
     kind: str
     width: int
@@ -474,12 +493,53 @@ class TextStage(nn.Module):
         super().__init__()
         if sizes.kind == "bert":
             self.transformer: nn.Module = TransformerWrapper(sizes.vocab_size, sizes.width, sizes.layers)
+        elif sizes.kind == "open_clip":
+            self.model = OpenClip(sizes)
         else:
             self.transformer = clip(sizes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.transformer(tokens)
+        hidden = self.model(tokens) if hasattr(self, "model") else self.transformer(tokens)
         return hidden if isinstance(hidden, Tensor) else hidden.last_hidden_state
+
+
+class ResidualAttentionBlock(nn.Module):
+    """After github.com/mlfoundations/open_clip (MIT licence), ``transformer.py``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", nn.GELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class OpenClip(nn.Module):
+    """Its text half, of which Stable Diffusion 2 takes the last layer but one through the final norm."""
+
+    def __init__(self, sizes: TextSizes) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.width)
+        self.positional_embedding = nn.Parameter(0.1 * torch.randn(TOKENS, sizes.width))
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList([ResidualAttentionBlock(sizes.width) for _ in range(sizes.layers)])
+        self.ln_final = nn.LayerNorm(sizes.width)
+        self.text_projection = nn.Parameter(sizes.width**-0.5 * torch.randn(sizes.width, sizes.width))
+        self.logit_scale = nn.Parameter(torch.tensor(4.6))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token_embedding(tokens) + self.positional_embedding
+        mask = torch.full((TOKENS, TOKENS), float("-inf"), dtype=x.dtype).triu(1)
+        for block in self.transformer.resblocks[:-1]:
+            x = block(x, mask)
+        return self.ln_final(x)
 
 
 def clip(sizes: TextSizes) -> nn.Module:
@@ -512,6 +572,7 @@ class Sizes:
     image_size: int
     scale_factor: float = 1.0
     scale_by_std: bool = False
+    parameterization: str | None = None
 
 
 class LatentDiffusion(nn.Module):
@@ -561,7 +622,8 @@ def original_state(model: LatentDiffusion, ema: bool = False) -> dict[str, Tenso
 
 def write_ckpt(state: dict[str, Tensor], path: Path, **more: Any) -> Path:
     """As Lightning 1.4 saved it, without its callbacks (they need its classes)."""
-    torch.save({"epoch": 3, "global_step": 5, "pytorch-lightning_version": "1.4.2", "state_dict": state, **more}, path)
+    outer = {"epoch": 3, "global_step": 5, "pytorch-lightning_version": "1.4.2", "state_dict": state}
+    torch.save(outer | more, path)
     return path
 
 
@@ -578,6 +640,7 @@ def write_yaml(sizes: Sizes, path: Path) -> Path:
         "linear_end": sizes.linear_end,
         "timesteps": 1000,
         "image_size": sizes.image_size,
+        **({} if sizes.parameterization is None else {"parameterization": sizes.parameterization}),
         **({"scale_by_std": True} if sizes.scale_by_std else {"scale_factor": sizes.scale_factor}),
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
         "first_stage_config": {"params": {"embed_dim": sizes.first_stage.embed_dim, **codebook, "ddconfig": ddconfig}},
@@ -591,8 +654,11 @@ def write_yaml(sizes: Sizes, path: Path) -> Path:
 def _cond_stage(text: TextSizes | None) -> Any:
     if text is None:
         return "__is_unconditional__"
-    name = "BERTEmbedder" if text.kind == "bert" else "FrozenCLIPEmbedder"
-    params = {"n_embed": text.width, "n_layer": text.layers} if text.kind == "bert" else {}
+    name, params = {
+        "bert": ("BERTEmbedder", {"n_embed": text.width, "n_layer": text.layers}),
+        "clip": ("FrozenCLIPEmbedder", {}),
+        "open_clip": ("FrozenOpenCLIPEmbedder", {"freeze": True, "layer": "penultimate"}),
+    }[text.kind]
     return {"target": f"ldm.modules.encoders.modules.{name}", "params": params}
 
 
@@ -606,13 +672,14 @@ VQ_F4 = FirstStageSizes(embed_dim=3, z_channels=3, ch=128, ch_mult=(1, 2, 4), n_
 KL_F8 = FirstStageSizes(embed_dim=4, z_channels=4, ch=128, ch_mult=(1, 2, 4, 4))
 
 
-# models/ldm/*/config.yaml, txt2img-1p4B-eval.yaml and stable-diffusion's v1-inference.yaml.
+# models/ldm/*/config.yaml, txt2img-1p4B-eval.yaml, stable-diffusion's v1-inference.yaml and v2-inference-v.yaml.
 BEDS_UNET = UNetSizes(3, 3, 224, (8, 4, 2), 2, (1, 2, 3, 4), num_head_channels=32)
 CHURCHES_UNET = UNetSizes(
     4, 4, 192, (1, 2, 4, 8), 2, (1, 2, 2, 4, 4), num_heads=8, use_scale_shift_norm=True, resblock_updown=True
 )
 TEXT2IMG_UNET = UNetSizes(3, 3, 192, (8, 4, 2), 2, (1, 2, 3, 5), num_head_channels=32, context_dim=640)
 LARGE_UNET = UNetSizes(4, 4, 320, (4, 2, 1), 2, (1, 2, 4, 4), num_heads=8, context_dim=1280)
+SD2_UNET = replace(LARGE_UNET, num_heads=-1, num_head_channels=64, context_dim=1024, use_linear_in_transformer=True)
 FULL = {
     "lsun_beds256": Sizes(BEDS_UNET, VQ_F4, None, 0.0015, 0.0195, 64),
     "lsun_churches256": Sizes(
@@ -626,6 +693,10 @@ FULL = {
         replace(LARGE_UNET, context_dim=768), KL_F8, TextSizes("clip", 768, 12, 49408), 0.00085, 0.012, 64,
         scale_factor=0.18215,
     ),
+    "sd-v2-1": Sizes(
+        SD2_UNET, KL_F8, TextSizes("open_clip", 1024, 24, 49408), 0.00085, 0.012, 64, scale_factor=0.18215,
+        parameterization="v",
+    ),
 }  # fmt: skip
 
 
@@ -637,7 +708,7 @@ def tiny(name: str) -> Sizes:
     n_embed = None if full.first_stage.n_embed is None else 64
     return replace(
         full,
-        unet=replace(full.unet, model_channels=32, context_dim=context),
+        unet=replace(full.unet, model_channels=max(32, full.unet.num_head_channels), context_dim=context),
         first_stage=replace(full.first_stage, ch=32, n_embed=n_embed),
         text=text,
     )

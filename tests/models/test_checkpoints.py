@@ -33,7 +33,7 @@ from tests.models.original_ldm import (
 )
 
 ROUND_OFF = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest value; 5e-6 and 1e-14 are met
-KINDS = {"lsun_beds256": "ldm-uncond", "lsun_churches256": "ldm-uncond", "sd-v1-4": "sd1"}
+KINDS = {"lsun_beds256": "ldm-uncond", "lsun_churches256": "ldm-uncond", "sd-v1-4": "sd1", "sd-v2-1": "sd2"}
 
 
 @cache
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def narrow_ones_are_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny files have the heads of the published ones, so that most tests need no YAML."""
-    narrow = {(kind, 32, mult): found for (kind, _, mult), found in heads.PUBLISHED.items()}
+    narrow = {(kind, width, mult): found for (kind, _, mult), found in heads.PUBLISHED.items() for width in (32, 64)}
     monkeypatch.setattr(heads, "PUBLISHED", {**heads.PUBLISHED, **narrow})
 
 
@@ -254,8 +254,17 @@ def change_state(name: str, **changes: Tensor | None) -> dict[str, Tensor]:
         ("sd-v1-4", {"cond_stage_model.adapter.weight": torch.zeros(2)}, "outside its transformer"),
         ("txt2img-1p4B", {"cond_stage_model.transformer.memory_tokens": torch.zeros(2)}, "text encoder.*memory_tokens"),
         ("sd-v1-4", {"control_model.weight": torch.zeros(2)}, "is a ControlNet.*give the model that it controls"),
-        ("sd-v1-4", {"cond_stage_model.model.positional_embedding": torch.zeros(2)}, "Stable Diffusion 2"),
+        ("sd-v1-4", {"cond_stage_model.model.positional_embedding": torch.zeros(2)}, "outside its transformer"),
         ("sd-v1-4", {"conditioner.embedders.0.weight": torch.zeros(2)}, "Stable Diffusion XL"),
+        ("sd-v2-1", {"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, "is the refiner of"),
+        ("sd-v2-1", {"cond_stage_model.model.visual.proj": torch.zeros(2)}, "text encoder has .*visual.proj"),
+        ("sd-v2-1", {"depth_model.x": torch.zeros(2)}, "depth map is not fed"),
+        ("sd-v2-1", {"low_scale_model.x": torch.zeros(2)}, "upscaler"),
+        ("sd-v2-1", {"noise_augmentor.x": torch.zeros(2)}, "Stable unCLIP"),
+        ("sd-v2-1", {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(2, 2)}, "UNet.*label_emb"),
+        ("sd-v1-4", {"model.diffusion_model.joint_blocks.0.x": torch.zeros(2)}, "is Stable Diffusion 3"),
+        ("sd-v1-4", {"model.diffusion_model.double_blocks.0.x": torch.zeros(2)}, "is FLUX"),
+        ("sd-v1-4", {"ip_adapter.1.to_k_ip.weight": torch.zeros(2)}, "is an IP-Adapter"),
         ("lsun_churches256", {"scale_factor": None}, "scale_factor.*--config"),
         ("lsun_churches256", {"betas": None}, "betas.*--config"),
     ],
@@ -311,3 +320,26 @@ def test_kind_of_other_tensors() -> None:
         detect_kind({"weight": torch.zeros(1)})
     with pytest.raises(ModelError, match="diffusers folder"):
         detect_kind({"down_blocks.0.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("step", "channels", "prediction", "side", "marked"),
+    [(None, 4, "v_prediction", 96, True), (110_000, 4, "v_prediction", 96, True), (875_000, 4, "epsilon", 64, False),
+     (None, 9, "epsilon", 64, False)],
+)  # fmt: skip
+def test_what_stable_diffusion_2_predicts(
+    tmp_path: Path, step: int | None, channels: int, prediction: str, side: int, marked: bool
+) -> None:
+    """As diffusers' ``_legacy_load_scheduler`` and its table of sizes have it."""
+    sizes = tiny("sd-v2-1")
+    source = LatentDiffusion(replace(sizes, unet=replace(sizes.unet, in_channels=channels)))
+    path = write_ckpt(original_state(source), tmp_path / "v2.ckpt", global_step=step)
+    model = convert_checkpoint(path)
+    assert (model.scheduler_config["prediction_type"], model.sample_size) == (prediction, side)
+    assert describe_checkpoint(path).image_side == 8 * side
+    assert bool(model.corrections) == marked
+    if channels != 4:
+        return  # its YAML states a conditioning key too
+    base = replace(sizes, parameterization=None)
+    stated = convert_checkpoint(path, write_yaml(base, tmp_path / "base.yaml"))
+    assert (stated.scheduler_config["prediction_type"], stated.sample_size, stated.corrections) == ("epsilon", 64, ())

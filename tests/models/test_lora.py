@@ -154,7 +154,8 @@ def test_the_sha256_tells_models_apart(tiny_model: LatentDiffusion, tmp_path: Pa
 
 def test_every_layer_has_names_of_its_own(tiny_model: LatentDiffusion) -> None:
     addresses = list_addresses(tiny_model)
-    for component, prefix in KOHYA_PREFIXES.items():
+    for component in tiny_model.components[:2]:
+        prefix = KOHYA_PREFIXES[component][0]
         inner = tiny_model.component(component).inner
         layers = [name for name, module in inner.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         assert [addresses[prefix + layer.replace(".", "_")].layer for layer in layers] == layers

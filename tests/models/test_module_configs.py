@@ -39,7 +39,6 @@ def rebuild_unet(folder: Path, **settings: Any) -> Path:
         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
         {"num_class_embeds": 3},
         {"addition_embed_type": "text", "addition_embed_type_num_heads": 2},
-        {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80},
         {"encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 32},
         {"dual_cross_attention": True},
         {"attention_type": "gated"},

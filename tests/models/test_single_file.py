@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.cli import main
 from qdeploy.inspection.describe import describe
-from qdeploy.models.components import BertTextEncoder, TextEncoder, UnconditionalUNet, VaeDecoder, VqDecoder
+from qdeploy.models.components import UnconditionalUNet, VaeDecoder, VqDecoder
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.source import load_model
+from qdeploy.models.text_encoders import BertTextEncoder, TextEncoder
 from tests.models.original_ldm import LatentDiffusion, original_state, tiny, write_ckpt, write_yaml
 
 

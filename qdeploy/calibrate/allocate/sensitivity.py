@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from qdeploy.artifacts.table import ComponentQuant
-from qdeploy.base.numerics import sqnr_db
 from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import Feeds
-from qdeploy.models.components import TorchComponent
+from qdeploy.models.components import TorchComponent, list_outputs
 from qdeploy.models.rewrites import copy_module
 from qdeploy.models.rewrites.surgery import replace_module
+from qdeploy.simulate.compare import Outputs, measure_worst_sqnr
 from qdeploy.simulate.simulator import replace_layers
 from qdeploy.targets.base import CALIBRATION_NUMERICS
 
@@ -30,13 +30,13 @@ def measure_sensitivity(component: CalibratedComponent, quant: ComponentQuant) -
         original = simulator.inner.get_submodule(layer)
         replace_layers(simulator, module, {layer: layer_quant.in_half_range()}, CALIBRATION_NUMERICS)
         pairs = zip(reference, compute_outputs(simulator, feeds), strict=True)
-        sensitivity_db[layer] = float(np.mean([sqnr_db(expected, output) for expected, output in pairs]))
+        sensitivity_db[layer] = float(np.mean([measure_worst_sqnr(expected, outputs) for expected, outputs in pairs]))
         replace_module(simulator.inner, layer, original)
         component.report("sensitivity", done, len(quant.layers))
     return sensitivity_db
 
 
-def compute_outputs(module: TorchComponent, feeds: Sequence[Feeds]) -> list[np.ndarray]:
-    """First output of each feed, ``float32[B, ...]``, without gradients."""
+def compute_outputs(module: TorchComponent, feeds: Sequence[Feeds]) -> list[Outputs]:
+    """Outputs of each feed, ``float32[B, ...]``, without gradients."""
     with torch.no_grad():
-        return [module(**feed).numpy() for feed in feeds]
+        return [tuple(output.numpy() for output in list_outputs(module(**feed))) for feed in feeds]

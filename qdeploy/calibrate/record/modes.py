@@ -93,10 +93,15 @@ def calibrate_to_file(
 
     An interrupted timestep_aware run leaves its finished batches next to ``out``, where the next run resumes.
     """
+    if model.pooled_width is not None and (request.from_qdiffusion is not None or out.suffix == QDIFFUSION_SUFFIX):
+        raise UsageError(
+            f"{model.source}: its UNet reads pooled text and sizes, which Q-Diffusion's layout cannot hold; calibrate "
+            "this model to a .safetensors file"
+        )
     check_room(out, estimate_bytes(model, request, out))
     with checkpoint_folder(out) as checkpoint:
         calibration = run_calibration(model, request, on_progress, checkpoint)
-        check_shapes(calibration, model.latents.shape, model.context_shape)
+        check_shapes(calibration, model.latents.shape, model.context_shape, model.pooled_width)
         save = save_qdiffusion if out.suffix == QDIFFUSION_SUFFIX else save_calibration
         save(calibration, out)
     return calibration

@@ -121,8 +121,8 @@ def _run_trajectories(
     recorder = _Recorder(model, scheduler, len(numbers), settings.record)
     cond = uncond = None
     if conditioning is not None:
-        cond = conditioning.contexts[conditioning.rows[numbers.start : numbers.stop]].numpy()
-        uncond = conditioning.contexts[:1].expand(len(numbers), -1, -1).numpy()
+        cond = conditioning.select(conditioning.rows[numbers.start : numbers.stop])
+        uncond = conditioning.select(np.zeros(len(numbers), np.int64))
     try:
         final = denoise(recorder.predict, scheduler, noise, cond, uncond, settings.guidance_scale)
     except NonFiniteError as exc:
@@ -145,14 +145,14 @@ class _Recorder:
         self.samples: list[Tensor] = []  # float16[B, C, h, w] each
         self.timesteps: list[int] = []
 
-    def predict(self, x: Array, t: int, context: Array | None) -> Array:
+    def predict(self, x: Array, t: int, context: Mapping[str, Array] | None) -> Array:
         """The model output for ``x``, whose first half is kept: both CFG halves share x and t."""
         self._call += 1
         if self._call - 1 in self._kept:
             what = f"x at step {self._call} of {self._calls} (t = {t})"
             self.samples.append(half_from_float(x[: self._count].copy(), what))
             self.timesteps.append(t)
-        text = () if context is None else (torch.from_numpy(context),)
+        text = {name: torch.from_numpy(values) for name, values in (context or {}).items()}
         with torch.no_grad():
-            noise_pred: NDArray[np.float32] = self._unet(torch.from_numpy(x), torch.tensor(t), *text).numpy()
+            noise_pred: NDArray[np.float32] = self._unet(torch.from_numpy(x), torch.tensor(t), **text).numpy()
             return noise_pred

@@ -30,6 +30,7 @@ UNET_READ = (
     "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "context_dim",
     "use_scale_shift_norm", "resblock_updown", "attention_resolutions", "num_heads", "num_head_channels",
     "num_heads_upsample", "use_new_attention_order", "transformer_depth", "use_spatial_transformer",
+    "use_linear_in_transformer",
 )  # fmt: skip
 UNET_TRAINING = ("image_size", "use_checkpoint", "legacy", "dropout", "use_fp16", "use_bf16")
 STAGE_READ = ("embed_dim", "n_embed", "ddconfig")
@@ -39,7 +40,7 @@ STAGE_TRAINING = (
 )  # fmt: skip
 DDCONFIG_READ = ("in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "z_channels")
 DDCONFIG_TRAINING = ("resolution", "dropout", "double_z")
-CLIP_KEYS = ("version", "device", "max_length", "freeze", "layer", "layer_idx")
+CLIP_KEYS = ("version", "arch", "device", "max_length", "freeze", "layer", "layer_idx")
 BERT_KEYS = ("n_embed", "n_layer", "vocab_size", "max_seq_len", "device", "use_tokenizer", "embedding_dropout")
 
 # Keys that change the arithmetic, with the values that leave it as it is here.
@@ -57,7 +58,6 @@ UNET_FIXED: Mapping[str, tuple[Any, ...]] = {
     "conv_resample": (True,),
     "num_classes": (None,),
     "n_embed": (None,),
-    "use_linear_in_transformer": (False,),
     "disable_self_attentions": (None,),
     "num_attention_blocks": (None,),
     "disable_middle_self_attn": (False,),
@@ -82,7 +82,7 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "model": ("LatentDiffusion", "LatentInpaintDiffusion"),
     "unet_config": ("UNetModel",),
     "first_stage_config": ("AutoencoderKL", "VQModelInterface"),
-    "cond_stage_config": ("FrozenCLIPEmbedder", "BERTEmbedder"),
+    "cond_stage_config": ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder"),
 }
 INPAINTING_KEYS = ("hybrid",)  # `conditioning_key` of the UNets that read a mask and the masked picture
 TEXT_KEYS = (None, "crossattn")

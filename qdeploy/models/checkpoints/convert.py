@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.artifacts.components import TEXT_ENCODER
+from qdeploy.artifacts.components import TEXT_ENCODER, name_component
 from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints import first_stage, text, unet
 from qdeploy.models.checkpoints.config_keys import check_keys
@@ -21,6 +21,8 @@ from qdeploy.models.checkpoints.kinds import (
     COND_STAGE,
     FIRST_STAGE,
     SD1,
+    SD2,
+    SDXL,
     TEXT2IMG,
     UNCONDITIONAL,
     UNET,
@@ -30,15 +32,33 @@ from qdeploy.models.checkpoints.kinds import (
     swap_in_ema,
 )
 from qdeploy.models.checkpoints.original_config import MAX_SIDE, OriginalConfig, find_config, read_config
-from qdeploy.models.checkpoints.schedule import V_PREDICTION, ZERO_SNR, read_scaling_factor, read_scheduler_config
+from qdeploy.models.checkpoints.schedule import (
+    V_PREDICTION,
+    ZERO_SNR,
+    check_sigmas,
+    guesses_v,
+    read_prediction,
+    read_scaling_factor,
+    read_scheduler_config,
+)
 
-IMAGE_SIDE = {SD1: 512, UNCONDITIONAL: 256, TEXT2IMG: 256}  # of the published models
+IMAGE_SIDE = {SD1: 512, SD2: 512, SDXL: 1024, UNCONDITIONAL: 256, TEXT2IMG: 256}  # of the published models
+SD2_V_SIDE, SD2_YAML_SIDE = 768, 64  # the published v-prediction YAML states the base's latents of 64
+GUESSED_V = (
+    "`prediction_type` v_prediction and pictures of 768 pixels: taken, as diffusers does, because nothing in the file "
+    "says otherwise; for a 512-pixel base model give its YAML (--config v2-inference.yaml)"
+)
 MARKS = {
     V_PREDICTION: "prediction_type v_prediction",
     ZERO_SNR: "DDIM with rescale_betas_zero_snr, since no signal is left at the first timestep",
 }
 MISSING = {
     SD1: ("tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14, in a folder `tokenizer`",),
+    SDXL: (
+        "tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14, in a folder `tokenizer`; the second "
+        "text encoder's is the same, with another padding token, and may be in a folder `tokenizer_2`",
+    ),
+    SD2: ("tokenizer: vocab.json and merges.txt of openai/clip-vit-large-patch14, in a folder `tokenizer`",),
     TEXT2IMG: ("tokenizer: vocab.txt of bert-base-uncased, in a folder `tokenizer`",),
     UNCONDITIONAL: (),
 }
@@ -51,10 +71,10 @@ class ConvertedCheckpoint:
     The file must stay as it is while they are in use.
     """
 
-    kind: str  # sd1, ldm-uncond or ldm-text2img
+    kind: str  # sd1, sd2, sdxl, ldm-uncond or ldm-text2img
     unet: nn.Module  # diffusers UNet2DConditionModel, or UNet2DModel when unconditional
     vae: nn.Module  # diffusers AutoencoderKL or VQModel
-    text_encoders: Mapping[str, nn.Module]  # by component: transformers CLIPTextModel or diffusers LDMBertModel
+    text_encoders: Mapping[str, nn.Module]  # by component: transformers' CLIP or diffusers' LDMBertModel
     scheduler_config: Mapping[str, Any]
     scaling_factor: float
     sample_size: int  # latents' side
@@ -90,9 +110,20 @@ class _OpenCheckpoint:
         return select_part(self.tensors, prefix)
 
     @property
+    def text_encoders(self) -> dict[str, tuple[str, text.Convert]]:
+        """Where the weights of each are, and how they are converted, by component name."""
+        return {name_component(TEXT_ENCODER, i): found for i, found in enumerate(text.ENCODERS[self.kind])}
+
+    @property
     def sample_size(self) -> int:
         size = None if self.config is None else self.config.integer("image_size", high=MAX_SIDE)
+        if self.kind == SD2 and size in (None, SD2_YAML_SIDE) and self.prediction == "v_prediction":
+            return SD2_V_SIDE // self.first_stage.factor
         return IMAGE_SIDE[self.kind] // self.first_stage.factor if size is None else size
+
+    @property
+    def prediction(self) -> str:
+        return read_prediction(self.kind, self.tensors, self.config)
 
     @property
     def image_side(self) -> int:
@@ -115,7 +146,8 @@ def describe_checkpoint(path: Path, config: Path | None = None) -> CheckpointFac
     with _name_file_in_errors(path), _explain_neighbour(path, config):
         checkpoint = _open(path, config, ema=False)
         missing = [*MISSING[checkpoint.kind], *_check_convertible(checkpoint)]
-    parts = {TEXT_ENCODER.name: COND_STAGE, "unet": UNET, "vae": FIRST_STAGE}
+    text_parts = {name: prefix for name, (prefix, _) in checkpoint.text_encoders.items()}
+    parts = {**text_parts, "unet": UNET, "vae": FIRST_STAGE}
     counts = {name: sum(t.numel() for t in checkpoint.part(prefix).values()) for name, prefix in parts.items()}
     return CheckpointFacts(
         kind=checkpoint.kind,
@@ -133,14 +165,16 @@ def _convert(checkpoint: _OpenCheckpoint) -> ConvertedCheckpoint:
     scale = read_scaling_factor(checkpoint.kind, checkpoint.tensors, checkpoint.config, vq)
     layout = checkpoint.unet
     heads = read_heads(checkpoint.kind, layout.model_channels, layout.channel_mult, checkpoint.config)
+    text_encoders = _convert_text_encoders(checkpoint)
+    pooled_width = _find_pooled_width(text_encoders)
     return ConvertedCheckpoint(
         kind=checkpoint.kind,
         scheduler_config=read_scheduler_config(checkpoint.kind, checkpoint.tensors, checkpoint.config),
-        unet=unet.convert_unet(checkpoint.part(UNET), layout, heads, checkpoint.sample_size),
+        unet=unet.convert_unet(checkpoint.part(UNET), layout, heads, checkpoint.sample_size, pooled_width),
         vae=first_stage.convert_first_stage(
             checkpoint.part(FIRST_STAGE), checkpoint.first_stage, checkpoint.image_side, scale
         ),
-        text_encoders=_convert_text_encoders(checkpoint),
+        text_encoders=text_encoders,
         scaling_factor=scale,
         sample_size=checkpoint.sample_size,
         missing=MISSING[checkpoint.kind],
@@ -166,9 +200,9 @@ def _check_convertible(checkpoint: _OpenCheckpoint) -> list[str]:
                 raise
             gaps.append(str(exc))
     hollow = replace(checkpoint, tensors={name: _empty(tensor) for name, tensor in checkpoint.tensors.items()})
-    unet.convert_unet(hollow.part(UNET), layout, heads, hollow.sample_size)
+    pooled_width = _find_pooled_width(_convert_text_encoders(hollow))
+    unet.convert_unet(hollow.part(UNET), layout, heads, hollow.sample_size, pooled_width)
     first_stage.convert_first_stage(hollow.part(FIRST_STAGE), hollow.first_stage, hollow.image_side, 1.0)
-    _convert_text_encoders(hollow)
     return gaps
 
 
@@ -185,6 +219,8 @@ def _open(path: Path, config: Path | None, ema: bool) -> _OpenCheckpoint:
     if neighbour is not None:
         corrections.append(f"{neighbour.name} next to the file: read as its original configuration (--config)")
     kind = detect_kind(tensors, original)
+    check_sigmas(kind, tensors)
+    corrections += [GUESSED_V] if guesses_v(kind, tensors, original) else []
     tensors = swap_in_ema(tensors) if ema else tensors
     checkpoint = _OpenCheckpoint(
         kind,
@@ -225,11 +261,16 @@ def _correct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _convert_text_encoders(checkpoint: _OpenCheckpoint) -> dict[str, nn.Module]:
-    if checkpoint.kind == UNCONDITIONAL:
-        return {}
-    weights = checkpoint.part(COND_STAGE)
-    is_clip = checkpoint.kind == SD1
-    return {TEXT_ENCODER.name: text.convert_clip(weights, checkpoint.config) if is_clip else text.convert_bert(weights)}
+    return {
+        name: convert(checkpoint.part(prefix), checkpoint.config)
+        for name, (prefix, convert) in checkpoint.text_encoders.items()
+    }
+
+
+def _find_pooled_width(encoders: Mapping[str, nn.Module]) -> int | None:
+    """Channels of the pooled text that one of them gives."""
+    projections = [encoder.text_projection for encoder in encoders.values() if hasattr(encoder, "text_projection")]
+    return next((int(projection.out_features) for projection in projections), None)  # type: ignore[arg-type, union-attr]
 
 
 @contextmanager

@@ -88,7 +88,8 @@ class InertDict(Inert):
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Every weight of a ``.ckpt``, ``.pt`` or ``.safetensors`` by its name, left in the file until it is used.
 
-    Lightning's ``state_dict`` is unwrapped. Files of torch before 1.6 cannot be mapped and are read whole.
+    Lightning's ``state_dict`` is unwrapped; its ``global_step``, which tells some files apart, goes with it. Files of
+    torch before 1.6 cannot be mapped and are read whole.
     ModelError for files that are truncated, hostile, no checkpoint or hold no plain tensors.
     """
     _check_file(path)
@@ -98,6 +99,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is not a checkpoint of plain weights ({exc}); {REMEDY}") from exc
     nested = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict)
     tensors = _filter_tensors(loaded["state_dict"] if nested else loaded)
+    step = loaded.get("global_step") if nested else None
+    if type(step) is int and 0 <= step < 2**63 and tensors:
+        tensors.setdefault("global_step", torch.tensor(step))
     if not tensors:
         raise ModelError(f"{path} holds no tensors by name, neither directly nor in a `state_dict`; {REMEDY}")
     _check_sizes(tensors, path)

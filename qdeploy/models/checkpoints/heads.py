@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qdeploy.base.errors import ModelError
-from qdeploy.models.checkpoints.kinds import SD1, TEXT2IMG, UNCONDITIONAL
+from qdeploy.models.checkpoints.kinds import SD1, SD2, SDXL, TEXT2IMG, UNCONDITIONAL
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
 
@@ -32,6 +32,8 @@ class Heads:
 # CompVis/latent-diffusion models/ldm/*/config.yaml and configs/latent-diffusion/; CompVis/stable-diffusion configs/
 PUBLISHED = {
     (SD1, 320, (1, 2, 4, 4)): Heads(number=8),
+    (SD2, 320, (1, 2, 4, 4)): Heads(channels=64),
+    (SDXL, 320, (1, 2, 4)): Heads(channels=64),
     (TEXT2IMG, 320, (1, 2, 4, 4)): Heads(number=8),  # txt2img-1p4B
     (TEXT2IMG, 192, (1, 2, 3, 5)): Heads(channels=32),  # text2img256
     (UNCONDITIONAL, 224, (1, 2, 3, 4)): Heads(channels=32),  # lsun_beds256, ffhq256, celeba256

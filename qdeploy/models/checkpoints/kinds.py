@@ -10,38 +10,56 @@ from torch import Tensor
 from qdeploy.base.errors import ModelError, join_names
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
-SD1, UNCONDITIONAL, TEXT2IMG = "sd1", "ldm-uncond", "ldm-text2img"
+SD1, SD2, SDXL, UNCONDITIONAL, TEXT2IMG = "sd1", "sd2", "sdxl", "ldm-uncond", "ldm-text2img"
 
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 COND_STAGE = "cond_stage_model."
+CONDITIONERS = ("conditioner.embedders.0.", "conditioner.embedders.1.")  # Stable Diffusion XL's text encoders
 EMA = "model_ema."  # LitEma's copy of the UNet, its names without dots
 
 CLIP_TOKENS = re.compile(r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.token_embedding\.weight")
+OPEN_CLIP_TOKENS = "cond_stage_model.model.token_embedding.weight"
 BERT_TOKENS = "cond_stage_model.transformer.token_emb.weight"
-SUPPORTED = "supported: Stable Diffusion 1.x, and CompVis' unconditional (LSUN, FFHQ, CelebA-HQ) and text-to-image LDMs"
+SUPPORTED = (
+    "supported: Stable Diffusion 1.x, 2.x and XL, and CompVis' unconditional (LSUN, FFHQ, CelebA-HQ) and text-to-image "
+    "LDMs"
+)
+# The class of each kind's text encoder in its YAML.
+EMBEDDERS = {SD1: "FrozenCLIPEmbedder", SD2: "FrozenOpenCLIPEmbedder", TEXT2IMG: "BERTEmbedder"}
 # Layouts that are known and not converted: a tensor's name or its start, and what to say.
 UNSUPPORTED = (
-    ("conditioner.embedders.", "is Stable Diffusion XL"),
-    ("cond_stage_model.model.", "has an OpenCLIP text encoder, as Stable Diffusion 2.x does"),
+    ("conditioner.embedders.0.model.", "is the refiner of Stable Diffusion XL, which no base model here needs"),
+    ("edm_mean", "is Playground 2.5, whose latents are shifted and whose noise levels are EDM's"),
+    ("model.diffusion_model.joint_blocks.", "is Stable Diffusion 3, a transformer and no UNet"),
+    ("joint_blocks.", "is Stable Diffusion 3, a transformer and no UNet"),
+    ("model.diffusion_model.double_blocks.", "is FLUX, a transformer and no UNet"),
+    ("double_blocks.", "is FLUX, a transformer and no UNet"),
+    ("depth_model.", "is Stable Diffusion 2's depth model, whose depth map is not fed; give the base model"),
+    ("low_scale_model.", "is Stable Diffusion's upscaler, whose small picture is not fed; give the base model"),
+    ("noise_augmentor.", "is Stable unCLIP, whose picture's embedding is not fed; give the base model"),
+    ("ip_adapter.", "is an IP-Adapter, whose picture is not fed; give the model that it is for"),
+    ("control_model.", "is a ControlNet, whose picture of control is not fed; give the model that it controls"),
+    ("controlnet_", "is a ControlNet, whose picture of control is not fed; give the model that it controls"),
     ("cond_stage_model.embedding.", "is a class-conditional LDM"),
     ("down_blocks.", "holds one module in diffusers' names; give the diffusers folder that it belongs to"),
     ("lora_", "is a LoRA, not a model; give it to --lora"),
-    ("control_model.", "is a ControlNet, whose picture of control is not fed; give the model that it controls"),
     ("embedding_manager.", "holds a textual inversion in training; put its embedding into a diffusers folder"),
-    ("denoiser.sigmas", "has noise levels of sgm's denoiser; save it without `denoiser.sigmas` if it is of this kind"),
 )
 # Not weights of a part: schedule buffers, losses and discriminators, position indices, LitEma's own counters.
 EXTRAS = re.compile(
     r"(betas|v_pred|ztsnr|logvar|lvlb_weights|scale_factor|cond_ids|(log_one_minus_|sqrt_(recip(m1)?_|one_minus_)?)?alphas_cumprod"
     r"(_prev)?|posterior_\w+|loss\..*|model_ema\.(decay|num_updates)|first_stage_model\.(loss\..*|colorize)"
     r"|first_stage_model\.model_ema\..*|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"
-    r"|cond_stage_model\.(logit_scale|text_projection))"
+    r"|cond_stage_model\.(model\.)?(logit_scale|text_projection)|cond_stage_model\.model\.attn_mask|global_step"
+    r"|conditioner\.embedders\.0\.transformer\.(text_model\.)?embeddings\.position_ids"
+    r"|conditioner\.embedders\.0\.(logit_scale|text_projection)"
+    r"|conditioner\.embedders\.1\.model\.(logit_scale|attn_mask)|denoiser\.sigmas)"
 )
 
 
 def detect_kind(tensors: Mapping[str, Tensor], config: OriginalConfig | None = None) -> str:
-    """``sd1``, ``ldm-uncond`` or ``ldm-text2img``.
+    """``sd1``, ``sd2``, ``sdxl``, ``ldm-uncond`` or ``ldm-text2img``.
 
     ModelError for layouts that are not converted, for tensors that belong to no part, and where the YAML
     says otherwise.
@@ -88,19 +106,28 @@ def swap_in_ema(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_parts(tensors: Mapping[str, Tensor]) -> None:
-    known = (UNET, FIRST_STAGE, COND_STAGE, EMA)
+    known = (UNET, FIRST_STAGE, COND_STAGE, EMA, *CONDITIONERS)
     unknown = [name for name in tensors if not name.startswith(known) and not EXTRAS.fullmatch(name)]
     if unknown:
         raise ModelError(f"{len(unknown)} tensors belong to no known part: {join_names(unknown)}; {SUPPORTED}")
 
 
 def _detect_text_kind(tensors: Mapping[str, Tensor]) -> str:
+    if any(name.startswith(CONDITIONERS) for name in tensors):
+        missing = [part for part in CONDITIONERS if not select_part(tensors, part)]
+        if missing:
+            raise ModelError(
+                f"the file has one of Stable Diffusion XL's two text encoders and no tensor `{missing[0]}…`"
+            )
+        return SDXL
     has_cross_attention = any(name.startswith(UNET) and ".attn2." in name for name in tensors)
     encoder = select_part(tensors, COND_STAGE)
     if not has_cross_attention and not encoder:
         return UNCONDITIONAL
     if has_cross_attention and any(CLIP_TOKENS.fullmatch(name) for name in tensors):
         return SD1
+    if has_cross_attention and OPEN_CLIP_TOKENS in tensors:
+        return SD2
     if has_cross_attention and BERT_TOKENS in tensors:
         return TEXT2IMG
     if has_cross_attention and not encoder:
@@ -113,3 +140,10 @@ def _check_target(kind: str, config: OriginalConfig) -> None:
     unconditional = stage is None or isinstance(stage, str)
     if unconditional != (kind == UNCONDITIONAL):
         raise ModelError(f"{config.path} describes another kind of model than the weights, which are {kind}")
+    target = stage.get("target") if isinstance(stage, Mapping) else None
+    embedder = None if target is None else str(target).rpartition(".")[2]
+    if embedder in EMBEDDERS.values() and embedder != EMBEDDERS.get(kind):
+        raise ModelError(
+            f"{config.path}: `cond_stage_config` `target`: got {str(target)[:100]!r}, and the weights are those of a "
+            f"{EMBEDDERS.get(kind)}; give the YAML that the file was published with"
+        )

@@ -105,6 +105,11 @@ def read_config(path: Path) -> OriginalConfig:
         model, target = loaded["model"]["params"], loaded["model"].get("target")
     except (KeyError, TypeError, AttributeError) as exc:
         raise ModelError(f"{path} has no `model.params`; {REMEDY}") from exc
+    if isinstance(model, Mapping) and "network_config" in model:
+        raise ModelError(
+            f"{path} is in the layout of sgm, as Stable Diffusion XL's YAML is, which is not read; such a file needs "
+            "none: rename the YAML, or leave --config out"
+        )
     if not isinstance(model, Mapping) or not isinstance(model.get("unet_config"), Mapping):
         raise ModelError(f"{path} has no `model.params.unet_config`; {REMEDY}")
     return OriginalConfig(path, model, target)

@@ -10,26 +10,31 @@ import torch
 from torch import Tensor
 
 from qdeploy.base.errors import ModelError
-from qdeploy.models.checkpoints.kinds import SD1, TEXT2IMG
+from qdeploy.models.checkpoints.kinds import SD1, SD2, SDXL, TEXT2IMG, UNET
 from qdeploy.models.checkpoints.original_config import MAX_SCALE, MAX_TIMESTEPS, OriginalConfig
 
 # The original's names for two ramps; its "linear" is linear in the square root.
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+GLOBAL_STEP, SD2_BASE_STEP = "global_step", 875_000  # of 512-base-ema.ckpt
+SD_CHANNELS = 4
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors that trainers leave in a file as marks (A1111 issue 16567)
 RAMP = ("linear_start", "linear_end", "beta_schedule", "timesteps")
-SD1_BETAS = (0.00085, 0.012, 1000)
+SD_BETAS = (0.00085, 0.012, 1000)
 ORIGINAL_BETAS = (1e-4, 2e-2, 1000)  # of a YAML that does not say: `DDPM.__init__`
 LEAST_SCALE = 1e-6
-SD1_SCALE = TEXT2IMG_SCALE = 0.18215  # v1-inference.yaml, txt2img-1p4B-eval.yaml
+# v1-inference.yaml, v2-inference.yaml, txt2img-1p4B-eval.yaml, sd_xl_base.yaml
+SCALES = {SD1: 0.18215, SD2: 0.18215, TEXT2IMG: 0.18215, SDXL: 0.13025}
+SIGMAS = "denoiser.sigmas"
+HALF_ROUND_OFF = 2e-3  # relative; some files hold the buffer in float16
 LEAST_BETA = 1e-8
 FLOAT32_ROUND_OFF = 1e-5  # relative; a buffer is float32 at best, its ramp was computed in float64
 ASK = "give the original YAML (--config FILE.yaml)"
 
 
 def read_scheduler_config(kind: str, tensors: Mapping[str, Tensor], config: OriginalConfig | None) -> dict[str, Any]:
-    """A ``read_scheduler_config.json``: PNDM (the original's PLMS) for Stable Diffusion, else DDIM, steps from 1 on."""
-    prediction = _read_prediction(tensors, config)
+    """A ``scheduler_config.json``: Euler for Stable Diffusion XL, PLMS (PNDM) for 1 and 2, else DDIM; steps from 1."""
+    prediction = read_prediction(kind, tensors, config)
     common = dict(
         steps_offset=1,
         set_alpha_to_one=False,
@@ -40,7 +45,9 @@ def read_scheduler_config(kind: str, tensors: Mapping[str, Tensor], config: Orig
         spacing = "trailing" if prediction != "epsilon" else "leading"
         zero_snr = dict(rescale_betas_zero_snr=True, timestep_spacing=spacing)
         return dict(_class_name="DDIMScheduler", clip_sample=False, **zero_snr, **common)
-    if kind == SD1 and prediction != "sample":
+    if kind == SDXL:
+        return dict(_class_name="EulerDiscreteScheduler", timestep_spacing="leading", **common)
+    if kind in (SD1, SD2) and prediction != "sample":
         return dict(_class_name="PNDMScheduler", skip_prk_steps=True, **common)
     return dict(_class_name="DDIMScheduler", clip_sample=False, **common)
 
@@ -51,14 +58,29 @@ def read_scaling_factor(kind: str, tensors: Mapping[str, Tensor], config: Origin
     measured = config is not None and config.model.get("scale_by_std") is True
     if "scale_factor" in tensors:
         known = None if measured else stated
-        return _read_scale(tensors["scale_factor"], known, SD1_SCALE if kind in (SD1, TEXT2IMG) else None)
+        return _read_scale(tensors["scale_factor"], known, SCALES.get(kind))
     if stated is not None:
         return float(stated)
     if not measured and (vq or config is not None):
         return 1.0  # the original's default
-    if not measured and kind in (SD1, TEXT2IMG):
-        return SD1_SCALE
+    if not measured and kind in SCALES:
+        return SCALES[kind]
     raise ModelError(f"the file has no `scale_factor`; {ASK}")
+
+
+def check_sigmas(kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """ModelError unless the noise levels of sgm's denoiser are those of Stable Diffusion's schedule."""
+    sigmas = tensors.get(SIGMAS)
+    if sigmas is None:
+        return
+    start, end, steps = SD_BETAS
+    alpha = (1 - torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2).cumprod(0)
+    expected, actual = (1 / alpha - 1).sqrt(), sigmas.double().flatten().sort().values
+    if kind != SDXL or actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=HALF_ROUND_OFF):
+        raise ModelError(
+            f"`{SIGMAS}` are noise levels of another schedule than Stable Diffusion XL's; save it without `{SIGMAS}` "
+            "if it has that one, other kinds are not supported"
+        )
 
 
 def _read_scale(scale: Tensor, stated: float | None, published: float | None) -> float:
@@ -78,7 +100,8 @@ def _read_scale(scale: Tensor, stated: float | None, published: float | None) ->
     return float(scale)
 
 
-def _read_prediction(tensors: Mapping[str, Tensor], config: OriginalConfig | None) -> str:
+def read_prediction(kind: str, tensors: Mapping[str, Tensor], config: OriginalConfig | None) -> str:
+    """What the UNet predicts, in diffusers' words: by the YAML, a mark in the file, or as :func:`guesses_v` says."""
     stated = None if config is None else config.model.get("parameterization")
     if stated is not None and (not isinstance(stated, str) or stated not in PREDICTIONS):
         raise ModelError(f"`parameterization` is {reprlib.repr(stated)}, supported: {', '.join(PREDICTIONS)}")
@@ -89,7 +112,20 @@ def _read_prediction(tensors: Mapping[str, Tensor], config: OriginalConfig | Non
                 f"{stated!r}; correct the YAML, or write `parameterization: v` there"
             )
         return PREDICTIONS["v"]
+    if stated is None and guesses_v(kind, tensors, config):
+        return PREDICTIONS["v"]
     return PREDICTIONS["eps" if stated is None else stated]
+
+
+def guesses_v(kind: str, tensors: Mapping[str, Tensor], config: OriginalConfig | None) -> bool:
+    """Whether diffusers takes the file for one of v-prediction only because nothing in it says otherwise.
+
+    No tensor tells Stable Diffusion 2's 768-pixel model from its 512-pixel base, which predicts noise; diffusers
+    (``_legacy_load_scheduler``) knows the base by its last training step. Inpainting models predict noise.
+    """
+    if kind != SD2 or config is not None or tensors[f"{UNET}input_blocks.0.0.weight"].shape[1] != SD_CHANNELS:
+        return False
+    return V_PREDICTION not in tensors and int(tensors.get(GLOBAL_STEP, torch.tensor(0))) != SD2_BASE_STEP
 
 
 def _read_betas(kind: str, tensors: Mapping[str, Tensor], config: OriginalConfig | None) -> dict[str, Any]:
@@ -98,8 +134,8 @@ def _read_betas(kind: str, tensors: Mapping[str, Tensor], config: OriginalConfig
         return _read_buffer(betas.double(), torch.finfo(betas.dtype) if betas.is_floating_point() else None, config)
     if config is not None:
         return _read_ramp(config)
-    if kind == SD1:
-        return _build_ramp("scaled_linear", *SD1_BETAS)
+    if kind in (SD1, SD2, SDXL):
+        return _build_ramp("scaled_linear", *SD_BETAS)
     raise ModelError(f"the file has no `betas`; {ASK}")
 
 

@@ -1,10 +1,10 @@
-"""The original text encoders: CLIP as transformers' ``CLIPTextModel``, x-transformers' BERT as ``LDMBertModel``."""
+"""The original text encoders: CLIP and OpenCLIP as transformers' ``CLIPTextModel``, BERT as ``LDMBertModel``."""
 
 from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints.assemble import build_module, merge_names
+from qdeploy.models.checkpoints.kinds import COND_STAGE, CONDITIONERS, SD1, SD2, SDXL, TEXT2IMG, UNCONDITIONAL
+from qdeploy.models.checkpoints.open_clip import PROJECTION, rename_open_clip
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
 LEVEL = re.compile(r"^(transformer\.)?text_model\.")
@@ -37,27 +39,71 @@ def convert_clip(weights: Mapping[str, Tensor], config: OriginalConfig | None = 
     level in ``CLIPTextModel`` any more, and position indices are not stored.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
-    from transformers import CLIPTextModel
 
-    foreign = [name for name in weights if not name.startswith("transformer.")]
-    if foreign:
-        raise ModelError(f"the text encoder has weights outside its transformer: `{foreign[0]}`")
+    _check_prefix(weights, "transformer.")
     named = convert_ldm_clip_checkpoint({f"cond_stage_model.{name}": value for name, value in weights.items()})
     named = drop_level(named)
-    stated = _count_layers(named, "encoder.layers.{}.mlp.fc1.weight")
-    layers = stated if config is None else choose_layers(config, stated)
+    stated = count_layers(named)
+    return _build_clip(named, stated if config is None else choose_layers(config, stated), "quick_gelu", config)
+
+
+def convert_open_clip(weights: Mapping[str, Tensor], config: OriginalConfig | None = None) -> nn.Module:
+    """``FrozenOpenCLIPEmbedder``'s model, from its names below ``cond_stage_model.``.
+
+    Stable Diffusion 2 was trained on its last layer but one, which its published YAMLs say; without a YAML that is
+    where the model ends.
+    """
+    _check_prefix(weights, "model.")
+    named = rename_open_clip({name.removeprefix("model."): value for name, value in weights.items()})
+    stated = count_layers(named)
+    return _build_clip(named, stated - 1 if config is None else choose_layers(config, stated), "gelu", config)
+
+
+def _check_prefix(weights: Mapping[str, Tensor], prefix: str) -> None:
+    foreign = [name for name in weights if not name.startswith(prefix)]
+    if foreign:
+        raise ModelError(f"the text encoder has weights outside its transformer: `{foreign[0]}`")
+
+
+def convert_pooled_open_clip(weights: Mapping[str, Tensor], config: OriginalConfig | None = None) -> nn.Module:
+    """``FrozenOpenCLIPEmbedder2``'s model as ``CLIPTextModelWithProjection``, from its names below the embedder's."""
+    from transformers import CLIPTextModelWithProjection
+
+    _check_prefix(weights, "model.")
+    named = rename_open_clip({name.removeprefix("model."): value for name, value in weights.items()})
+    clip_config = _read_clip_config(named, count_layers(named), "gelu")
+    clip_config.projection_dim = named[PROJECTION].shape[0]
+    nested = {name if name == PROJECTION else f"text_model.{name}": value for name, value in named.items()}
+    return build_module(CLIPTextModelWithProjection, clip_config, nested, "second text encoder")
+
+
+def count_layers(named: Mapping[str, Tensor]) -> int:
+    """Layers of a CLIP text encoder under transformers' names."""
+    return _count_layers(named, "encoder.layers.{}.mlp.fc1.weight")
+
+
+def _build_clip(named: Mapping[str, Tensor], layers: int, hidden_act: str, config: OriginalConfig | None) -> nn.Module:
+    """``CLIPTextModel`` of the first ``layers``, from weights under transformers' names."""
+    from transformers import CLIPTextModel
+
     named = {name: value for name, value in named.items() if _get_layer(name) < layers}
+    clip_config = _read_clip_config(named, layers, hidden_act)
+    if config is not None:
+        config.check(config.params("cond_stage_config"), {"max_length": clip_config.max_position_embeddings})
+    return build_module(CLIPTextModel, clip_config, named, "text encoder")
+
+
+def _read_clip_config(named: Mapping[str, Tensor], layers: int, hidden_act: str) -> Any:
+    """``CLIPTextConfig`` by the weights' shapes."""
     vocab_size, width = named["embeddings.token_embedding.weight"].shape
-    clip_config = build_clip_config(
+    return build_clip_config(
         vocab_size,
         width,
         inner=named["encoder.layers.0.mlp.fc1.weight"].shape[0],
         layers=layers,
         positions=named["embeddings.position_embedding.weight"].shape[0],
+        hidden_act=hidden_act,
     )
-    if config is not None:
-        config.check(config.params("cond_stage_config"), {"max_length": clip_config.max_position_embeddings})
-    return build_module(CLIPTextModel, clip_config, named, "text encoder")
 
 
 def choose_layers(config: OriginalConfig, layers: int) -> int:
@@ -105,7 +151,9 @@ def _get_layer(name: str) -> int:
     return -1 if match is None else int(match[1])
 
 
-def build_clip_config(vocab_size: int, width: int, inner: int, layers: int, positions: int) -> Any:
+def build_clip_config(
+    vocab_size: int, width: int, inner: int, layers: int, positions: int, hidden_act: str = "quick_gelu"
+) -> Any:
     """``CLIPTextConfig`` of a text encoder with ``inner`` channels between the linear layers of a block."""
     from transformers import CLIPTextConfig
 
@@ -116,14 +164,14 @@ def build_clip_config(vocab_size: int, width: int, inner: int, layers: int, posi
         num_hidden_layers=layers,
         num_attention_heads=width // CLIP_HEAD_CHANNELS,
         max_position_embeddings=positions,
-        hidden_act="quick_gelu",
+        hidden_act=hidden_act,
         projection_dim=width,
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
     )
 
 
-def convert_bert(weights: Mapping[str, Tensor]) -> nn.Module:
+def convert_bert(weights: Mapping[str, Tensor], _: OriginalConfig | None = None) -> nn.Module:
     """``BERTEmbedder``'s ``TransformerWrapper``, from its names below ``cond_stage_model.``."""
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
@@ -168,3 +216,14 @@ def _rename_bert(name: str) -> str:
 
 def _count_layers(weights: Mapping[str, Tensor], pattern: str) -> int:
     return next(i for i in count() if pattern.format(i) not in weights)
+
+
+Convert = Callable[[Mapping[str, Tensor], OriginalConfig | None], nn.Module]
+# The text encoders of each kind of checkpoint: where their weights are, and how they are converted.
+ENCODERS: Mapping[str, tuple[tuple[str, Convert], ...]] = {
+    SD1: ((COND_STAGE, convert_clip),),
+    SD2: ((COND_STAGE, convert_open_clip),),
+    SDXL: tuple(zip(CONDITIONERS, (convert_clip, convert_pooled_open_clip), strict=True)),
+    TEXT2IMG: ((COND_STAGE, convert_bert),),
+    UNCONDITIONAL: (),
+}

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qdeploy.artifacts.components import SIZES
 from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints.assemble import build_module, check_all_used
 from qdeploy.models.checkpoints.heads import Heads
@@ -26,7 +27,11 @@ Make = Callable[[Any, Mapping[str, Any]], nn.Module]  # (class, its settings) ->
 
 @dataclass(frozen=True)
 class UNetLayout:
-    """What the shapes say, under the original names; attention by level, finest first."""
+    """What the shapes say, under the original names; attention by level, finest first.
+
+    transformer_depth: blocks of each transformer, or by level where they differ, 0 without one.
+    added_channels: of pooled text and sizes, which Stable Diffusion XL's UNet adds to the timestep's embedding.
+    """
 
     in_channels: int
     out_channels: int
@@ -35,9 +40,11 @@ class UNetLayout:
     num_res_blocks: int
     attention: tuple[bool, ...]
     context_dim: int | None
-    transformer_depth: int
+    transformer_depth: int | tuple[int, ...]
     use_scale_shift_norm: bool
     resblock_updown: bool
+    linear_projections: bool = False  # of a transformer's input and output, in place of 1x1 convolutions
+    added_channels: int | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -59,6 +66,10 @@ def read_layout(weights: Mapping[str, Tensor]) -> UNetLayout:
     embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     context = weights.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     resampler = _find_resampler(weights, f"output_blocks.{stride - 1}")
+    projection = weights.get("middle_block.1.proj_in.weight")
+    depths = tuple(_count_blocks(weights, f"{block}.1") for block in first)
+    middle = _count_blocks(weights, "middle_block.1")
+    added = weights.get("label_emb.0.0.weight")
     return UNetLayout(
         in_channels=weights["input_blocks.0.0.weight"].shape[1],
         out_channels=weights["out.2.weight"].shape[0],
@@ -67,12 +78,16 @@ def read_layout(weights: Mapping[str, Tensor]) -> UNetLayout:
         num_res_blocks=stride - 1,
         attention=tuple(f"{block}.1.norm.weight" in weights for block in first),
         context_dim=None if context is None else context.shape[1],
-        transformer_depth=next(
-            i for i in count() if f"middle_block.1.transformer_blocks.{i}.norm1.weight" not in weights
-        ),
+        transformer_depth=middle if set(depths) <= {0, middle} else depths,
         use_scale_shift_norm=embedding == 2 * weights["input_blocks.1.0.out_layers.3.weight"].shape[0],
         resblock_updown=resampler is not None and f"{resampler}.in_layers.0.weight" in weights,
+        linear_projections=projection is not None and projection.dim() == 2,
+        added_channels=None if added is None else added.shape[1],
     )
+
+
+def _count_blocks(weights: Mapping[str, Tensor], transformer: str) -> int:
+    return next(i for i in count() if f"{transformer}.transformer_blocks.{i}.norm1.weight" not in weights)
 
 
 def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
@@ -81,8 +96,9 @@ def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
     fields = ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "context_dim")
     switches = ("use_scale_shift_norm", "resblock_updown")
     config.check(params, {name: getattr(layout, name) for name in (*fields, *switches)})
-    depth = {"transformer_depth": layout.transformer_depth} if layout.context_dim is not None else {}
-    config.check(params, {"use_spatial_transformer": layout.context_dim is not None, **depth})
+    reads_text, linear = layout.context_dim is not None, layout.linear_projections
+    depth = {"transformer_depth": layout.transformer_depth} if reads_text else {}
+    config.check(params, {"use_spatial_transformer": reads_text, "use_linear_in_transformer": linear, **depth})
     factors, levels = params.get("attention_resolutions"), len(layout.attention)
     resolutions = sorted(2**level for level, attends in enumerate(layout.attention) if attends)
     numbers = sorted(factors) if isinstance(factors, list) and all(type(factor) is int for factor in factors) else None
@@ -93,11 +109,20 @@ def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
         )
 
 
-def convert_unet(weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads, sample_size: int) -> nn.Module:
-    """The diffusers UNet with exactly these weights; ModelError for tensors that it has no place for."""
+def convert_unet(
+    weights: Mapping[str, Tensor], layout: UNetLayout, heads: Heads, sample_size: int, pooled_width: int | None = None
+) -> nn.Module:
+    """The diffusers UNet with exactly these weights; ModelError for tensors that it has no place for.
+
+    pooled_width: channels of the pooled text that a text encoder gives.
+    """
+    more: dict[str, Any] = {}
+    if layout.added_channels is not None and pooled_width is not None:
+        more = _build_added_config(layout.added_channels, pooled_width)
 
     def fill(make: Any, config: Mapping[str, Any]) -> nn.Module:
-        named = _rename_weights(weights, layout)
+        config = {**config, **more}
+        named = _rename_weights(weights, layout, config)
         named = named if layout.context_dim is not None else _split_attention(named, heads)
         return build_module(make, config, named, "UNet")
 
@@ -119,6 +144,21 @@ def build_unet(make: Make, layout: UNetLayout, heads: Heads, sample_size: int) -
     return unet
 
 
+def _build_added_config(added_channels: int, pooled_width: int) -> dict[str, Any]:
+    """Settings of a UNet that reads pooled text and six sizes; ModelError where the channels are not those of both."""
+    sizes, rest = divmod(added_channels - pooled_width, SIZES)
+    if rest or sizes < 1:
+        raise ModelError(
+            f"the UNet's `label_emb` reads {added_channels} channels, expected {pooled_width} of pooled text and "
+            f"{SIZES} equal embeddings of sizes; it belongs to another model, such as a refiner"
+        )
+    return dict(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=sizes,
+        projection_class_embeddings_input_dim=added_channels,
+    )
+
+
 def _build_common_config(layout: UNetLayout, sample_size: int) -> dict[str, Any]:
     return dict(
         sample_size=sample_size,
@@ -138,9 +178,15 @@ def _build_conditional_config(layout: UNetLayout, heads: Heads, sample_size: int
         down_block_types=down,
         up_block_types=up,
         cross_attention_dim=layout.context_dim,
-        transformer_layers_per_block=layout.transformer_depth,
+        transformer_layers_per_block=_list_depths(layout.transformer_depth),
+        use_linear_projection=layout.linear_projections,
         attention_head_dim=counts[0] if len(set(counts)) == 1 else counts,  # diffusers' name for the number of heads
     )
+
+
+def _list_depths(depth: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """A number at every level, which diffusers wants also where there is no transformer."""
+    return depth if isinstance(depth, int) else tuple(max(1, level) for level in depth)
 
 
 def _build_unconditional_config(layout: UNetLayout, heads: Heads, sample_size: int) -> dict[str, Any]:
@@ -160,14 +206,14 @@ def _build_unconditional_config(layout: UNetLayout, heads: Heads, sample_size: i
     )
 
 
-def _rename_weights(weights: Mapping[str, Tensor], layout: UNetLayout) -> dict[str, Tensor]:
+def _rename_weights(weights: Mapping[str, Tensor], layout: UNetLayout, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights by diffusers' names, by its own converter and, for residual blocks that resample, by hand around it."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, update_unet_resnet_ldm_to_diffusers
 
     up_blocks = _map_up_blocks(layout) if layout.resblock_updown else {}
     held_back = {name for name in weights if name.startswith(tuple(up_blocks))} if up_blocks else set()
     source = {UNET + name: tensor for name, tensor in weights.items() if name not in held_back}
-    converted = convert_ldm_unet_checkpoint(source, {"layers_per_block": layout.num_res_blocks})
+    converted = convert_ldm_unet_checkpoint(source, dict(config))
     for old, new in up_blocks.items():
         names = [name for name in held_back if name.startswith(old)]
         update_unet_resnet_ldm_to_diffusers(names, converted, weights, {"old": old, "new": new})

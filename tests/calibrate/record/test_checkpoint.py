@@ -37,9 +37,9 @@ def count_unet_calls(model: LatentDiffusion) -> tuple[LatentDiffusion, list[int]
     calls: list[int] = []
 
     class Counted(UNet):
-        def forward(self, *feeds: torch.Tensor) -> torch.Tensor:
+        def forward(self, *feeds: torch.Tensor, **text: torch.Tensor) -> torch.Tensor:
             calls.append(1)
-            return super().forward(*feeds)
+            return super().forward(*feeds, **text)
 
     return dataclasses.replace(model, unet=Counted(model.unet.inner)), calls
 

@@ -83,9 +83,9 @@ def test_nan_names_the_step(tiny_model: LatentDiffusion) -> None:
     class Overflowing(UNet):
         calls = 0
 
-        def forward(self, *feeds: torch.Tensor) -> torch.Tensor:
+        def forward(self, *feeds: torch.Tensor, **text: torch.Tensor) -> torch.Tensor:
             self.calls += 1
-            return super().forward(*feeds) * (float("nan") if self.calls == 2 else 1.0)
+            return super().forward(*feeds, **text) * (float("nan") if self.calls == 2 else 1.0)
 
     broken = dataclasses.replace(tiny_model, unet=Overflowing(tiny_model.unet.inner))
     with pytest.raises(CalibrationError, match=r"step 2 of 5 \(timestep \d+\).*float model"):
