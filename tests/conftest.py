@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_cal
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.export import exporter
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
@@ -31,6 +34,7 @@ from tests.tiny import (
     write_tiny_sdxl,
     write_tiny_unconditional,
 )
+from tests.traces import Traces
 
 PROMPTS = ["a cat", "a red house", "rocket"]
 CACHE, KEY = "QDEPLOY_TEST_CACHE", "QDEPLOY_TEST_KEY"  # the second goes from a run to its workers
@@ -51,17 +55,24 @@ def pytest_configure(config: pytest.Config) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         remove_stale(folder)
         os.environ[KEY] = hash_sources()
-    config.stash[STORE] = Artifacts(folder, os.environ[KEY])
+    store = config.stash[STORE] = Artifacts(folder, os.environ[KEY])
+    traces = Traces(store.keyed_folder("traces"), partial(check_mark, config))
+    exporter.graph_from_component = traces.trace
     torch.onnx.export = require_mark(config, torch.onnx.export)
 
 
-def require_mark(config: pytest.Config, export: Callable[..., Any]) -> Callable[..., Any]:
+def check_mark(config: pytest.Config) -> None:
     """Fail a test that traces a graph without a mark; the first user of an artifact traces for all of its users."""
+    item = config.stash[RUNNING]
+    if not config.stash[STORE].building and not any(map(item.get_closest_marker, LEFT_OUT)):
+        pytest.fail(f"{item.nodeid} traces a graph: add @pytest.mark.{EXPORTS}, or use an artifact of conftest.py")
+
+
+def require_mark(config: pytest.Config, export: Callable[..., Any]) -> Callable[..., Any]:
+    """``export`` after :func:`check_mark`."""
 
     def traced(*args: Any, **options: Any) -> Any:
-        item = config.stash[RUNNING]
-        if not config.stash[STORE].building and not any(map(item.get_closest_marker, LEFT_OUT)):
-            pytest.fail(f"{item.nodeid} traces a graph: add @pytest.mark.{EXPORTS}, or use an artifact of conftest.py")
+        check_mark(config)
         return export(*args, **options)
 
     return traced
@@ -86,6 +97,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     names = (name for item in session.items for name in list_artifacts(item))
     session.config.stash[STORE].wanted = list(dict.fromkeys(names))
+    gc.collect()
+    gc.freeze()  # libraries and collected tests, which every later collection would look through
 
 
 def list_artifacts(item: pytest.Item) -> list[str]:

@@ -25,7 +25,12 @@ from filelock import FileLock, Timeout
 from qdeploy.base.files import read_state, stage_file
 
 ROOT = Path(__file__).parent.parent
-SHARED = ("tests/shared_artifacts.py", "tests/conftest.py", "tests/tiny.py")  # what every build is made with
+SHARED = (
+    "tests/shared_artifacts.py",
+    "tests/conftest.py",
+    "tests/tiny.py",
+    "tests/traces.py",
+)  # what every build is made with
 KEPT = 3  # versions of one artifact
 DONE = "done.json"
 LOCK = ".lock"  # of the same name; its time says when the artifact was used last
@@ -87,8 +92,11 @@ class Artifacts:
     def build_folder(self, name: str) -> Path:
         file = inspect.getsourcefile(BUILDS[name].write)
         assert file is not None
-        key = hashlib.sha256(self.key.encode() + Path(file).read_bytes()).hexdigest()
-        return self.folder / f"{name}-{key[:16]}"
+        return self.keyed_folder(name, Path(file).read_bytes())
+
+    def keyed_folder(self, name: str, more: bytes = b"") -> Path:
+        """The folder ``name`` for the sources of this run and ``more``."""
+        return self.folder / f"{name}-{hashlib.sha256(self.key.encode() + more).hexdigest()[:16]}"
 
     def build_if_free(self, name: str, folder: Path) -> bool:
         """Whether it is there now; False while another worker holds its lock."""

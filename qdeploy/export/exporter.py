@@ -31,7 +31,7 @@ from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC, OpenDims
 from qdeploy.export.parity import ExpectedOutputs, choose_least_sqnr, compute_expected, measure_parities
 from qdeploy.export.plans import check_buildable, check_profile, grid_from_model
-from qdeploy.export.release import release_memory
+from qdeploy.export.release import collect_new_objects_only, release_memory
 from qdeploy.export.runtime_files import build_runtime_files, check_opens, write_runtime_files
 from qdeploy.export.table_checks import check_exportable, check_probes, check_weights
 from qdeploy.models.source import LatentDiffusion
@@ -79,7 +79,7 @@ def export_bundle(
     names = (*model.components, *([VAE_ENCODER.name] if with_encoder else []))
     needed_bytes = estimate_bytes(model, names, precision)
     check_output(Output(out, BUNDLE, needed_bytes=needed_bytes))
-    with stage_folder(out, needed_bytes) as folder:
+    with collect_new_objects_only(), stage_folder(out, needed_bytes) as folder:
         infos = {}
         for done, name in enumerate(names):
             on_progress(f"export: {target.name} {precision}", done, len(names))

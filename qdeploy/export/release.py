@@ -5,6 +5,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def collect_new_objects_only() -> Iterator[None]:
+    """Keep what is there already out of collections: libraries and model, half a second of looking each time.
+
+    A process that has frozen its own objects keeps them so.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def release_memory() -> None:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Never
 
 import pytest
+from click.testing import CliRunner
 
 from qdeploy.base.disk import explain_full_disk, is_full_disk, note_kept
 from qdeploy.base.errors import DiskFullError, UsageError
 from qdeploy.base.files import read_state, stage_file, stage_folder
 from qdeploy.base.staging import hold_folder, remove_leftovers, remove_leftovers_below
+from qdeploy.cli import main
+from qdeploy.export import exporter
+from tests.forked import limit_files, run_forked
 
 
 def test_a_folder_appears_only_when_complete(tmp_path: Path) -> Never:
@@ -240,28 +244,26 @@ def test_a_link_that_looks_like_a_leftover_is_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "real" / "letter").read_text() == "x"
 
 
-KILLED_EXPORT = """
-import os, signal, sys
-import qdeploy.export.exporter as exporter
-real = exporter.export_component
-def kill_in_the_middle(model, name, *arguments, **options):
-    if name == "unet":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(model, name, *arguments, **options)
-exporter.export_component = kill_in_the_middle
-from qdeploy.cli import main
-main(["--quiet", "export", sys.argv[1], "-o", sys.argv[2]])
-"""
+def kill_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End this process where an export comes to the UNet."""
+    export_component = exporter.export_component
+
+    def export_or_die(model: object, name: str, *arguments: object, **options: object) -> object:
+        if name == "unet":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return export_component(model, name, *arguments, **options)
+
+    monkeypatch.setattr(exporter, "export_component", export_or_die)
 
 
 @pytest.mark.exports
-def test_the_next_export_removes_what_a_killed_one_left_and_says_so(tmp_path: Path, tiny_folder: Path) -> None:
-    from click.testing import CliRunner
-
-    from qdeploy.cli import main
-
+def test_the_next_export_removes_what_a_killed_one_left_and_says_so(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "bundle"
-    killed = subprocess.run([sys.executable, "-c", KILLED_EXPORT, str(tiny_folder), str(out)], check=False)
+    with monkeypatch.context() as patch:
+        kill_in_the_middle(patch)
+        killed = run_forked(lambda: main(["--quiet", "export", str(tiny_folder), "-o", str(out)]))
     assert killed.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".bundle.scratch-")
@@ -274,21 +276,14 @@ def test_the_next_export_removes_what_a_killed_one_left_and_says_so(tmp_path: Pa
 
 # --------------------------------------------------------------------------------------------------------- full disks
 
-FULL_DISK = """
-import resource, signal, sys
-from qdeploy.cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                  # make the write fail instead of the process
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a disk with no room for a larger file does
-main(["--quiet", "export", sys.argv[1], "-o", sys.argv[2]])
-"""
-
 
 @pytest.mark.exports
 def test_a_disk_that_fills_during_export_is_one_paragraph_and_leaves_nothing(tmp_path: Path, tiny_folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tiny_folder), str(tmp_path / "bundle")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    def export() -> None:
+        limit_files(100_000)
+        main(["--quiet", "export", str(tiny_folder), "-o", str(tmp_path / "bundle")])
+
+    done = run_forked(export)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert f"{tmp_path / 'bundle'} cannot be written, the disk is full" in done.stderr
@@ -332,27 +327,18 @@ def raise_as(library: str, folder: Path) -> None:
         save_file({"x": np.zeros(10**6)}, folder / "x.safetensors")
 
 
-LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-from tests.base.test_files import raise_as
-from qdeploy.base.files import stage_file
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    with stage_file(Path(sys.argv[2]) / "out", 12_345_678) as scratch:
-        raise_as(sys.argv[1], scratch.parent)
-except Exception as exc:
-    print(type(exc).__name__, exc)
-"""
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, a device without room")
 @pytest.mark.parametrize("library", ["python", "pillow", "numpy", "torch", "safetensors"])
 def test_every_library_that_writes_for_us_says_it_in_one_way(library: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, library, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    def write() -> None:
+        limit_files(1000)
+        try:
+            with stage_file(tmp_path / "out", 12_345_678) as scratch:
+                raise_as(library, scratch.parent)
+        except Exception as exc:
+            print(type(exc).__name__, exc)
+
+    done = run_forked(write)
     assert done.stdout.startswith(f"DiskFullError {tmp_path / 'out'} cannot be written"), done.stdout + done.stderr
     assert "it needs about 12.3 MB, " in done.stdout
     assert "are free there; make room there or give another place" in done.stdout

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-LIMITED = """
-import resource, signal, sys
 from qdeploy.cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # make the write fail instead of the process
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))  # as a disk without room does
-main(["--quiet", *sys.argv[2:]])
-"""
+from tests.forked import limit_files, run_forked
+
 GOES_ON = "the same command goes on from there"
 
 
 def run_limited(limit: int, *arguments: object) -> str:
     """Standard error of the command where no file can be larger than ``limit`` bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+
+    def run() -> None:
+        limit_files(limit)
+        main(["--quiet", *map(str, arguments)])
+
+    done = run_forked(run)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return " ".join(done.stderr.split())
@@ -102,8 +99,6 @@ def test_room_is_looked_at_before_the_work(
 ) -> None:
     """A disk with 2 MB free is enough for some outputs and not for others, by what each needs."""
     from click.testing import CliRunner
-
-    from qdeploy.cli import main
 
     monkeypatch.setattr("qdeploy.base.outputs.measure_free_bytes", lambda _: 2 * 2**20)
     for name, arguments in {
