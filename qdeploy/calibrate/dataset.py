@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.artifacts.components import (
+    GUIDANCE_INPUT,
     MAX_PER_KIND,
     POOLED_INPUT,
     SIZES,
@@ -49,6 +50,8 @@ class CalibrationSet:
     contexts: ``float16[P, T, D]``, text embeddings; row 0 is the empty prompt, the unconditional half.
     pooled: ``float16[P, E]``, pooled text embeddings of the same prompts, for a UNet that reads them.
     sizes: ``float32[N, 6]``, the sizes (`time_ids`) that such a UNet was given with each sample.
+    guidance: ``float16[N, G]``, the embedded guidance scale of each sample, for a UNet that reads it.
+    is_guided: the UNet ran with and without the text; if not, only with it.
     input_ids: ``int64[P, T]`` for each text encoder, by its name: the tokens of ``contexts``.
     latents: ``float16[M, C, h, w]``, final latents, divided by the scaling factor: the decoder's input.
 
@@ -65,6 +68,8 @@ class CalibrationSet:
     latents: Tensor | None = None
     pooled: Tensor | None = None
     sizes: Tensor | None = None
+    guidance: Tensor | None = None
+    is_guided: bool = True
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, component: str, size: int) -> Iterator[dict[str, Tensor]]:
@@ -77,13 +82,13 @@ class CalibrationSet:
             yield from ({kind.input: _widen(chunk)} for chunk in _split(self._get_rows(component), size))
             return
         for t in self.timestep.unique():
-            for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // self._halves)):
+            for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // self.halves)):
                 yield self._unet_feeds(rows, t)
 
     def count(self, component: str) -> int:
         """How many inputs :meth:`batches` will yield for ``component``, CFG halves counted twice."""
         if get_kind(component).in_loop:
-            return self._halves * len(self.sample)
+            return self.halves * len(self.sample)
         rows = self._get_rows(component)
         return 0 if rows is None else len(rows)
 
@@ -93,8 +98,9 @@ class CalibrationSet:
         return recorded.get(component)
 
     @property
-    def _halves(self) -> int:
-        return 1 if self.contexts is None else 2
+    def halves(self) -> int:
+        """Rows of the UNet for one sample: 2 with both halves of classifier-free guidance."""
+        return 1 if self.contexts is None or not self.is_guided else 2
 
     def _unet_feeds(self, rows: Tensor, t: Tensor) -> dict[str, Tensor]:
         """One UNet call for ``rows int64[B]``: B inputs, or 2 B with both CFG halves, unconditional first."""
@@ -102,12 +108,19 @@ class CalibrationSet:
         if self.contexts is None or self.prompt is None:
             return dict(zip(UNET.inputs, (x, t), strict=False))
         texts = self.prompt[rows]
-        values = (torch.cat([x, x]), t, _pair_with_first(self.contexts, texts))
-        feeds = dict(zip(UNET.inputs, values, strict=True))
+        own = (torch.cat([x] * self.halves), t, self._select_texts(self.contexts, texts))
+        feeds = dict(zip(UNET.inputs, own, strict=True))
+        if self.guidance is not None:
+            feeds[GUIDANCE_INPUT] = torch.cat([self.guidance[rows].float()] * self.halves)
         if self.pooled is not None and self.sizes is not None:
-            feeds[POOLED_INPUT] = _pair_with_first(self.pooled, texts)
-            feeds[SIZES_INPUT] = torch.cat([self.sizes[rows]] * 2)
+            feeds[POOLED_INPUT] = self._select_texts(self.pooled, texts)
+            feeds[SIZES_INPUT] = torch.cat([self.sizes[rows]] * self.halves)
         return feeds
+
+    def _select_texts(self, table: Tensor, texts: Tensor) -> Tensor:
+        """The rows ``int64[B]`` of ``table``, after as many of row 0 where both halves ran."""
+        chosen = table[texts].float()
+        return chosen if self.halves == 1 else torch.cat([table[:1].float().expand_as(chosen), chosen])
 
 
 def choose_batch_size(calibration: CalibrationSet, component: str) -> int:
@@ -135,6 +148,7 @@ def sample_feeds(calibration: CalibrationSet, component: str, samples: int) -> I
         timestep=calibration.timestep[::stride],
         prompt=None if calibration.prompt is None else calibration.prompt[::stride],
         sizes=None if calibration.sizes is None else calibration.sizes[::stride],
+        guidance=None if calibration.guidance is None else calibration.guidance[::stride],
     )
     yield from thinned_set.batches(component, choose_batch_size(calibration, component))
 
@@ -147,6 +161,7 @@ OPTIONAL = {
     "latents": (torch.float16, 4),
     "pooled": (torch.float16, 2),
     "sizes": (torch.float32, 2),
+    "guidance": (torch.float16, 2),
 }
 INPUT_IDS = (torch.int64, 2)  # of each text encoder: `input_ids`, `input_ids_2`
 
@@ -155,7 +170,8 @@ def save_calibration(calibration: CalibrationSet, path: Path) -> None:
     """Write the set to ``path``, atomically."""
     from safetensors.torch import save_file
 
-    header = json.dumps({"schema_version": SCHEMA_VERSION, "provenance": dict(calibration.provenance)})
+    document = {"schema_version": SCHEMA_VERSION, "provenance": dict(calibration.provenance)}
+    header = json.dumps(document | ({} if calibration.is_guided else {"is_guided": False}))
     fields = {name: getattr(calibration, name) for name in (*REQUIRED, *OPTIONAL)}
     fields |= {_name_ids(encoder): ids for encoder, ids in calibration.input_ids.items()}
     tensors = {name: tensor.contiguous() for name, tensor in fields.items() if tensor is not None}
@@ -182,6 +198,7 @@ def load_calibration(path: Path) -> CalibrationSet:
                     if _name_ids(encoder) in held
                 },
                 provenance=header.provenance,
+                is_guided=header.is_guided,
             )
         _check_tensors(calibration)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as exc:
@@ -195,6 +212,7 @@ class CalibrationHeader:
 
     schema_version: int
     provenance: Mapping[str, Any]
+    is_guided: bool = True
 
 
 def _parse_header(text: str, path: Path) -> CalibrationHeader:
@@ -211,11 +229,12 @@ def check_shapes(
     latent_shape: tuple[int, int, int],
     context_shape: tuple[int, int] | None,
     pooled_width: int | None = None,
+    guidance_channels: int | None = None,
 ) -> None:
     """CalibrationError unless the set has the model's shapes and is finite.
 
     ``latent_shape`` is (C, h, w); ``context_shape`` (T, D) of the text embeddings, None without text; ``pooled_width``
-    of the pooled ones, None where the UNet reads none.
+    and ``guidance_channels`` of what else the UNet may read, None where it does not.
     """
     shapes = (tuple(calibration.sample.shape[1:]), _get_context_shape(calibration))
     if shapes != (latent_shape, context_shape):
@@ -228,13 +247,18 @@ def check_shapes(
             f"calibration set holds decoder latents {list(calibration.latents.shape[1:])}, the model has "
             f"{list(latent_shape)}; calibrate this model"
         )
-    width = None if calibration.pooled is None else calibration.pooled.shape[1]
-    if width != pooled_width:
-        raise CalibrationError(
-            f"calibration set holds pooled text of {width or 'no'} channels, the model reads {pooled_width or 'none'}; "
-            "calibrate this model"
-        )
-    for name in ("sample", "contexts", "latents", "pooled", "sizes"):
+    read = {
+        "pooled text": (calibration.pooled, pooled_width),
+        "guidance scale": (calibration.guidance, guidance_channels),
+    }
+    for what, (tensor, expected) in read.items():
+        width = None if tensor is None else tensor.shape[1]
+        if width != expected:
+            raise CalibrationError(
+                f"calibration set holds a {what} of {width or 'no'} channels, the model reads {expected or 'none'}; "
+                "calibrate this model"
+            )
+    for name in ("sample", "contexts", "latents", "pooled", "sizes", "guidance"):
         tensor = getattr(calibration, name)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise CalibrationError(f"calibration set holds NaN or infinity in {name!r}; calibrate again")
@@ -273,12 +297,6 @@ def check_model(calibration: CalibrationSet, model_sha256: str) -> None:
 def _name_ids(text_encoder: str) -> str:
     """The tensor in the file that holds a text encoder's tokens."""
     return TEXT_ENCODER.input + text_encoder.removeprefix(TEXT_ENCODER.name)
-
-
-def _pair_with_first(table: Tensor, rows: Tensor) -> Tensor:
-    """``float32[2 B, ...]``: row 0 for each of ``rows int64[B]``, then the rows themselves."""
-    chosen = table[rows].float()
-    return torch.cat([table[:1].float().expand_as(chosen), chosen])
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -329,6 +347,8 @@ def _check_tensors(calibration: CalibrationSet) -> None:
 
 def _check_added(calibration: CalibrationSet) -> None:
     """ValueError unless pooled text and sizes are both there, or neither, one for each context and sample."""
+    if calibration.guidance is not None and len(calibration.guidance) != len(calibration.sample):
+        raise ValueError(f"`guidance` has {len(calibration.guidance)} rows for {len(calibration.sample)} samples")
     pooled, sizes, contexts = calibration.pooled, calibration.sizes, calibration.contexts
     if pooled is None and sizes is None:
         return

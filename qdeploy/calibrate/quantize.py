@@ -50,7 +50,7 @@ def quantize_model(
     Components that the set holds no inputs for stay in float. ``work`` is a folder where reconstruction
     keeps what it has finished, so that an interrupted run resumes from there with the same result.
     """
-    check_shapes(calibration, model.latents.shape, model.context_shape, model.pooled_width)
+    check_shapes(calibration, model.latents.shape, model.context_shape, model.pooled_width, model.guidance_channels)
     check_model(calibration, model.sha256)
     check_numbers(calibration, int(model.scheduler_config.get("num_train_timesteps", 1000)), model.vocabularies)
     names = [name for name in model.components if get_kind(name).name in spec.components and calibration.count(name)]
@@ -98,7 +98,7 @@ def quantize_component(
 
 def choose_probes(calibration: CalibrationSet, component: str) -> list[dict[str, AnyArray]]:
     """A few inputs of ``component``, evenly spaced over the set (so over the timesteps), at the export's batch."""
-    size = choose_graph_batch(component, calibration.contexts is not None)
+    size = choose_graph_batch(component, calibration.halves == 2)
     count = sum(1 for _ in calibration.batches(component, size))  # counted, not kept: the set may be large
     chosen = set(np.linspace(0, count - 1, min(PROBES, count)).round().astype(int))
     return [

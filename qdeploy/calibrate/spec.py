@@ -22,6 +22,7 @@ KEEP_FLOAT = {
         "time_embedding.linear_2",
         "add_embedding.linear_1",  # of Stable Diffusion XL's pooled text and sizes, added to that of the timestep
         "add_embedding.linear_2",
+        "time_embedding.cond_proj",  # of the guidance scale
         "time_emb_proj",
     ),
     VAE_DECODER.name: ("post_quant_conv", "conv_in", "conv_out", "conv_shortcut"),

@@ -99,15 +99,20 @@ def add_model_options(command: Callable[..., None]) -> Callable[..., None]:
     )  # fmt: skip
     @click.option("--config", type=PATH, help="Original YAML of a checkpoint file, where its tensors say too little.")
     @click.option("--ema", is_flag=True, help="Take the averaged UNet of a checkpoint file.")
+    @click.option(
+        "--vae", type=PATH, metavar="FOLDER",
+        help="VAE in diffusers' format to take in place of MODEL's own: AutoencoderKL, or AutoencoderTiny (TAESD).",
+    )  # fmt: skip
     @click.option("--allow-download", is_flag=True, help="Fetch a missing tokenizer from the hub.")
     @functools.wraps(command)
     def wrapper(
-        *args: Any, loras: Sequence[str], config: Path | None, ema: bool, allow_download: bool, **kwargs: Any
-    ) -> None:
+        *args: Any, loras: Sequence[str], config: Path | None, ema: bool, vae: Path | None, allow_download: bool,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         from qdeploy.models.options import LoraFile, ModelOptions
 
         lora_files = tuple(LoraFile.from_text(text) for text in loras)
-        command(*args, model_options=ModelOptions(lora_files, config, ema, allow_download), **kwargs)
+        command(*args, model_options=ModelOptions(lora_files, config, ema, allow_download, vae), **kwargs)
 
     return wrapper
 

@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps of each.")
 @click.option("--record", type=STEPS, default=25, show_default=True, help="Steps of each to keep, evenly spaced.")
-@click.option("--guidance", type=GUIDANCE, default=7.5, show_default=True, help="Classifier-free guidance scale.")
+@click.option(
+    "--guidance",
+    type=GUIDANCE,
+    default=7.5,
+    show_default=True,
+    help="Guidance scale; 1 for few-step models that run without guidance.",
+)
 @click.option("--scheduler", help=f"{SCHEDULERS}. Default: the model's own.")
 @click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--seed", type=SEED, default=0, show_default=True)

@@ -57,6 +57,11 @@ if TYPE_CHECKING:
     "table had when it was made, and 3 at least.",
 )
 @click.option(
+    "--unguided",
+    is_flag=True,
+    help="One row a UNet call, for few-step models that run without guidance. A table says so itself.",
+)
+@click.option(
     "--scheduler",
     help=f"{SCHEDULERS}, to go into the bundle in place of the model's own; needed where the model has another one.",
 )
@@ -65,7 +70,7 @@ if TYPE_CHECKING:
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
     dynamic: str | None, build: bool, profile: str | None, full_range: bool, min_sqnr_db: float | None,
-    scheduler: str | None, model_options: ModelOptions,
+    unguided: bool, scheduler: str | None, model_options: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
@@ -116,7 +121,7 @@ def export(
     with show_progress(show) as on_progress, note_kept(lambda: f"nothing is kept: {out} is as it was"):
         manifest = export_bundle(
             loaded, table, chosen, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
-            build=build, min_sqnr_db=min_sqnr_db,
+            build=build, min_sqnr_db=min_sqnr_db, unguided=unguided,
         )  # fmt: skip
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:

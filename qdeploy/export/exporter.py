@@ -17,7 +17,7 @@ from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correctio
 from qdeploy.artifacts.outputs import BUNDLE
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.arrays import Feeds
-from qdeploy.base.errors import EngineUnavailableError
+from qdeploy.base.errors import EngineUnavailableError, UsageError
 from qdeploy.base.files import stage_folder
 from qdeploy.base.numerics import ACT_BITS
 from qdeploy.base.outputs import Output, check_existing, check_output
@@ -56,13 +56,15 @@ def export_bundle(
     sizes: ProfileSizes | None = None,
     build: bool = False,
     min_sqnr_db: float | None = None,
+    unguided: bool = False,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
     ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``open_dims`` says which
     dimensions the graphs leave open, and ``sizes`` TensorRT's profile of those. ``build`` adds TensorRT's engines for
     this machine's GPU. ``min_sqnr_db`` replaces the least SQNR of a quantized component that the gate asks for.
-    ``out`` appears only when everything, gates included, has passed. Raises ExportError
+    ``unguided`` gives the UNet a batch of one row, for pictures without classifier-free guidance, as a table has it
+    that was calibrated so. ``out`` appears only when everything, gates included, has passed. Raises ExportError
     (AuditError, ParityError) and TableError, and EngineUnavailableError at once where engines cannot be built here.
     """
     target.check_open_dims(open_dims.names)
@@ -75,6 +77,7 @@ def export_bundle(
         check_weights(table, model)
         check_probes(table, model)
         check_exportable(table)
+    model = replace(model, unguided=choose_unguided(model, table, unguided))
     runtime_files = build_runtime_files(model)
     names = (*model.components, *([VAE_ENCODER.name] if with_encoder else []))
     needed_bytes = estimate_bytes(model, names, precision)
@@ -171,6 +174,18 @@ def export_component(
     release_memory()  # the simulator's memory, before the engine needs as much
     least_db = None if quant is None else choose_least_sqnr(quant.simulator_sqnr_db, min_sqnr_db)
     return check_parity(info, path, target, least_db, expected)
+
+
+def choose_unguided(model: LatentDiffusion, table: QuantTable | None, requested: bool) -> bool:
+    """Whether the UNet's graph takes one row; UsageError for a table that was calibrated with both guidance halves."""
+    if table is None or UNET.name not in table.components:
+        return requested
+    rows = max(len(x) for x in table.probes[UNET.name][0].values() if x.ndim)
+    if requested and rows > 1:
+        raise UsageError(
+            "--unguided: the table was calibrated with both halves of guidance; calibrate with --guidance 1 first"
+        )
+    return model.is_guided and rows == 1
 
 
 def choose_stand_in(target: Target) -> str | None:

@@ -37,6 +37,7 @@ class LatentDiffusion:
     text_encoders: by component name, in the order in which their embeddings are joined. An unconditional model has
         none, and an ``UnconditionalUNet``.
     zero_negative: an empty negative prompt is embedded as zeros, as Stable Diffusion XL was trained.
+    unguided: it is sampled without classifier-free guidance, as few-step models are.
     """
 
     source: str
@@ -50,6 +51,7 @@ class LatentDiffusion:
     loras: tuple[str, ...] = ()  # FILE:SCALE of each one that was fused
     corrections: tuple[str, ...] = ()  # settings that are used otherwise than the files have them
     zero_negative: bool = False
+    unguided: bool = False
 
     @property
     def reads_text(self) -> bool:
@@ -125,7 +127,7 @@ class LatentDiffusion:
     @property
     def is_guided(self) -> bool:
         """Whether the UNet runs with and without the text, for classifier-free guidance."""
-        return self.reads_text and self.guidance_channels is None
+        return self.reads_text and self.guidance_channels is None and not self.unguided
 
     def embed(self, input_ids: Mapping[str, Tensor]) -> Tensor:
         """Text embeddings ``float32[B, T, D]`` of what :meth:`tokenize` gave: all text encoders' channels, joined."""

@@ -28,6 +28,7 @@ from qdeploy.models.config_files import read_config
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.lora_settings import CONFIG_FILE, LoraSettings, find_lora_file, settings_from_config
 from qdeploy.models.options import LoraFile
+from qdeploy.models.original_names import find_original_name
 from qdeploy.models.rewrites.surgery import copy_module
 from qdeploy.models.weight_files import check_safetensors
 
@@ -261,9 +262,17 @@ def list_addresses(model: LatentDiffusion) -> dict[str, LayerAddress]:
         if component in model.components
         for layer, module in model.component(component).inner.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
-        for name in list_spellings(component, layer)
+        for name in (*list_spellings(component, layer), *list_original_names(model, component, layer))
         for spelling in add_prefixes(component, name)
     }
+
+
+def list_original_names(model: LatentDiffusion, component: str, layer: str) -> list[str]:
+    """The name that a UNet's layer has in the original layout."""
+    if not get_kind(component).in_loop or not model.reads_text:
+        return []
+    name = find_original_name(layer, model.unet.inner.config)
+    return [] if name is None else [name]
 
 
 def list_spellings(component: str, layer: str) -> Iterator[str]:

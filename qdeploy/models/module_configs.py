@@ -67,6 +67,10 @@ SIZES: Mapping[str, int] = {
 }
 
 
+# Distilled UNets leave out the transformers of some levels.
+MAY_BE_ZERO = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")
+
+
 def check_unet_config(path: Path, config: Mapping[str, Any]) -> None:
     """ModelError for a conditioning that is not fed, and for sizes that no UNet has."""
     for name, (absent, what) in UNFED.items():
@@ -147,10 +151,11 @@ def check_sizes(path: Path, config: Mapping[str, Any]) -> None:
             "quantized, which is not read; give the model that they were made from"
         )
     for name, largest in SIZES.items():
-        if config.get(name) is not None and not _is_size(config[name], largest, MAX_LEVELS):
+        least = 0 if name in MAY_BE_ZERO else 1
+        if config.get(name) is not None and not _is_size(config[name], largest, least):
             raise ModelError(
-                f"{path} `{name}`: got {reprlib.repr(config[name])}, expected a whole number from 1 to {largest}, or "
-                f"at most {MAX_LEVELS} of them"
+                f"{path} `{name}`: got {reprlib.repr(config[name])}, expected a whole number from {least} to "
+                f"{largest}, or at most {MAX_LEVELS} of them"
             )
     for name in ("down_block_types", "up_block_types"):
         value = config.get(name)
@@ -170,8 +175,8 @@ def read_sample_size(path: Path, value: object) -> int | tuple[int, int]:
     )
 
 
-def _is_size(value: object, largest: int, levels: int) -> bool:
+def _is_size(value: object, largest: int, least: int = 1) -> bool:
     """A whole number in range, or a list of such, one or two deep."""
     if isinstance(value, list):
-        return 0 < len(value) <= levels and all(_is_size(item, largest, levels) for item in value)
-    return type(value) is int and 1 <= value <= largest
+        return 0 < len(value) <= MAX_LEVELS and all(_is_size(item, largest, least) for item in value)
+    return type(value) is int and least <= value <= largest

@@ -41,12 +41,14 @@ class ModelOptions:
     config: the original YAML of a single file, where its tensors do not say enough.
     ema: take the averaged UNet of a single file.
     allow_download: a tokenizer that is not there may be fetched from the hub; nothing else ever is.
+    vae: a folder of diffusers' whose VAE takes the place of the model's own.
     """
 
     loras: tuple[LoraFile, ...] = ()
     config: Path | None = None
     ema: bool = False
     allow_download: bool = False
+    vae: Path | None = None
 
 
 def _is_number(text: str) -> bool:

@@ -14,6 +14,7 @@ from qdeploy.models.latent_diffusion import LatentDiffusion, assemble_model
 from qdeploy.models.lora import fuse_lora
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import parts_from_folder, read_pipeline_spec
+from qdeploy.models.replaced_vae import hash_vae, take_vae
 from qdeploy.models.single_file import hash_source, is_single_file, parts_from_file
 
 __all__ = [
@@ -50,7 +51,7 @@ def load_model(source: str, options: ModelOptions | None = None) -> LatentDiffus
     options = ModelOptions() if options is None else options
     if is_single_file(source):
         path = Path(source)
-        parts = parts_from_file(path, options)
+        parts = take_vae(parts_from_file(path, options), options.vae)
         model = assemble_model(parts, source=source, folder=path.parent, sha256=hash_model(source, options))
     else:
         model = load_folder(source, options)
@@ -64,13 +65,13 @@ def load_folder(source: str, options: ModelOptions) -> LatentDiffusion:
     try:
         folder = find_model_folder(source)
         remedy = REINSTALL if source.startswith(PREFIX) else "copy the file again"
-        parts = parts_from_folder(folder, options.allow_download, remedy)
+        parts = take_vae(parts_from_folder(folder, options.allow_download, remedy), options.vae)
     except ModelError:
         raise
     except Exception as exc:  # diffusers, transformers and safetensors each have their own trees
         reason = " ".join(str(exc).split())[:500]
         raise ModelError(f"{source} cannot be loaded, part of it is missing or broken: {reason}") from exc
-    return assemble_model(parts, source=source, folder=folder, sha256=hash_weights(folder))
+    return assemble_model(parts, source=source, folder=folder, sha256=hash_model(source, options))
 
 
 def apply_options(model: LatentDiffusion, options: ModelOptions) -> LatentDiffusion:
@@ -82,9 +83,9 @@ def apply_options(model: LatentDiffusion, options: ModelOptions) -> LatentDiffus
 
 def hash_model(source: str, options: ModelOptions) -> str:
     """The hash that the model at ``source`` has once it is loaded, without LoRA files; nothing is loaded for it."""
-    if is_single_file(source):
-        return hash_source(Path(source), options)
-    return hash_weights(find_model_folder(source))
+    is_file = is_single_file(source)
+    digest = hash_source(Path(source), options) if is_file else hash_weights(find_model_folder(source))
+    return digest if options.vae is None else hash_vae(digest, options.vae)
 
 
 def hash_weights(folder: Path) -> str:

@@ -43,10 +43,10 @@ class Ratio:
     axis: int
     factors: NDArray[np.float32]
 
-    def broadcast(self, rank: int) -> NDArray[np.float32]:
-        """The factors, to be broadcast against an array of ``rank`` that is aligned with the value's last axes."""
+    def broadcast(self) -> NDArray[np.float32]:
+        """The factors, to be broadcast against an array, or a number, that is aligned with the value's last axes."""
         trailing = len(get_shape(self.value)) - self.axis - 1
-        return self.factors.reshape(-1, *[1] * trailing) if rank > trailing else self.factors
+        return self.factors.reshape(-1, *[1] * trailing)
 
 
 def fold_ratio(model: ir.Model) -> int:
@@ -94,7 +94,7 @@ def _fold_add(node: ir.Node, ratio: Ratio) -> list[Fold] | None:
             continue
         above = _plan_folds(Ratio(other, ratio.axis, ratio.factors))
         if above is not None:
-            return [*above, _make_fold(node, index, ratio.broadcast(bias.ndim))]
+            return [*above, _make_fold(node, index, ratio.broadcast())]
     return None
 
 
@@ -102,7 +102,7 @@ def _fold_mul(node: ir.Node, ratio: Ratio) -> list[Fold] | None:
     for index in (0, 1):
         constant, other = get_array(node.inputs[index]), node.inputs[1 - index]
         if constant is not None and other is not None and get_shape(other) == get_shape(ratio.value):
-            return [_make_fold(node, index, ratio.broadcast(constant.ndim))]
+            return [_make_fold(node, index, ratio.broadcast())]
     for value in node.inputs:
         if value is not None and get_array(value) is None and get_shape(value) == get_shape(ratio.value):
             above = _plan_folds(Ratio(value, ratio.axis, ratio.factors))

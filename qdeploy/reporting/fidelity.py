@@ -14,7 +14,7 @@ from qdeploy.base.numerics import psnr_db, sqnr_db
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import make_scheduler, replace_scheduler
 from qdeploy.sampling.config_file import read_scheduler_file
-from qdeploy.sampling.loop import PictureStreams, denoise
+from qdeploy.sampling.loop import PictureStreams, denoise, needs_guidance
 
 Array = NDArray[np.float32]
 
@@ -78,7 +78,7 @@ def measure_fidelity(
     cond = uncond = None
     if reference.reads_text:
         cond = reference.make_context(prompts)
-        if reference.model.guidance_channels is None:
+        if reference.model.guidance_channels is None and needs_guidance(guidance_scale):
             uncond = reference.model.make_negative_context(len(prompts))
     final = denoise(predict, scheduler, noise, cond, uncond, guidance_scale)
     request = {"prompt": list(prompts)} if candidate.reads_text else {"count": len(prompts)}

@@ -74,8 +74,8 @@ class Pipeline:
         """Generate ``count`` pictures for each prompt, or ``count`` pictures with an unconditional bundle.
 
         What to make: ``negative_prompt`` is one for all or one a prompt; an unconditional bundle takes neither it
-        nor ``prompt``, and ignores ``guidance_scale``. With ``guidance_scale`` 1 the UNet runs only for the
-        prompt. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4). ``weighting`` reads
+        nor ``prompt``, and ignores ``guidance_scale``. With ``guidance_scale`` 1 or 0 the UNet runs only for
+        the prompt. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4). ``weighting`` reads
         ``(word:1.3)`` in prompts (``runtime.weighting``).
 
         From pictures: ``image`` (PIL or ``uint8[H, W, 3]`` of the pictures' size, one or one a prompt) is what to

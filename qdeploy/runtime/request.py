@@ -16,6 +16,7 @@ from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.base.memory import read_available_bytes
 from qdeploy.base.schemas import format_value
 from qdeploy.runtime.image import PictureInput, mask_from_picture, pixels_from_picture
+from qdeploy.sampling.loop import needs_guidance
 
 Array = NDArray[np.float32]
 MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
@@ -59,7 +60,7 @@ class GenerationRequest:
     @property
     def is_guided(self) -> bool:
         """Whether the UNet runs twice a picture and step, which one that reads the guidance scale never does."""
-        return self.prompts is not None and self.guidance_scale != 1 and not self.reads_guidance
+        return self.prompts is not None and needs_guidance(self.guidance_scale) and not self.reads_guidance
 
     @property
     def per_prompt(self) -> int:

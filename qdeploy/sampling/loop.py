@@ -114,6 +114,11 @@ def denoise(
     return x
 
 
+def needs_guidance(guidance_scale: float) -> bool:
+    """Whether a UNet runs with and without the text: at 1 the text is all, and few-step models are asked for by 0."""
+    return guidance_scale not in (0, 1)
+
+
 def join_halves(uncond: Any, cond: Any) -> Any:
     """Both contexts in one, the unconditional rows first."""
     if isinstance(cond, Mapping):

@@ -235,3 +235,58 @@ def test_the_commands_refuse_to_mix_models(tiny_folder: Path, tiny_model: Latent
     assert "style.safetensors:0.5" in said
     code, said = run("calibrate", tiny_folder, "-o", tmp_path / "d", "--lora", tmp_path / "none.safetensors")
     assert (code, "cannot be read" in said) == (1, True), said
+
+
+XL_LAYERS = {  # kohya's names of Stable Diffusion XL, in which the UNet's are the original's
+    "lora_unet_input_blocks_1_0_in_layers_2": ("unet", "down_blocks.0.resnets.0.conv1"),
+    "lora_unet_input_blocks_2_0_op": ("unet", "down_blocks.0.downsamplers.0.conv"),
+    "lora_unet_input_blocks_3_1_proj_in": ("unet", "down_blocks.1.attentions.0.proj_in"),
+    "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k": (
+        "unet", "mid_block.attentions.0.transformer_blocks.1.attn2.to_k",
+    ),
+    "lora_unet_middle_block_2_out_layers_3": ("unet", "mid_block.resnets.1.conv2"),
+    "lora_unet_output_blocks_1_1_transformer_blocks_0_ff_net_2": (
+        "unet", "up_blocks.0.attentions.1.transformer_blocks.0.ff.net.2",
+    ),
+    "lora_unet_output_blocks_1_2_conv": ("unet", "up_blocks.0.upsamplers.0.conv"),
+    "lora_unet_output_blocks_3_0_skip_connection": ("unet", "up_blocks.1.resnets.1.conv_shortcut"),
+    "lora_unet_label_emb_0_2": ("unet", "add_embedding.linear_2"),
+    "lora_unet_time_embed_0": ("unet", "time_embedding.linear_1"),
+    "lora_te1_text_model_encoder_layers_2_mlp_fc1": ("text_encoder", "encoder.layers.2.mlp.fc1"),
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj": (
+        "text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj",
+    ),
+}  # fmt: skip
+
+
+def test_names_of_stable_diffusion_xl(sdxl_folder: Path, tmp_path: Path) -> None:
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+
+    model = load_model(str(sdxl_folder))
+    pairs = {
+        key: pair_for(get_layer(model, *address).weight, seed)  # type: ignore[arg-type]
+        for seed, (key, address) in enumerate(XL_LAYERS.items())
+    }
+    tensors = {
+        f"{key}.lora_{which}.weight": pair[i] for key, pair in pairs.items() for i, which in ((0, "down"), (1, "up"))
+    }
+    fused = fuse_lora(model, write(tmp_path / "xl.safetensors", tensors), SCALE)
+    for key, (component, layer) in XL_LAYERS.items():
+        expected = by_hand(get_layer(model, component, layer).weight, *pairs[key], SCALE)  # type: ignore[arg-type]
+        torch.testing.assert_close(get_layer(fused, component, layer).weight, expected)
+    # diffusers maps the transformers of such files alike
+    blocks = [key for key in tensors if "transformer_blocks" in key and "unet" in key]
+    mapped = _maybe_map_sgm_blocks_to_diffusers({key: tensors[key] for key in blocks}, model.unet.inner.config)
+    ours = {f"lora_unet_{XL_LAYERS[key.split('.')[0]][1].replace('.', '_')}.{key.partition('.')[2]}" for key in blocks}
+    final = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
+    for old, new in final.items():  # which it renames in a later step
+        mapped = {key.replace(old, new): value for key, value in mapped.items()}
+    assert set(mapped) == ours
+
+
+def test_a_lora_of_another_base(sdxl_folder: Path, tmp_path: Path) -> None:
+    down, up = torch.ones(RANK, 32), torch.ones(32, RANK)
+    keys = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{keys}.lora_down.weight": down, f"{keys}.lora_up.weight": up}
+    with pytest.raises(ModelError, match=r"2 of 2 keys are for no layer of .*input_blocks_4_1"):
+        fuse_lora(load_model(str(sdxl_folder)), write(tmp_path / "other.safetensors", tensors))

@@ -100,7 +100,7 @@ def test_sets_of_other_models_are_refused(model: LatentDiffusion, tmp_path: Path
     request = CalibrationRequest(mode="noise_data", samples=2, steps=3)
     recording = calibrate_to_file(model, request, tmp_path / "c.safetensors")
     without = dataclasses.replace(recording, pooled=None, sizes=None)
-    with pytest.raises(CalibrationError, match="holds pooled text of no channels, the model reads 24"):
+    with pytest.raises(CalibrationError, match="holds a pooled text of no channels, the model reads 24"):
         check_shapes(without, model.latents.shape, model.context_shape, model.pooled_width)
     for broken, words in (
         (dataclasses.replace(recording, sizes=None), "go together"),

@@ -48,6 +48,13 @@ def test_through_a_map_that_becomes_tokens_into_a_norms_own_affine() -> None:
     assert (count, left["Mul"]) == (1, 1)
 
 
+def test_into_a_number_that_a_map_is_multiplied_by() -> None:
+    """As TAESD's decoder begins: three times the tangent of a third."""
+    ratio = "r = Constant<value = float[4,1,1] {1, 2, 3, 4}>() n = Constant<value = float {3.0}>()"
+    count, left = run_pass(f"{ratio} t = Tanh(x) m = Mul(t, n) y = Mul(m, r)", MAP, fold_ratio)
+    assert (count, left["Mul"]) == (1, 1)
+
+
 def test_through_a_gate_into_its_half_of_the_product() -> None:
     """GEGLU: the other half goes through Gelu, which no factor passes."""
     half = "h = Constant<value = float[2] {3, 4}>()"

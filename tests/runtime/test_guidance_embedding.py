@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 from PIL import Image
 
 import qdeploy
-from qdeploy.base.errors import ModelError
+from qdeploy.base.errors import CalibrationError, UsageError
+from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
+from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
@@ -149,7 +153,33 @@ def test_fp16_graphs_take_the_embedding_in_float32(tiny_folder: Path, tmp_path: 
         session.close()
 
 
-def test_calibration_says_that_it_does_not_record_the_scale(tiny_folder: Path, tmp_path: Path) -> None:
+def test_only_trajectories_record_the_scale(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_model(str(write_lcm(tiny_folder, tmp_path / "lcm", 16)))
-    with pytest.raises(ModelError, match=r"`time_cond_proj_dim`.*export it in fp32 or fp16"):
-        calibrate_to_file(model, CalibrationRequest(samples=1, steps=1), tmp_path / "c.safetensors")
+    with pytest.raises(UsageError, match=r"`time_cond_proj_dim`.*only --mode timestep_aware"):
+        calibrate_to_file(model, CalibrationRequest(mode="noise_data", samples=1, steps=1), tmp_path / "c.safetensors")
+
+
+@pytest.mark.exports
+def test_int8(tiny_folder: Path, tmp_path: Path) -> None:
+    """Calibration runs the model's own schedule of few steps, once a step, with the embedded scale."""
+    model = load_model(str(write_lcm(tiny_folder, tmp_path / "lcm", 16)))
+    request = CalibrationRequest(samples=3, steps=4, record=4, guidance=8.0)
+    recording = calibrate_to_file(model, request, tmp_path / "c.safetensors")
+    loaded = load_calibration(tmp_path / "c.safetensors")
+    assert (loaded.is_guided, loaded.halves, loaded.count("unet")) == (False, 1, 12)
+    assert sorted(set(loaded.timestep.tolist())) == [259, 499, 759, 999]  # latent consistency models' own four
+    assert loaded.guidance is not None
+    expected = torch.from_numpy(embed_guidance_scale(8.0, 16, 12)).half()
+    assert torch.equal(loaded.guidance, expected)
+    table = quantize_model(model, loaded, QuantSpec())
+    export_bundle(model, table, load_target("ort-cpu"), tmp_path / "w8a8")
+    export_bundle(model, None, load_target("ort-cpu"), tmp_path / "fp32")
+    options = dict(steps=4, guidance_scale=8.0)
+    with qdeploy.load(tmp_path / "fp32") as pipe:
+        float_latents = pipe("a red house", **options).latents
+    with qdeploy.load(tmp_path / "w8a8") as pipe:
+        latents = pipe("a red house", **options).latents
+    assert np.corrcoef(latents.ravel(), float_latents.ravel())[0, 1] > 0.98
+    broken = dataclasses.replace(recording, guidance=None)
+    with pytest.raises(CalibrationError, match="a guidance scale of no channels, the model reads 16"):
+        quantize_model(model, broken, QuantSpec())

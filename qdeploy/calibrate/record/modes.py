@@ -93,15 +93,16 @@ def calibrate_to_file(
 
     An interrupted timestep_aware run leaves its finished batches next to ``out``, where the next run resumes.
     """
-    if model.pooled_width is not None and (request.from_qdiffusion is not None or out.suffix == QDIFFUSION_SUFFIX):
+    reads_more = model.pooled_width is not None or model.guidance_channels is not None
+    if reads_more and (request.from_qdiffusion is not None or out.suffix == QDIFFUSION_SUFFIX):
         raise UsageError(
-            f"{model.source}: its UNet reads pooled text and sizes, which Q-Diffusion's layout cannot hold; calibrate "
-            "this model to a .safetensors file"
+            f"{model.source}: its UNet reads more than x, t and text, which Q-Diffusion's layout cannot hold; "
+            "calibrate this model to a .safetensors file"
         )
     check_room(out, estimate_bytes(model, request, out))
     with checkpoint_folder(out) as checkpoint:
         calibration = run_calibration(model, request, on_progress, checkpoint)
-        check_shapes(calibration, model.latents.shape, model.context_shape, model.pooled_width)
+        check_shapes(calibration, model.latents.shape, model.context_shape, model.pooled_width, model.guidance_channels)
         save = save_qdiffusion if out.suffix == QDIFFUSION_SUFFIX else save_calibration
         save(calibration, out)
     return calibration
@@ -125,10 +126,10 @@ def run_calibration(
     checkpoint: Path | None = None,
 ) -> CalibrationSet:
     """Run the mode that ``request`` names; ModelError for a UNet that reads what no mode provides."""
-    if model.guidance_channels is not None:
-        raise ModelError(
-            f"{model.source}: its UNet reads the guidance scale (`time_cond_proj_dim`), which calibration does not "
-            "record yet; export it in fp32 or fp16"
+    if model.guidance_channels is not None and (request.mode != MODES[0] or request.from_qdiffusion is not None):
+        raise UsageError(
+            f"{model.source}: its UNet reads the guidance scale (`time_cond_proj_dim`), which only --mode {MODES[0]} "
+            "records"
         )
     if model.unet.in_channels != model.latents.channels:
         raise ModelError(

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qdeploy.artifacts.components import GUIDANCE_INPUT
 from qdeploy.base.errors import CalibrationError, NonFiniteError, UsageError
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import RecordingCheckpoint
@@ -30,7 +31,8 @@ from qdeploy.calibrate.record.conditioning import (
 )
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import CLASS_NAMES, Scheduler, make_scheduler
-from qdeploy.sampling.loop import Array, PictureStreams, denoise, draw_unit_noise
+from qdeploy.sampling.guidance_embedding import embed_guidance_scale
+from qdeploy.sampling.loop import Array, PictureStreams, denoise, draw_unit_noise, needs_guidance
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def record_trajectories(
     """Sample pictures with the float model and keep (x_t, t, text) of evenly spaced steps.
 
     Samples are in order of steps: all trajectories of the first recorded step, then of the next. An
-    unconditional model takes no ``prompts`` and no guidance. Finished batches are kept in ``checkpoint``, a
+    unconditional model takes no ``prompts`` and no guidance. At a guidance scale of 1 or 0, and for a UNet that reads
+    the scale, the set holds no unconditional half. Finished batches are kept in ``checkpoint``, a
     folder; a second run with the same settings, prompts and model resumes there and gives the same set.
     """
     config = choose_scheduler_config(model, settings.scheduler)
@@ -87,13 +90,24 @@ def record_trajectories(
         batches.append(batch)
         on_progress("calibrate: trajectories", end, settings.samples)
     steps = len(batches[0]["timestep"])
+    channels = model.guidance_channels
+    guidance = (
+        None if channels is None else embed_guidance_scale(settings.guidance_scale, channels, steps * settings.samples)
+    )
     return CalibrationSet(
         sample=torch.cat([batch["sample"] for batch in batches], dim=1).flatten(0, 1),
         timestep=batches[0]["timestep"].repeat_interleave(settings.samples),
         latents=torch.cat([batch["latents"] for batch in batches]),
         **({} if conditioning is None else conditioning.to_fields(np.tile(conditioning.rows, steps))),
+        guidance=None if guidance is None else half_from_float(guidance, "the guidance scale's embedding"),
+        is_guided=conditioning is None or is_guided(model, settings),
         provenance={"mode": "timestep_aware", **asdict(settings), **model.provenance},
     )
+
+
+def is_guided(model: LatentDiffusion, settings: TimestepAwareSettings) -> bool:
+    """Whether the UNet runs with and without the text, as it will be deployed."""
+    return model.is_guided and needs_guidance(settings.guidance_scale)
 
 
 def _build_key(model: LatentDiffusion, prompts: Sequence[str], settings: TimestepAwareSettings) -> dict[str, Any]:
@@ -122,7 +136,12 @@ def _run_trajectories(
     cond = uncond = None
     if conditioning is not None:
         cond = conditioning.select(conditioning.rows[numbers.start : numbers.stop])
-        uncond = conditioning.select(np.zeros(len(numbers), np.int64))
+        if model.guidance_channels is not None:
+            cond |= {
+                GUIDANCE_INPUT: embed_guidance_scale(settings.guidance_scale, model.guidance_channels, len(numbers))
+            }
+        if is_guided(model, settings):
+            uncond = conditioning.select(np.zeros(len(numbers), np.int64))
     try:
         final = denoise(recorder.predict, scheduler, noise, cond, uncond, settings.guidance_scale)
     except NonFiniteError as exc:

@@ -208,10 +208,20 @@ def softmax(node: ir.Node) -> tuple[Compute, int]:
     return (lambda x: x.softmax(axis)), 1
 
 
-def arg_min(node: ir.Node) -> tuple[Compute, int]:
-    """The first of equal values, int64."""
-    axis, keep = node.attributes.get_int("axis", 0), bool(node.attributes.get_int("keepdims", 1))
-    return (lambda x: x.argmin(axis, keep)), 1
+def wrap_arg(compute: Callable[..., torch.Tensor]) -> Reader:
+    """ArgMin or ArgMax: the first of equal values, int64."""
+
+    def read(node: ir.Node) -> tuple[Compute, int]:
+        axis, keep = node.attributes.get_int("axis", 0), bool(node.attributes.get_int("keepdims", 1))
+        return (lambda x: compute(x, axis, keep)), 1
+
+    return read
+
+
+def gather_elements(node: ir.Node) -> tuple[Compute, int]:
+    """An index counts from the end where it is negative."""
+    axis = node.attributes.get_int("axis", 0)
+    return (lambda x, indices: x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices))), 2
 
 
 def gelu(node: ir.Node) -> tuple[Compute, int]:
@@ -266,17 +276,20 @@ def dequantize(node: ir.Node) -> tuple[Compute, int]:
 
 OPS: dict[str, Reader] = {
     "Add": wrap_function(torch.add),
-    "ArgMin": arg_min,
+    "ArgMax": wrap_arg(torch.argmax),
+    "ArgMin": wrap_arg(torch.argmin),
     "Cast": cast,
     "Concat": concat,
     "Conv": conv,
     "Cos": wrap_function(torch.cos),
     "DequantizeLinear": dequantize,
     "Div": wrap_function(torch.div),
+    "Equal": wrap_function(torch.eq),
     "Erf": wrap_function(torch.erf),
     "Exp": wrap_function(torch.exp),
     "Expand": expand,
     "Gather": gather,
+    "GatherElements": gather_elements,
     "Gelu": gelu,
     "Gemm": gemm,
     "Identity": wrap_function(torch.clone),
@@ -287,6 +300,7 @@ OPS: dict[str, Reader] = {
     "Neg": wrap_function(torch.neg),
     "Pad": pad,
     "QuantizeLinear": quantize,
+    "Relu": wrap_function(torch.relu),
     "Reshape": reshape,
     "Resize": resize,
     "Sigmoid": wrap_function(torch.sigmoid),
