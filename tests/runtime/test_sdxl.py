@@ -221,3 +221,13 @@ def test_int8(xl: Pipeline, sdxl_int8_bundle: Path) -> None:
         assert pipe.model.zero_negative
         latents = pipe("a red house", steps=6).latents
     assert np.corrcoef(latents.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.exports
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_int8_on_other_targets(sdxl_folder: Path, sdxl_table_file: Path, tmp_path: Path, target: str) -> None:
+    """With the same gates; where the VAE asks for float32, a target in fp16 keeps it there around the integers."""
+    export_bundle(load_model(str(sdxl_folder)), load_table(sdxl_table_file), load_target(target), tmp_path / "bundle")
+    components = read_bundle(tmp_path / "bundle").manifest.components
+    assert all(info.integer_mac_share > 0.5 for info in components.values())
+    assert components["vae_decoder"].act_bits == 8
