@@ -98,7 +98,7 @@ def test_a_cut_batch_is_recorded_again(tiny_model: LatentDiffusion, interrupted_
 
 def test_the_scratch_folder_goes_on_success_and_stays_on_failure(tmp_path: Path) -> None:
     with pytest.raises(InterruptionError), checkpoint_folder(tmp_path / "c") as folder:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "key.json").write_text("{}")
         batch_path(folder, 0).write_bytes(b"a batch")
         raise InterruptionError
@@ -115,7 +115,7 @@ def test_the_scratch_folder_goes_on_success_and_stays_on_failure(tmp_path: Path)
 
 def test_a_failure_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InterruptionError), checkpoint_folder(tmp_path / "c") as folder:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "key.json").write_text("{}")
         raise InterruptionError
     assert list(tmp_path.iterdir()) == []
