@@ -5,8 +5,10 @@ Weights are read from safetensors only, never from pickles, and never from the n
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,16 +118,34 @@ def load_diffusers_module(folder: Path, classes: tuple[str, ...], index: ModelIn
 
     module: nn.Module
     name = choose_class(folder, classes, index)
-    module, info = getattr(diffusers, name).from_pretrained(
-        folder,
-        variant=choose_variant(folder, "diffusion_pytorch_model"),
-        use_safetensors=True,
-        local_files_only=True,
-        torch_dtype=torch.float32,
-        output_loading_info=True,
-    )
+    with explain_shapes(folder):
+        module, info = getattr(diffusers, name).from_pretrained(
+            folder,
+            variant=choose_variant(folder, "diffusion_pytorch_model"),
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
     check_complete(folder, info)
     return module
+
+
+@contextmanager
+def explain_shapes(folder: Path) -> Iterator[None]:
+    """ModelError in place of what the libraries say of weights that do not fit: to start them at random."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as exc:
+        if "ignore_mismatched_sizes" not in str(exc):
+            raise
+        shape = r"torch\.Size\((.+?)\)"
+        named = re.search(rf"because (\S+) expected shape {shape}, but got {shape}", str(exc))  # diffusers names one
+        example = f" ({named[1]}: {named[3]}, not {named[2]})" if named else ""
+        raise ModelError(
+            f"the weights in {folder} have other shapes than its config.json says{example}; get the config.json that "
+            "was saved with them"
+        ) from exc
 
 
 def choose_class(folder: Path, classes: tuple[str, ...], index: ModelIndex) -> str:
@@ -151,7 +171,7 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
 
     logging.disable_progress_bar()  # loading shows one of its own on every call
     library: Any = transformers if hasattr(transformers, spec.encoder) else latent_diffusion
-    try:
+    with explain_shapes(folder):
         module, info = getattr(library, spec.encoder).from_pretrained(
             folder,
             variant=choose_variant(folder, "model"),
@@ -160,13 +180,6 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except RuntimeError as exc:
-        if "ignore_mismatched_sizes" not in str(exc):
-            raise
-        raise ModelError(
-            f"the weights in {folder} have other shapes than config.json says; the report above names them. Get the "
-            "config.json that was saved with them"
-        ) from exc
     layers = getattr(module.config, "num_hidden_layers", None)
     check_complete(folder, info, lambda name: is_unused_text_weight(name, layers))
     return module

@@ -174,3 +174,15 @@ def test_clip_skip_by_the_config(folder: Path) -> None:
     add_weights(folder / "text_encoder" / "model.safetensors", **{"encoder.layers.0.mlp.fc1.lora_A.weight": [2, 2]})
     with pytest.raises(ModelError, match=r"text_encoder hold encoder\.layers\.0\.mlp\.fc1\.lora_A\.weight"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "widths", "words"),
+    [("unet", [64, 64], r"conv_in\.bias: \[32\], not \[64\]"), ("vae", [16, 16], r": \[8\], not \[16\]")],
+)
+def test_weights_of_other_shapes_are_named(folder: Path, part: str, widths: list[int], words: str) -> None:
+    edit_json(folder / part / "config.json", lambda config: config.update(block_out_channels=widths))
+    with pytest.raises(
+        ModelError, match=rf"{part} have other shapes than its config\.json says \(.*{words}\); get the"
+    ):
+        load_model(str(folder))

@@ -213,7 +213,7 @@ def test_a_weight_that_is_no_number_is_found_on_load(folder: Path, part: str, fi
 @pytest.mark.parametrize("settings", [{"max_position_embeddings": 8}, {"vocab_size": 700}, {"intermediate_size": 32}])
 def test_a_text_encoders_config_of_other_sizes(folder: Path, settings: dict[str, int]) -> None:
     edit_json(folder / "text_encoder" / "config.json", lambda config: config.update(settings))
-    with pytest.raises(ModelError, match=r"text_encoder have other shapes than config\.json says"):
+    with pytest.raises(ModelError, match=r"text_encoder have other shapes than its config\.json says"):
         load_model(str(folder))
 
 
