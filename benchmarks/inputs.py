@@ -20,7 +20,8 @@ from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import UsageError
 from qdeploy.base.files import stage_folder
 from qdeploy.base.progress import OnProgress, ignore_progress
-from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_calibration
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.export.exporter import save_graph

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.inputs import MODEL, WorkFolder, export_unet
 from qdeploy.artifacts.noise_correction import NoiseCorrection
 from qdeploy.artifacts.table import QuantTable, load_table, save_table
-from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import EFFORTS, QuantSpec, Reconstruction
 from qdeploy.models.source import LatentDiffusion, load_model

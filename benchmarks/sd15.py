@@ -27,7 +27,7 @@ from qdeploy.base.files import stage_file, stage_folder
 from qdeploy.base.progress import show_progress
 from qdeploy.bench.memory import read_peak_bytes
 from qdeploy.calibrate.component import CalibratedComponent
-from qdeploy.calibrate.dataset import load_calibration, save_calibration
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories

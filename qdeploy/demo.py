@@ -20,7 +20,7 @@ from qdeploy.bench.measure import run_bench
 from qdeploy.bench.report import build_overview_table
 from qdeploy.bench.settings import BenchSettings, list_contenders
 from qdeploy.bench.store import write_bench_run
-from qdeploy.calibrate.dataset import save_calibration
+from qdeploy.calibrate.dataset_file import save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories

@@ -16,7 +16,8 @@ import torch
 
 from qdeploy.artifacts.manifest import ComponentInfo
 from qdeploy.artifacts.table import QuantTable, load_table, save_table
-from qdeploy.calibrate.dataset import CalibrationSet, load_calibration, save_calibration
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.calibrate.spec import QuantSpec

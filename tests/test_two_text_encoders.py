@@ -11,7 +11,7 @@ import torch
 import qdeploy
 from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.base.errors import BundleError, ModelError, UsageError
-from qdeploy.calibrate.dataset import load_calibration, save_calibration
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.calibrate.spec import QuantSpec

@@ -86,7 +86,8 @@ def generate(
     from qdeploy.base.progress import show_progress
     from qdeploy.runtime.image import read_pictures
     from qdeploy.runtime.pipeline import load
-    from qdeploy.runtime.request import check_text, resolve_size
+    from qdeploy.runtime.request import check_text
+    from qdeploy.runtime.request_size import resolve_size
     from qdeploy.runtime.results import Step
     from qdeploy.sample.numbered import choose_batch, list_outputs, write_pictures
 

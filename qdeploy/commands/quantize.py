@@ -102,7 +102,7 @@ def quantize(show: bool, /, model: str, calib: Path, out: Path, model_options: M
     from qdeploy.base.outputs import Output, check_room
     from qdeploy.base.progress import show_progress
     from qdeploy.calibrate.checkpoint import checkpoint_folder
-    from qdeploy.calibrate.dataset import load_calibration
+    from qdeploy.calibrate.dataset_file import load_calibration
     from qdeploy.calibrate.quantize import estimate_table_bytes, quantize_model
     from qdeploy.calibrate.spec import spec_from_options
     from qdeploy.inspection.table import format_widths

@@ -115,7 +115,7 @@ def describe_graph(path: Path) -> FactRows:
 
 def describe_calibration(path: Path) -> FactRows:
     """Counts of each component's inputs, and provenance."""
-    from qdeploy.calibrate.dataset import load_calibration
+    from qdeploy.calibrate.dataset_file import load_calibration
 
     calibration = load_calibration(path)
     return [

@@ -18,7 +18,7 @@ from qdeploy.base.files import stage_file
 from qdeploy.base.outputs import Output, OutputKind, check_room
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import checkpoint_folder
-from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import estimate_table_bytes, quantize_model
 from qdeploy.calibrate.record.conditioning import choose_scheduler_config
 from qdeploy.calibrate.record.modes import calibrate_to_file, check_text_options

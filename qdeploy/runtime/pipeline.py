@@ -22,6 +22,8 @@ from qdeploy.runtime import request as checks
 from qdeploy.runtime.components import BundleComponent, LoadedBundle
 from qdeploy.runtime.image import PictureInput, unit_from_pixels
 from qdeploy.runtime.model import BundleModel
+from qdeploy.runtime.request_numbers import check_integer, check_number
+from qdeploy.runtime.request_size import build_sizes, resolve_size
 from qdeploy.runtime.results import Result, Step
 from qdeploy.runtime.run import Run
 from qdeploy.runtime.stopping import Event, StopCondition
@@ -107,27 +109,25 @@ class Pipeline:
         prompts = negatives = None
         if prompt is not None:
             prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        pictures = checks.check_integer("count", count, 1) * len(prompts or [""])
-        size = checks.resolve_size(width, height, self.latents, pictures, allow_large)
+        pictures = check_integer("count", count, 1) * len(prompts or [""])
+        size = resolve_size(width, height, self.latents, pictures, allow_large)
         source = checks.build_source(image, mask, strength, len(prompts or [""]), size, self.model.reads_mask)
         seeds = checks.build_seeds(seed, first, count, len(prompts or [""]))
         request = checks.GenerationRequest(
             prompts=prompts,
             negative_prompts=negatives,
-            steps=checks.check_integer("steps", steps, 1),
-            guidance_scale=checks.check_number(
-                "guidance_scale", guidance_scale, -checks.MAX_GUIDANCE, checks.MAX_GUIDANCE
-            ),
-            guidance_rescale=checks.check_number("guidance_rescale", guidance_rescale, 0, 1),
+            steps=check_integer("steps", steps, 1),
+            guidance_scale=check_number("guidance_scale", guidance_scale, -checks.MAX_GUIDANCE, checks.MAX_GUIDANCE),
+            guidance_rescale=check_number("guidance_rescale", guidance_rescale, 0, 1),
             weighting=weighting,
             seeds=seeds,
             scheduler=scheduler,
-            eta=checks.check_number("eta", eta, 0, 1),
+            eta=check_number("eta", eta, 0, 1),
             latents=checks.check_latents(latents, len(seeds), size.shape),
             size=size,
             source=source,
             reads_guidance=self.model.guidance_channels is not None,
-            sizes=checks.build_sizes(original_size, crop, target_size, size, self.model.reads_sizes),
+            sizes=build_sizes(original_size, crop, target_size, size, self.model.reads_sizes),
         )
         return Run(self.model, request, stop, callback).run()
 

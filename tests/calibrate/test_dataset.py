@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qdeploy.base.errors import CalibrationError
-from qdeploy.calibrate.dataset import CalibrationSet, load_calibration
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.models.source import LatentDiffusion

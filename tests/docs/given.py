@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qdeploy.artifacts.table import save_table
-from qdeploy.calibrate.dataset import save_calibration
+from qdeploy.calibrate.dataset_file import save_calibration
 
 FOLDERS = {
     "model": "tiny_folder",

@@ -16,7 +16,7 @@ from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.components import choose_graph_batch
 from qdeploy.artifacts.table import QuantTable
 from qdeploy.base.errors import AuditError, ParityError, TableError
-from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.engines.base import EngineOptions, load_engine

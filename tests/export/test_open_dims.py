@@ -19,7 +19,7 @@ from qdeploy.export.audit import audit_file
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.open_dims import TRACED_WITH, OpenDims, close_dims, evaluate_expression
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.runtime.request import resolve_size
+from qdeploy.runtime.request_size import resolve_size
 from qdeploy.targets.base import load_target
 
 

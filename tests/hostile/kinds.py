@@ -147,7 +147,7 @@ def mutate_plan_key(rng: random.Random, folder: Path) -> Case:
 
 def build_kinds(bundle: Path, table: Path, calibration: Path, work: Path) -> Mapping[str, Kind]:
     """Every kind, with good files made in ``work``."""
-    from qdeploy.calibrate.dataset import load_calibration
+    from qdeploy.calibrate.dataset_file import load_calibration
     from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion, save_qdiffusion
     from tests.bench.factories import pair
 

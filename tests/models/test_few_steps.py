@@ -15,7 +15,7 @@ import torch
 import qdeploy
 from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.base.errors import UsageError
-from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
 from qdeploy.calibrate.spec import QuantSpec

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError, UsageError
-from qdeploy.calibrate.dataset import save_calibration
+from qdeploy.calibrate.dataset_file import save_calibration
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.cli import main
 from qdeploy.models.lora import KOHYA_PREFIXES, METADATA, fuse_lora, list_addresses

@@ -14,7 +14,8 @@ import torch
 
 from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.base.errors import CalibrationError, ExportError, ModelError, UsageError
-from qdeploy.calibrate.dataset import check_shapes, load_calibration, save_calibration
+from qdeploy.calibrate.dataset import check_shapes
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.record.conditioning import encode_prompts
 from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
 from qdeploy.export.exporter import export_bundle

@@ -19,7 +19,7 @@ from qdeploy.artifacts.receipt import RecipeStep, run_step
 from qdeploy.artifacts.table import load_table
 from qdeploy.base.errors import ModelError, RequestError, UsageError
 from qdeploy.base.progress import ignore_progress
-from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.record.modes import CalibrationRequest
 from qdeploy.calibrate.spec import QuantSpec, spec_from_options
 from qdeploy.cli import main

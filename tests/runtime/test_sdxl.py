@@ -17,7 +17,7 @@ import qdeploy
 from qdeploy.artifacts.bundle import open_bundle as read_bundle
 from qdeploy.artifacts.table import load_table, save_table
 from qdeploy.base.errors import RequestError, UsageError
-from qdeploy.calibrate.dataset import load_calibration, save_calibration
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.calibrate.spec import QuantSpec

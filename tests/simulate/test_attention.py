@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 from qdeploy.artifacts.table import Affine, AttentionQuant, QuantTable, load_table, save_table
 from qdeploy.base.errors import AuditError, ExportError, TableError, UsageError
 from qdeploy.base.numerics import affine_from_range, sqnr_db
-from qdeploy.calibrate.dataset import CalibrationSet, load_calibration
+from qdeploy.calibrate.dataset import CalibrationSet
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.export.audit import audit_graph

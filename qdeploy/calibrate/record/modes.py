@@ -11,7 +11,8 @@ from qdeploy.base.errors import ModelError, UsageError
 from qdeploy.base.outputs import check_room
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import checkpoint_folder
-from qdeploy.calibrate.dataset import CalibrationSet, check_shapes, save_calibration
+from qdeploy.calibrate.dataset import CalibrationSet, check_shapes
+from qdeploy.calibrate.dataset_file import save_calibration
 from qdeploy.calibrate.record.noise_data import NoiseDataSettings, calibration_from_noise
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion, save_qdiffusion

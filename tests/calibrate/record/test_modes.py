@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from qdeploy.base.errors import UsageError
-from qdeploy.calibrate.dataset import load_calibration
+from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
 from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion
 from qdeploy.cli import main

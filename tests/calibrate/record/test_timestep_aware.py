@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qdeploy.base.errors import CalibrationError, UsageError
-from qdeploy.calibrate.dataset import CalibrationSet, check_shapes, load_calibration, save_calibration
+from qdeploy.calibrate.dataset import CalibrationSet, check_shapes
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.models.source import LatentDiffusion

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qdeploy.base.errors import CalibrationError, ModelError, UsageError
-from qdeploy.calibrate.dataset import CalibrationSet, check_model, check_shapes, load_calibration, save_calibration
+from qdeploy.calibrate.dataset import CalibrationSet, check_model, check_shapes
+from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.record.noise_data import NoiseDataSettings, calibration_from_noise
 from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion, save_qdiffusion
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
