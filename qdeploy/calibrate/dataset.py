@@ -174,10 +174,16 @@ def check_shapes(
                 f"calibration set holds a {what} of {width or 'no'} channels, the model reads {expected or 'none'}; "
                 "calibrate this model"
             )
-    for name in ("sample", "contexts", "latents", "pooled", "sizes", "guidance"):
-        tensor = getattr(calibration, name)
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise CalibrationError(f"calibration set holds NaN or infinity in {name!r}; calibrate again")
+    broken = find_not_finite(calibration)
+    if broken is not None:
+        raise CalibrationError(f"calibration set holds NaN or infinity in {broken!r}; calibrate again")
+
+
+def find_not_finite(calibration: CalibrationSet) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    names = ("sample", "contexts", "latents", "pooled", "sizes", "guidance")
+    tensors = {name: getattr(calibration, name) for name in names}
+    return next((name for name, x in tensors.items() if x is not None and not torch.isfinite(x).all()), None)
 
 
 def check_numbers(calibration: CalibrationSet, train_steps: int, vocabularies: Mapping[str, int]) -> None:

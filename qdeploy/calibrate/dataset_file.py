@@ -14,7 +14,7 @@ from qdeploy.artifacts.components import MAX_PER_KIND, SIZES, TEXT_ENCODER, name
 from qdeploy.base.documents import parse_json
 from qdeploy.base.errors import CalibrationError, join_names
 from qdeploy.base.files import stage_file
-from qdeploy.calibrate.dataset import CalibrationSet, name_ids
+from qdeploy.calibrate.dataset import CalibrationSet, find_not_finite, name_ids
 
 SCHEMA_VERSION = 1
 MAX_TIMESTEP = 2**20  # schedulers are trained on 1000
@@ -109,6 +109,9 @@ def _check_tensors(calibration: CalibrationSet) -> None:
     for encoder, ids in calibration.input_ids.items():
         if ids.numel() and ids.min() < 0:
             raise ValueError(f"`{name_ids(encoder)}` holds {int(ids.min())}, expected tokens from 0 up")
+    broken = find_not_finite(calibration)
+    if broken is not None:
+        raise ValueError(f"`{broken}` holds NaN or infinity")
     _check_added(calibration)
     if contexts is None or prompt is None:
         if contexts is not None or prompt is not None or calibration.input_ids:

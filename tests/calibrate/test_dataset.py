@@ -41,6 +41,8 @@ def rewrite(source: Path, path: Path, change: Callable[[dict, dict], object]) ->
         (lambda h, t: h.update(surprise=1), "`surprise` is a field"),
         (lambda h, t: t.update(spare=torch.zeros(1)), "tensors that no set has: spare"),
         (lambda h, t: t.update(timestep=t["timestep"].float()), "`timestep` is torch.float32"),
+        (lambda h, t: t["contexts"].view(-1)[3:4].fill_(float("nan")), "`contexts` holds NaN or infinity"),
+        (lambda h, t: t["latents"].view(-1)[-1:].fill_(float("inf")), "`latents` holds NaN or infinity"),
     ],
 )
 def test_a_file_with_impossible_values(

@@ -27,9 +27,9 @@ TRUST_VARIABLE = "QDEPLOY_TRUST_PLANS"  # "1": run a bundle's plans, whoever bui
 GRAPH_SUFFIXES = ("", ".data")  # the graph and its weights, which the exporter stores next to it
 MISMATCH_TEXTS = {
     "onnx_sha256": "another graph",
-    "tensorrt": "TensorRT {}",
-    "sm": "a GPU of SM {}",
-    "profile": "the shapes {}",
+    "tensorrt": "TensorRT {:.40}",
+    "sm": "a GPU of SM {:.40}",
+    "profile": "the shapes {:.200}",
     "strongly_typed": "strong typing {}",
 }
 
