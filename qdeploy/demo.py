@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 PROMPTS = ("cat", "dog", "pizza", "rocket", "tree", "car", "sun", "heart")
 SEED = 0
-GUIDANCE = 5.0
+GUIDANCE = 2.0
 STEPS = 25
 ROUNDS = 15
 CALIBRATION_FILE, TABLE_FILE = "calibration.safetensors", "w8a8.safetensors"
