@@ -168,6 +168,7 @@ def test_a_real_interrupt(tiny_folder: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "qdeploy.cli", "--quiet", *command], stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in a shell's background
     )  # fmt: skip
     work = tmp_path / ".c.safetensors.part"
     deadline = time.monotonic() + 120

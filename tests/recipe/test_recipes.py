@@ -506,7 +506,7 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
     path.write_text(MODEL)
     recipe = read_recipe(path)
     assert (recipe.calibrate, recipe.quantize) == (CalibrationRequest(), QuantSpec())
-    loading = {"model", "out", "loras", "config", "ema", "allow_download"}
+    loading = {"model", "out", "loras", "config", "ema", "allow_download", "vae"}
     for name, more, meant in (("calibrate", [], CalibrationRequest), ("quantize", ["--calib", "c"], spec_from_options)):
         typed = main.get_command(click.Context(main), name).make_context(name, ["m", "-o", "o", *more]).params
         assert set(typed) - loading - {"calib"} == set(SECTIONS[name])
