@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def the_tiny_one_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its heads have 64 channels as the published one's, so that it needs no YAML either."""
     known = {("sdxl", 64, (1, 2, 4)): heads.PUBLISHED["sdxl", 320, (1, 2, 4)]}
     monkeypatch.setattr(heads, "PUBLISHED", {**heads.PUBLISHED, **known})
+
+
+@pytest.fixture(autouse=True)
+def no_file_is_left(tmp_path: Path) -> Iterator[None]:
+    """Each has 150 MB."""
+    yield
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
 
 
 def write(folder: Path, state: dict[str, Tensor]) -> Path:
