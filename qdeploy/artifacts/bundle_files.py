@@ -18,7 +18,7 @@ from qdeploy.base.files import hash_file
 MAX_FILES = 4096
 MAX_GRAPH_BYTES = 2**28  # weights are next to a graph, not in it
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by file managers into every folder that is looked at
-TWIN = "._"  # begins the name of a file's twin with its Mac attributes, on disks that have no place for those
+APPLE_DOUBLE = "._"  # begins the name of a file of Mac attributes, on disks that have no place for those
 REMEDY = "copy or export the bundle again"
 
 
@@ -49,7 +49,7 @@ def check_names(manifest: Path, names: Iterable[str]) -> None:
 
 def is_litter(name: str) -> bool:
     """Whether a file manager writes files of this name into folders; nothing of a bundle is read from them."""
-    return name in LITTER or name.startswith(TWIN)
+    return name in LITTER or name.startswith(APPLE_DOUBLE)
 
 
 def check_listed(folder: Path, manifest_name: str, listed: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ class ComponentKind:
         return self.inputs[0]
 
 
-# A UNet may read the guidance scale; Stable Diffusion XL's reads sizes, and pooled text that a text encoder puts out.
+# A UNet may read the guidance scale; Stable Diffusion XL's reads sizes, and pooled text that a text encoder returns.
 GUIDANCE_INPUT, POOLED_INPUT, SIZES_INPUT = "timestep_cond", "text_embeds", "time_ids"
 POOLED_OUTPUT = "pooled"
 SIZES = 6  # numbers in `time_ids`: height and width of the original, top and left of the crop, height and width wanted

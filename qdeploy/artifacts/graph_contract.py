@@ -32,7 +32,7 @@ OUTPUTS: Mapping[str, Pattern] = {
     "vae_encoder": {"latents": ("float32", ("batch", "C", "h", "w"))},
 }
 # The embedding of the guidance scale, which a UNet that was distilled with guidance reads; and Stable Diffusion XL's
-# pooled text and sizes, the first of which a text encoder puts out.
+# pooled text and sizes, the first of which a text encoder returns.
 OPTIONAL_INPUTS: Mapping[str, Pattern] = {
     "unet": {
         "timestep_cond": ("float32", ("batch", "G")),

@@ -10,11 +10,9 @@ from qdeploy.artifacts.bundle import SCHEDULER, open_bundle, tokenizer_file
 from qdeploy.base.errors import BundleError, ExportError
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.models.tokenizing import PromptTokenizer
-from qdeploy.runtime.model import load_bundle_correction
-from qdeploy.runtime.tokenizer import Tokenizer
+from qdeploy.runtime.model import open_runtime_files
 from qdeploy.runtime.tokenizer_file import open_backend
 from qdeploy.sampling import check_scheduler
-from qdeploy.sampling.config_file import read_scheduler_file
 
 TOKENIZER_REMEDY = "a bundle runs the rules of CLIP's and BERT's tokenizers only; give the model such a tokenizer"
 
@@ -55,11 +53,7 @@ def write_runtime_files(files: Mapping[str, str], folder: Path) -> None:
 def check_opens(folder: Path, out: Path) -> None:
     """ExportError unless the runtime takes the finished bundle in ``folder``, which is to become ``out``."""
     try:
-        bundle = open_bundle(folder, verify=False)  # it was hashed a moment ago
-        for name in bundle.manifest.text_encoders:
-            Tokenizer(bundle.path(tokenizer_file(name)), bundle.manifest.latents.tokens)
-        read_scheduler_file(bundle.path(SCHEDULER), error=BundleError, remedy="")
-        load_bundle_correction(bundle)
+        open_runtime_files(open_bundle(folder, verify=False), remedy="")  # it was hashed a moment ago
     except BundleError as exc:
         reason = str(exc).replace(str(folder), str(out))
         raise ExportError(

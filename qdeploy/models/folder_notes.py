@@ -16,7 +16,7 @@ from qdeploy.models.weight_files import SUFFIX, choose_variant
 
 MODULE_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
 # What text encoders were saved with, and do not compute with: indices, and the parts of CLIP that see pictures.
-BESIDE_TEXT = re.compile(
+UNUSED_TEXT_WEIGHT = re.compile(
     r"(.*\.)?position_ids|(.*\.)?(text_projection|visual_projection)\.\w+|(.*\.)?logit_scale|(.*\.)?vision_model\..*"
 )
 TEXT_LAYER = re.compile(r"(?:.*\.)?encoder\.layers\.(\d{1,4})\..*")
@@ -64,7 +64,8 @@ def _note_scaling_factor(folder: Path, vae: Any) -> Iterator[str]:
 def is_unused_text_weight(name: str, layers: int | None) -> bool:
     """Whether a text encoder of ``layers`` leaves this weight out: none of its own, or of a later layer (clip skip)."""
     match = TEXT_LAYER.fullmatch(name)
-    return bool(BESIDE_TEXT.fullmatch(name)) or (match is not None and layers is not None and int(match[1]) >= layers)
+    is_later = match is not None and layers is not None and int(match[1]) >= layers
+    return is_later or bool(UNUSED_TEXT_WEIGHT.fullmatch(name))
 
 
 def _note_text_layers(folder: Path, text_folders: Iterable[str], parts: ModelParts) -> Iterator[str]:

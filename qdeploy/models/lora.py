@@ -45,7 +45,7 @@ METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's LoraConfig, name
 ALPHA_TYPES = (torch.int16, torch.int32, torch.int64)  # in which some trainers store a whole alpha
 MAX_KEYS = 100_000
 DIFFUSERS_STEM = "pytorch_lora_weights"
-COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
+COMPONENTS = tuple(full for full, *_ in PREFIXES.values())  # with which diffusers begins every key
 WRAPPED = "base_model.model."  # how PEFT's own files begin
 KEY = re.compile(
     r"(?P<layer>.+?)"

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from qdeploy.artifacts.components import name_tokenizer
 from qdeploy.base.errors import ModelError, UsageError, join_names
 from qdeploy.models.config_files import check_regular, read_config, read_scheduler_config
 from qdeploy.models.corrections import correct_sample_size, correct_scheduler
-from qdeploy.models.folder_notes import is_unused_text_weight, list_notes
+from qdeploy.models.folder_notes import MODULE_STEM, TEXT_STEM, is_unused_text_weight, list_notes
 from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
 from qdeploy.models.model_index import ModelIndex, read_model_index
 from qdeploy.models.module_configs import (
@@ -118,26 +117,27 @@ def load_diffusers_module(folder: Path, classes: tuple[str, ...], index: ModelIn
 
     module: nn.Module
     name = choose_class(folder, classes, index)
-    with explain_shapes(folder):
-        module, info = getattr(diffusers, name).from_pretrained(
-            folder,
-            variant=choose_variant(folder, "diffusion_pytorch_model"),
-            use_safetensors=True,
-            local_files_only=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
+    module, info = load_weights(getattr(diffusers, name), folder, MODULE_STEM, torch_dtype=torch.float32)
     check_complete(folder, info)
     return module
 
 
-@contextmanager
-def explain_shapes(folder: Path) -> Iterator[None]:
-    """ModelError in place of what the libraries say of weights that do not fit: to start them at random."""
+def load_weights(module_class: Any, folder: Path, stem: str, **dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
+    """The module in ``folder`` and what its library says of loading it; ModelError for weights that do not fit.
+
+    stem: of the weight files. dtype: under the library's own name for it.
+    """
     try:
-        yield
+        return module_class.from_pretrained(  # type: ignore[no-any-return]
+            folder,
+            variant=choose_variant(folder, stem),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **dtype,
+        )
     except (RuntimeError, ValueError) as exc:
-        if "ignore_mismatched_sizes" not in str(exc):
+        if "ignore_mismatched_sizes" not in str(exc):  # what the libraries advise: to start those weights at random
             raise
         shape = r"torch\.Size\((.+?)\)"
         named = re.search(rf"because (\S+) expected shape {shape}, but got {shape}", str(exc))  # diffusers names one
@@ -171,15 +171,7 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
 
     logging.disable_progress_bar()  # loading shows one of its own on every call
     library: Any = transformers if hasattr(transformers, spec.encoder) else latent_diffusion
-    with explain_shapes(folder):
-        module, info = getattr(library, spec.encoder).from_pretrained(
-            folder,
-            variant=choose_variant(folder, "model"),
-            use_safetensors=True,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+    module, info = load_weights(getattr(library, spec.encoder), folder, TEXT_STEM, dtype=torch.float32)
     layers = getattr(module.config, "num_hidden_layers", None)
     check_complete(folder, info, lambda name: is_unused_text_weight(name, layers))
     return module

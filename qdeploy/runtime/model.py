@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,27 @@ from qdeploy.sampling.guidance_embedding import embed_guidance_scale
 Array = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class RuntimeFiles:
+    """What a bundle holds besides graphs; ``tokenizers`` by text encoder."""
+
+    tokenizers: Mapping[str, Tokenizer]
+    scheduler_config: Mapping[str, Any]
+    noise_correction: NoiseCorrection | None
+
+
+def open_runtime_files(bundle: Bundle, remedy: str = "export the bundle again") -> RuntimeFiles:
+    """Read and check them; BundleError for the first that is not what an export writes."""
+    return RuntimeFiles(
+        {
+            name: Tokenizer(bundle.path(tokenizer_file(name)), bundle.manifest.latents.tokens)
+            for name in bundle.manifest.text_encoders
+        },
+        read_scheduler_file(bundle.path(SCHEDULER), error=BundleError, remedy=remedy),
+        load_bundle_correction(bundle),
+    )
+
+
 class BundleModel:
     """The components of a loaded bundle as one model, for many threads and pipelines.
 
@@ -50,13 +73,9 @@ class BundleModel:
         self.reads_sizes = SIZES_INPUT in bundle.manifest.unet.inputs
         self.zero_negative = bundle.manifest.zero_negative
         self.reads_mask = bundle.manifest.unet.inputs[UNET.input].shape[1] != self.latents.channels
-        self.tokenizers: Mapping[str, Tokenizer] = {
-            name: Tokenizer(bundle.path(tokenizer_file(name)), self.latents.tokens)
-            for name in bundle.manifest.text_encoders
-        }
-        remedy = "export the bundle again"
-        self.scheduler_config = read_scheduler_file(bundle.path(SCHEDULER), error=BundleError, remedy=remedy)
-        self._noise_correction = load_bundle_correction(bundle)
+        files = open_runtime_files(bundle)
+        self.tokenizers, self.scheduler_config = files.tokenizers, files.scheduler_config
+        self._noise_correction = files.noise_correction
 
     def component(self, name: str) -> BundleComponent:
         """One component; BundleError with the remedy for a VAE encoder that the bundle was made without."""

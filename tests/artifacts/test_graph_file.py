@@ -36,11 +36,11 @@ def pack(field: int, value: bytes) -> bytes:
     return pack_number(field << 3 | 2) + pack_number(len(value)) + value
 
 
-def write_graph(path: Path, extra: bytes, beside: bytes = b"") -> Path:
-    """A graph of one Identity, with further fields; ``beside`` are further fields of the model."""
+def write_graph(path: Path, extra: bytes, more: bytes = b"") -> Path:
+    """A graph of one Identity, with further fields; ``more`` are further fields of the model."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
-    path.write_bytes(pack(MODEL_GRAPH, graph.SerializeToString() + extra) + beside)
+    path.write_bytes(pack(MODEL_GRAPH, graph.SerializeToString() + extra) + more)
     return path
 
 
@@ -83,7 +83,7 @@ def test_a_functions_default_tensors_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "words"),
+    ("more", "words"),
     [
         (pack(MODEL_GRAPH, b""), "its field 7 2 times"),
         (pack(MODEL_GRAPH + 2**29, b""), "has the number 536870919"),
@@ -91,9 +91,9 @@ def test_a_functions_default_tensors_count(tmp_path: Path) -> None:
     ],
     ids=["two graphs", "a tag of 33 bits", "field 0"],
 )
-def test_what_readers_take_in_different_ways_is_refused(tmp_path: Path, beside: bytes, words: str) -> None:
+def test_what_readers_take_in_different_ways_is_refused(tmp_path: Path, more: bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        read_graph_file(write_graph(tmp_path / "m.onnx", b"", beside))
+        read_graph_file(write_graph(tmp_path / "m.onnx", b"", more))
 
 
 def test_a_file_is_judged_before_it_is_read(tmp_path: Path) -> None:

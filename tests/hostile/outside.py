@@ -27,7 +27,8 @@ from qdeploy.sampling.config_file import read_scheduler_file
 from tests.calibrate.record.test_raw_data import write_lmdb
 from tests.hostile.cases import Case, Kind, mutate_file, mutate_json_file
 from tests.hostile.mutate import Rules, mutate_bytes, mutate_document
-from tests.models.original_ldm import LatentDiffusion, original_state, tiny, write_ckpt, write_yaml
+from tests.models.original_files import original_state, write_ckpt, write_yaml
+from tests.models.original_ldm import LatentDiffusion, tiny
 
 THEIRS = Rules(is_open=True)  # keys that nothing of ours reads may say anything
 SCHEDULER_RULES = Rules(

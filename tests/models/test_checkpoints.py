@@ -22,15 +22,8 @@ from qdeploy.models.checkpoints import (
     read_checkpoint,
 )
 from qdeploy.sampling import make_scheduler
-from tests.models.original_ldm import (
-    FULL,
-    LatentDiffusion,
-    Sizes,
-    original_state,
-    tiny,
-    write_ckpt,
-    write_yaml,
-)
+from tests.models.original_files import original_state, write_ckpt, write_yaml
+from tests.models.original_ldm import FULL, LatentDiffusion, Sizes, tiny
 
 ROUND_OFF = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest value; 5e-6 and 1e-14 are met
 KINDS = {"lsun_beds256": "ldm-uncond", "lsun_churches256": "ldm-uncond", "sd-v1-4": "sd1", "sd-v2-1": "sd2"}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.original_ldm import FULL, LatentDiffusion, original_state, write_ckpt
+from tests.models.original_files import original_state, write_ckpt
+from tests.models.original_ldm import FULL, LatentDiffusion
 from tests.models.test_checkpoints import assert_close, inputs_for, run_original
 
 ROUND_OFF = 3e-5  # float32 through the published depths: 1.0e-5 after text2img256's 32 text layers and UNet

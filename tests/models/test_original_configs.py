@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,33 +17,8 @@ from qdeploy.models.checkpoints import convert_checkpoint, describe_checkpoint
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.single_file import hash_source
 from qdeploy.sampling import check_scheduler, make_scheduler
-from tests.models.original_ldm import LatentDiffusion, original_state, tiny, write_ckpt, write_yaml
-
-SD = "sd-v1-4"
-
-
-@pytest.fixture(scope="module")
-def source() -> LatentDiffusion:
-    return LatentDiffusion(tiny(SD))
-
-
-@pytest.fixture
-def file(source: LatentDiffusion, tmp_path: Path) -> Path:
-    """The tiny Stable Diffusion file with its YAML next to it."""
-    write_yaml(source.sizes, tmp_path / "model.yaml")
-    return write_ckpt(original_state(source), tmp_path / "model.ckpt")
-
-
-def edit_yaml(file: Path, section: str, **values: Any) -> Path:
-    """Change ``model.params`` or, below it, ``section``; a value of None is written as null."""
-    path = file.with_suffix(".yaml")
-    document = yaml.safe_load(path.read_text())
-    target = document["model"]["params"]
-    for name in filter(None, section.split(".")):
-        target = target.setdefault(name, {})
-    target.update(values)
-    path.write_text(yaml.safe_dump(document))
-    return path
+from tests.models.original_files import edit_yaml, original_state, write_ckpt
+from tests.models.original_ldm import LatentDiffusion, tiny
 
 
 def run_text(file: Path, tokens: Tensor) -> Tensor:

@@ -10,21 +10,8 @@ import torch
 from qdeploy.base.errors import ModelError
 from qdeploy.inspection.describe import describe
 from qdeploy.models.checkpoints import convert_checkpoint, describe_checkpoint
-from tests.models.original_ldm import LatentDiffusion, original_state, tiny, write_ckpt, write_yaml
-
-SD = "sd-v1-4"
-
-
-@pytest.fixture(scope="module")
-def source() -> LatentDiffusion:
-    return LatentDiffusion(tiny(SD))
-
-
-@pytest.fixture
-def file(source: LatentDiffusion, tmp_path: Path) -> Path:
-    """The tiny Stable Diffusion file with its YAML next to it."""
-    write_yaml(source.sizes, tmp_path / "model.yaml")
-    return write_ckpt(original_state(source), tmp_path / "model.ckpt")
+from tests.models.original_files import original_state, write_ckpt
+from tests.models.original_ldm import LatentDiffusion
 
 
 def test_codes_of_a_quantized_file_are_no_weights(source: LatentDiffusion, file: Path) -> None:

@@ -12,23 +12,8 @@ from torch import Tensor
 
 from qdeploy.base.errors import ModelError
 from qdeploy.models.checkpoints import convert_checkpoint
-from tests.models.original_ldm import LatentDiffusion, original_state, tiny, write_ckpt, write_yaml
-from tests.models.test_original_configs import edit_yaml
-
-SD = "sd-v1-4"
-
-
-@pytest.fixture(scope="module")
-def source() -> LatentDiffusion:
-    return LatentDiffusion(tiny(SD))
-
-
-@pytest.fixture
-def file(source: LatentDiffusion, tmp_path: Path) -> Path:
-    """The tiny Stable Diffusion file with its YAML next to it."""
-    write_yaml(source.sizes, tmp_path / "model.yaml")
-    return write_ckpt(original_state(source), tmp_path / "model.ckpt")
-
+from tests.models.original_files import edit_yaml, original_state, write_ckpt
+from tests.models.original_ldm import LatentDiffusion
 
 RAMP = ("linear_start", "linear_end", "timesteps", "beta_schedule")
 

@@ -20,7 +20,8 @@ from qdeploy.export.exporter import export_bundle
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.source import load_model
 from qdeploy.targets.base import load_target
-from tests.models.original_ldm import LatentDiffusion, original_state, tiny, write_ckpt, write_yaml
+from tests.models.original_files import original_state, write_ckpt, write_yaml
+from tests.models.original_ldm import LatentDiffusion, tiny
 from tests.models.pictures import assert_same, first_latents, load_diffusers, paint, paint_diffusers
 
 PROMPTS = ["a cat! (red)", "a red house", ""]

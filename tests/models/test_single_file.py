@@ -17,7 +17,8 @@ from qdeploy.models.components import UnconditionalUNet, VaeDecoder, VqDecoder
 from qdeploy.models.options import ModelOptions
 from qdeploy.models.source import load_model
 from qdeploy.models.text_encoders import BertTextEncoder, TextEncoder
-from tests.models.original_ldm import LatentDiffusion, original_state, tiny, write_ckpt, write_yaml
+from tests.models.original_files import original_state, write_ckpt, write_yaml
+from tests.models.original_ldm import LatentDiffusion, tiny
 
 
 def write(name: str, folder: Path, ema: bool = False) -> Path:
