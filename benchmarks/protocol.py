@@ -26,7 +26,8 @@ from qdeploy.models.components import TorchComponent
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.runtime.image import pixels_from_decoded
 from qdeploy.sampling import make_scheduler
-from qdeploy.sampling.loop import Array, denoise, draw_unit_noise
+from qdeploy.sampling.guidance import Array
+from qdeploy.sampling.loop import denoise, draw_unit_noise
 
 # (x float32[B, C, h, w], t, context float32[B, T, D]) -> UNet output like x; of the B rows the first half are
 # without text, the second the same pictures with text

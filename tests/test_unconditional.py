@@ -113,6 +113,7 @@ def test_inspect_the_model(unconditional_folder: Path) -> None:
         (("a cat",), "got a prompt, expected none"),
         (("--guidance", "7.5"), "got --guidance, expected none"),
         (("a cat", "--negative-prompt", "dog"), "got a prompt, --negative, expected none"),
+        (("--guidance-interval", "0.2", "0.8"), "got --guidance-interval, expected none"),
     ],
 )
 def test_text_for_an_unconditional_bundle(
@@ -122,6 +123,8 @@ def test_text_for_an_unconditional_bundle(
     assert (result.exit_code, words in result.output) == (2, True), result.output
     with qdeploy.load(unconditional_made / "fp32") as pipe, pytest.raises(UsageError, match="expected none"):
         pipe("a cat")
+    with qdeploy.load(unconditional_made / "fp32") as pipe, pytest.raises(UsageError, match="got guidance_interval"):
+        pipe(guidance_interval=(0.2, 0.8))
 
 
 def test_no_text_for_a_text_bundle(float_bundle: Path, tmp_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_no_text_for_a_text_bundle(float_bundle: Path, tmp_path: Path) -> None:
         pipe()
 
 
-@pytest.mark.parametrize("arguments", [("--guidance", 3), ("--prompts", "p.txt")])
+@pytest.mark.parametrize("arguments", [("--guidance", 3), ("--prompts", "p.txt"), ("--guidance-interval", 0.2, 0.8)])
 def test_calibrating_with_text_options(unconditional_folder: Path, tmp_path: Path, arguments: tuple) -> None:
     result = run("calibrate", unconditional_folder, "-o", tmp_path / "c", *arguments)
     assert (result.exit_code, "is unconditional" in result.output) == (2, True), result.output

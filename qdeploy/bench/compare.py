@@ -98,7 +98,8 @@ def is_same_machine(old: BenchRun, new: BenchRun) -> bool:
 
 def has_same_unet_calls(old: BenchRun, new: BenchRun) -> bool:
     """Whether a picture took as many UNet calls in both."""
-    return (old.settings.steps, old.settings.guidance_scale) == (new.settings.steps, new.settings.guidance_scale)
+    before, after = ((run.settings.steps, run.settings.guidance_scale, run.settings.calls) for run in (old, new))
+    return before == after
 
 
 def write_notes(old: BenchRun, new: BenchRun, paired: bool) -> Iterator[str]:
@@ -117,7 +118,7 @@ def write_notes(old: BenchRun, new: BenchRun, paired: bool) -> Iterator[str]:
     elif not is_same_machine(old, new):
         yield "the runs have no reference in common and are from unlike machines: times are shown but not judged"
     if not has_same_unet_calls(old, new):
-        yield "steps or guidance differ: pictures and fidelity are shown but not judged"
+        yield "steps, guidance or model calls differ: pictures and fidelity are shown but not judged"
     elif old.settings.compared != new.settings.compared:
         yield "fidelity is of other prompts in the older run: it is shown but not judged"
 

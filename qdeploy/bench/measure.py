@@ -161,7 +161,7 @@ def _measure_fidelities(run: BenchRun, pipelines: Sequence[Pipeline], on_progres
         if contender is not reference and contender.model_sha256 == reference.model_sha256:
             prompts = settings.compared
             contender.fidelity = measure_fidelity(
-                reference_pipeline, pipeline, prompts, settings.steps, settings.guidance_scale
+                reference_pipeline, pipeline, prompts, settings.steps, settings.guidance_scale, calls=settings.calls
             )
         on_progress("bench: fidelity", number, len(pipelines))
 

@@ -50,7 +50,8 @@ def list_settings(run: BenchRun) -> dict[str, str]:
     """The settings: what was run, and how often."""
     settings = run.settings
     return {
-        "picture": f"{settings.prompt!r}, {settings.steps} steps, guidance {settings.guidance_scale:g}",
+        "picture": f"{settings.prompt!r}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
+        + (f", {settings.calls.text}" if settings.calls.text else ""),
         "rounds": f"{settings.rounds} of each component, {settings.pictures} of whole pictures",
         "fresh processes": f"{settings.fresh_starts} cold, {settings.fresh_starts} cached, of each contender",
         "started": run.started,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdeploy.base.errors import UsageError
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
 
 MAX_COUNT = 10**6  # of rounds, pictures, steps
 
@@ -23,6 +24,7 @@ class BenchSettings:
     fresh_starts: processes that load each bundle cold, and as many that find its files in memory.
     compared: prompts for the fidelity to the float reference; an unconditional bundle makes as many pictures.
     seed: of the order within the rounds and of the intervals.
+    calls: that a picture's trajectory makes.
     """
 
     prompt: str = "a cat"
@@ -37,6 +39,7 @@ class BenchSettings:
     compared: tuple[str, ...] = ("a cat",)
     threads: int | None = None
     seed: int = 0
+    calls: CallSchedule = EVERY_CALL
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("pictures", 0), ("warmup", 1), ("fresh_starts", 0), ("steps", 1)):

@@ -48,4 +48,5 @@ def build_call(stage: str, pipeline: Pipeline, settings: BenchSettings) -> Call 
 def make_picture(pipeline: Pipeline, settings: BenchSettings, **options: object) -> object:
     """Prompt or nothing to pixels; ``options`` are passed to the pipeline, such as ``cancel``."""
     prompt = settings.prompt if pipeline.reads_text else None
+    options |= settings.calls.request_options
     return pipeline(prompt, steps=settings.steps, guidance_scale=settings.guidance_scale, **options)  # type: ignore[arg-type]

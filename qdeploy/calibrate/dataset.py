@@ -39,6 +39,8 @@ class CalibrationSet:
     sizes: ``float32[N, 6]``, the sizes (`time_ids`) that such a UNet was given with each sample.
     guidance: ``float16[N, G]``, the embedded guidance scale of each sample, for a UNet that reads it.
     is_guided: the UNet ran with and without the text; if not, only with it.
+    guided: ``bool[N]``, False for samples of calls outside the guidance interval, which ran only with the text; None
+        where all are alike.
     input_ids: ``int64[P, T]`` for each text encoder, by its name: the tokens of ``contexts``.
     latents: ``float16[M, C, h, w]``, final latents, divided by the scaling factor: the decoder's input.
 
@@ -57,6 +59,7 @@ class CalibrationSet:
     sizes: Tensor | None = None
     guidance: Tensor | None = None
     is_guided: bool = True
+    guided: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, component: str, size: int) -> Iterator[dict[str, Tensor]]:
@@ -69,13 +72,15 @@ class CalibrationSet:
             yield from ({kind.input: _widen(chunk)} for chunk in _split(self._get_rows(component), size))
             return
         for t in self.timestep.unique():
-            for rows in torch.nonzero(self.timestep == t)[:, 0].split(max(1, size // self.halves)):
-                yield self._unet_feeds(rows, t)
+            for halves, alike in self._split_by_halves(torch.nonzero(self.timestep == t)[:, 0]):
+                for rows in alike.split(max(1, size // halves)):
+                    yield self._unet_feeds(rows, t, halves)
 
     def count(self, component: str) -> int:
         """How many inputs :meth:`batches` will yield for ``component``, CFG halves counted twice."""
         if get_kind(component).in_loop:
-            return self.halves * len(self.sample)
+            unguided = 0 if self.guided is None else int((~self.guided).sum())
+            return self.halves * len(self.sample) - unguided
         rows = self._get_rows(component)
         return 0 if rows is None else len(rows)
 
@@ -89,25 +94,32 @@ class CalibrationSet:
         """Rows of the UNet for one sample: 2 with both halves of classifier-free guidance."""
         return 1 if self.contexts is None or not self.is_guided else 2
 
-    def _unet_feeds(self, rows: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def _split_by_halves(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """``rows int64[B]`` with the number of halves that they ran with; no more than one kind a call."""
+        if self.guided is None:
+            return [(self.halves, rows)]
+        kinds = [(2, rows[self.guided[rows]]), (1, rows[~self.guided[rows]])]
+        return [(halves, alike) for halves, alike in kinds if len(alike)]
+
+    def _unet_feeds(self, rows: Tensor, t: Tensor, halves: int) -> dict[str, Tensor]:
         """One UNet call for ``rows int64[B]``: B inputs, or 2 B with both CFG halves, unconditional first."""
         x = self.sample[rows].float()
         if self.contexts is None or self.prompt is None:
             return dict(zip(UNET.inputs, (x, t), strict=False))
         texts = self.prompt[rows]
-        own = (torch.cat([x] * self.halves), t, self._select_texts(self.contexts, texts))
+        own = (torch.cat([x] * halves), t, self._select_texts(self.contexts, texts, halves))
         feeds = dict(zip(UNET.inputs, own, strict=True))
         if self.guidance is not None:
-            feeds[GUIDANCE_INPUT] = torch.cat([self.guidance[rows].float()] * self.halves)
+            feeds[GUIDANCE_INPUT] = torch.cat([self.guidance[rows].float()] * halves)
         if self.pooled is not None and self.sizes is not None:
-            feeds[POOLED_INPUT] = self._select_texts(self.pooled, texts)
-            feeds[SIZES_INPUT] = torch.cat([self.sizes[rows]] * self.halves)
+            feeds[POOLED_INPUT] = self._select_texts(self.pooled, texts, halves)
+            feeds[SIZES_INPUT] = torch.cat([self.sizes[rows]] * halves)
         return feeds
 
-    def _select_texts(self, table: Tensor, texts: Tensor) -> Tensor:
+    def _select_texts(self, table: Tensor, texts: Tensor, halves: int) -> Tensor:
         """The rows ``int64[B]`` of ``table``, after as many of row 0 where both halves ran."""
         chosen = table[texts].float()
-        return chosen if self.halves == 1 else torch.cat([table[:1].float().expand_as(chosen), chosen])
+        return chosen if halves == 1 else torch.cat([table[:1].float().expand_as(chosen), chosen])
 
 
 def choose_batch_size(calibration: CalibrationSet, component: str) -> int:
@@ -136,6 +148,7 @@ def sample_feeds(calibration: CalibrationSet, component: str, samples: int) -> I
         prompt=None if calibration.prompt is None else calibration.prompt[::stride],
         sizes=None if calibration.sizes is None else calibration.sizes[::stride],
         guidance=None if calibration.guidance is None else calibration.guidance[::stride],
+        guided=None if calibration.guided is None else calibration.guided[::stride],
     )
     yield from thinned_set.batches(component, choose_batch_size(calibration, component))
 

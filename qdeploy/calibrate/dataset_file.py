@@ -29,6 +29,7 @@ OPTIONAL = {
     "pooled": (torch.float16, 2),
     "sizes": (torch.float32, 2),
     "guidance": (torch.float16, 2),
+    "guided": (torch.bool, 1),
 }
 INPUT_IDS = (torch.int64, 2)  # of each text encoder: `input_ids`, `input_ids_2`
 
@@ -128,6 +129,13 @@ def _check_added(calibration: CalibrationSet) -> None:
     """ValueError unless pooled text and sizes are both there, or neither, one for each context and sample."""
     if calibration.guidance is not None and len(calibration.guidance) != len(calibration.sample):
         raise ValueError(f"`guidance` has {len(calibration.guidance)} rows for {len(calibration.sample)} samples")
+    if calibration.guided is not None and (
+        len(calibration.guided) != len(calibration.sample) or calibration.contexts is None or not calibration.is_guided
+    ):
+        raise ValueError(
+            f"`guided` has {len(calibration.guided)} rows for {len(calibration.sample)} samples; expected one for each "
+            "sample of a set with text that was recorded with guidance"
+        )
     pooled, sizes, contexts = calibration.pooled, calibration.sizes, calibration.contexts
     if pooled is None and sizes is None:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from qdeploy.base.arrays import AnyArray, Feeds
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.calibrate.component import CalibratedComponent
-from qdeploy.calibrate.dataset import CalibrationSet, check_model, check_numbers, check_shapes
+from qdeploy.calibrate.dataset import CalibrationSet, check_model, check_numbers, check_shapes, count_rows
 from qdeploy.calibrate.noise_correction import measure_noise_correction
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.calibrate.stages.observe import observe
@@ -99,11 +99,17 @@ def quantize_component(
 def choose_probes(calibration: CalibrationSet, component: str) -> list[dict[str, AnyArray]]:
     """A few inputs of ``component``, evenly spaced over the set (so over the timesteps), at the export's batch."""
     size = choose_graph_batch(component, calibration.halves == 2)
-    count = sum(1 for _ in calibration.batches(component, size))  # counted, not kept: the set may be large
+
+    def whole_batches() -> Iterator[dict[str, torch.Tensor]]:
+        """Without the odd sample that is left where samples outside the guidance interval share a batch."""
+        rows = max(map(count_rows, calibration.batches(component, size)))
+        return (feeds for feeds in calibration.batches(component, size) if count_rows(feeds) == rows)
+
+    count = sum(1 for _ in whole_batches())  # counted, not kept: the set may be large
     chosen = set(np.linspace(0, count - 1, min(PROBES, count)).round().astype(int))
     return [
         {name: value.numpy() for name, value in feeds.items()}
-        for number, feeds in enumerate(calibration.batches(component, size))
+        for number, feeds in enumerate(whole_batches())
         if number in chosen
     ]
 

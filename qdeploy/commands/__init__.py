@@ -117,6 +117,25 @@ def add_model_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+GUIDANCE_INTERVAL = click.option(
+    "--guidance-interval", type=SHARE, nargs=2, metavar="FROM TO",
+    help="Shares of the schedule between which guidance is on, such as 0.2 0.8. Default: everywhere.",
+)  # fmt: skip
+
+
+def add_call_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which model calls are made, alike in every command that samples; it gets ``calls``."""
+
+    @GUIDANCE_INTERVAL
+    @functools.wraps(command)
+    def wrapper(*args: Any, guidance_interval: tuple[float, float] | None, **kwargs: Any) -> None:
+        from qdeploy.sampling.call_schedule import CallSchedule
+
+        command(*args, calls=CallSchedule(guidance_interval), **kwargs)
+
+    return wrapper
+
+
 def prepare_outputs(*outputs: Output, folder: Path | None = None) -> None:
     """Check every place that the command will write to, before any work; name what killed runs left there.
 

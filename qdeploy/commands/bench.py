@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from qdeploy.commands import INTERRUPTED, MILLION, PATH, STEPS, THREADS, Number, Whole, prepare_outputs
+from qdeploy.commands import (
+    INTERRUPTED,
+    MILLION,
+    PATH,
+    STEPS,
+    THREADS,
+    Number,
+    Whole,
+    add_call_options,
+    prepare_outputs,
+)
+
+if TYPE_CHECKING:
+    from qdeploy.sampling.call_schedule import CallSchedule
 
 
 @click.command()
@@ -20,6 +34,7 @@ from qdeploy.commands import INTERRUPTED, MILLION, PATH, STEPS, THREADS, Number,
 )
 @click.option("--threads", type=THREADS, help="Default: all cores.")
 @click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps of a picture.")
+@add_call_options
 @click.option(
     "--rounds",
     type=Whole(1, 100_000),
@@ -50,7 +65,7 @@ from qdeploy.commands import INTERRUPTED, MILLION, PATH, STEPS, THREADS, Number,
 def bench(
     ctx: click.Context, bundles: Sequence[Path], engines: Sequence[str], threads: int | None, steps: int, rounds: int,
     pictures: int, concurrency: str, fresh_starts: int, json_path: Path | None, html_path: Path | None,
-    old_path: Path | None, tolerance: float,
+    old_path: Path | None, tolerance: float, calls: CallSchedule,
 ) -> None:  # fmt: skip
     """Time several bundles in turn within one run.
 
@@ -84,12 +99,13 @@ def bench(
     from qdeploy.bench.store import read_bench_run, write_bench_run
     from qdeploy.reporting.page import check_packages, write_page
     from qdeploy.reporting.tables import print_table
+    from qdeploy.runtime.request import check_text
 
     places = ((json_path, BENCH_RUN, "--json"), (html_path, PAGE, "--html"))
     prepare_outputs(*(Output(path, kind, option) for path, kind, option in places if path is not None))
     settings = BenchSettings(
         steps=steps, rounds=rounds, pictures=pictures, concurrency=levels_from_text(concurrency),
-        fresh_starts=fresh_starts, threads=threads,
+        fresh_starts=fresh_starts, threads=threads, calls=calls,
     )  # fmt: skip
     old = None if old_path is None else read_bench_run(old_path)
     if html_path is not None:
@@ -97,6 +113,7 @@ def bench(
     contenders = list_contenders(bundles, engines)
     for contender in contenders:
         manifest = open_bundle(contender.path, verify=False).manifest
+        check_text(manifest, settings.prompt if manifest.reads_text else None, calls.text_options)
         note = explain_slow_weights(contender.engine or manifest.engine, manifest.largest_weight_codes)
         if note is not None:
             click.echo(f"{contender.bundle}: {note}", err=True)

@@ -9,6 +9,7 @@ import click
 
 from qdeploy.commands import (
     GUIDANCE,
+    GUIDANCE_INTERVAL,
     PATH,
     SCHEDULERS,
     SEED,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Guidance scale; 1 for few-step models that run without guidance.",
 )
+@GUIDANCE_INTERVAL
 @click.option("--scheduler", help=f"{SCHEDULERS}. Default: the model's own.")
 @click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--seed", type=SEED, default=0, show_default=True)

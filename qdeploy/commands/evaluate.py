@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qdeploy.base.errors import UsageError
-from qdeploy.commands import GUIDANCE, PATH, SCHEDULERS, SEED, STEPS, THREADS, Whole, prepare_outputs
+from qdeploy.commands import GUIDANCE, PATH, SCHEDULERS, SEED, STEPS, THREADS, Whole, add_call_options, prepare_outputs
+
+if TYPE_CHECKING:
+    from qdeploy.sampling.call_schedule import CallSchedule
 
 
 @click.command()
@@ -25,6 +29,7 @@ from qdeploy.commands import GUIDANCE, PATH, SCHEDULERS, SEED, STEPS, THREADS, W
 @click.option("--prompts", type=PATH, help="Text file, one a line: picture i has line i, starting over at the end.")
 @click.option("--steps", type=STEPS, default=25, show_default=True)
 @click.option("--guidance", type=GUIDANCE, default=7.5, show_default=True, help="Classifier-free guidance scale.")
+@add_call_options
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--scheduler", help=f"{SCHEDULERS}. Default: each bundle's own.")
 @click.option(
@@ -53,7 +58,7 @@ def evaluate(
     fit: bool, count: int, prompts: Path | None, steps: int, guidance: float, seed: int, scheduler: str | None,
     batch: int, extractor: str | None, inception: Path | None, lpips: Path | None, clip: Path | None,
     allow_download: bool, skip_broken: bool, ray: str | None, engine: str | None, threads: int | None,
-    html_path: Path | None, tables: Sequence[str],
+    html_path: Path | None, tables: Sequence[str], calls: CallSchedule,
 ) -> None:  # fmt: skip
     """Measure how good the pictures of BUNDLEs are.
 
@@ -127,6 +132,7 @@ def evaluate(
         engine=engine,
         threads=threads,
         ray=ray,
+        calls=calls,
     )
     kept = f"pictures and features made so far are kept in {out}: the same command goes on from there"
     with show_progress(show) as on_progress, note_kept(lambda: kept):

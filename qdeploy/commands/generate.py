@@ -18,12 +18,15 @@ from qdeploy.commands import (
     STEPS,
     THREADS,
     Whole,
+    add_call_options,
     is_typed,
     prepare_outputs,
 )
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from qdeploy.sampling.call_schedule import CallSchedule
 
 MAX_NAMED = 100  # files that are named when they are written
 
@@ -56,6 +59,7 @@ MAX_NAMED = 100  # files that are named when they are written
     show_default=True,
     help="0 to 1: reduces the overexposure of high guidance.",
 )
+@add_call_options
 @click.option("--weighting", is_flag=True, help="Read weights in PROMPT: (red:1.3), [less], \\( for a bracket itself.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--scheduler", help=f"{SCHEDULERS}. Default: the bundle's own.")
@@ -67,7 +71,7 @@ def generate(
     show: bool, bundle: Path, prompt: str | None, out: Path, negative: str, image: Path | None,
     strength: float | None, mask: Path | None, width: int | None, height: int | None, engine: str | None,
     threads: int | None, low_memory: bool, steps: int, guidance: float, guidance_rescale: float, weighting: bool,
-    seed: int, scheduler: str | None, eta: float, count: int, allow_large: bool,
+    seed: int, scheduler: str | None, eta: float, count: int, allow_large: bool, calls: CallSchedule,
 ) -> None:  # fmt: skip
     """Make pictures of PROMPT, or without one if BUNDLE is unconditional. Needs no torch.
 
@@ -91,7 +95,7 @@ def generate(
     from qdeploy.runtime.results import Step
     from qdeploy.sample.numbered import choose_batch, list_outputs, write_pictures
 
-    text_options = ("guidance", "guidance_rescale", "negative", "weighting")
+    text_options = ("guidance", "guidance_interval", "guidance_rescale", "negative", "weighting")
     typed = [f"--{name.replace('_', '-')}" for name in text_options if is_typed(name)]
     manifest = open_bundle(bundle, verify=False).manifest
     check_text(manifest, prompt, typed)
@@ -120,7 +124,7 @@ def generate(
                 prompt, negative_prompt=negative, image=picture, mask=mask_picture, strength=strength, steps=steps,
                 guidance_scale=guidance, guidance_rescale=guidance_rescale, weighting=weighting, seed=seed,
                 first=numbers.start, count=len(numbers), width=width, height=height, scheduler=scheduler, eta=eta,
-                callback=report, allow_large=allow_large,
+                callback=report, allow_large=allow_large, **calls.request_options,
             ).images  # fmt: skip
 
         for path in write_pictures(render, out, count, pixels):

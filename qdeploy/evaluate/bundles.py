@@ -67,7 +67,7 @@ def open_bundles(paths: Sequence[Path], settings: EvaluationSettings, out: Path)
         manifest = bundle.manifest
         if manifest.reads_text and settings.prompts is None:
             raise UsageError(f"{path} makes pictures from text; give --prompts FILE, one a line")
-        check_text(manifest, settings.prompts, [])
+        check_text(manifest, settings.prompts, settings.calls.text_options)
         sha256 = hash_file(path / MANIFEST)
         bundle_pictures.append(
             BundlePictures(name, path, sha256, manifest, out / PICTURES / name, settings.count, bundle.total_bytes)
@@ -88,6 +88,7 @@ def make_pictures(pictures: BundlePictures, settings: EvaluationSettings, out: P
     job = SampleJob(
         pictures.path.absolute(), pictures.sha256, settings.prompts, steps=settings.steps, scheduler=settings.scheduler,
         guidance_scale=settings.guidance_scale, seed=settings.seed, engine=settings.engine, threads=settings.threads,
+        calls=settings.calls,
     )  # fmt: skip
     workers = sample_locally if settings.ray is None else make_ray_workers(settings.ray)
     receipts = out / RECEIPTS / pictures.name

@@ -67,8 +67,9 @@ def compare_steps(reference: BundlePictures, candidate: BundlePictures, settings
         load(candidate.path, engine=settings.engine, threads=settings.threads, verify=False) as second,
     ):
         return measure_fidelity(
-            first, second, prompts[:STEP_PICTURES], settings.steps, settings.guidance_scale, settings.scheduler
-        )
+            first, second, prompts[:STEP_PICTURES], settings.steps, settings.guidance_scale, settings.scheduler,
+            settings.calls,
+        )  # fmt: skip
 
 
 def iter_pairs(

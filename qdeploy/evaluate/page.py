@@ -168,6 +168,7 @@ def list_settings(result: EvaluationResult) -> dict[str, str]:
         "steps",
         "scheduler",
         "guidance_scale",
+        "guidance_interval",
         "reference_count",
         "fit",
         "extractor",

@@ -168,7 +168,7 @@ def extract_all_features(
 
 def options_to_json(settings: EvaluationSettings) -> dict[str, Any]:
     """The options as JSON values."""
-    options = asdict(settings)
+    options = {name: value for name, value in asdict(settings).items() if name != "calls"} | settings.calls.to_json()
     options["extractor"] = settings.extractor_name if settings.has_any(*SET_METRICS) else None
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
@@ -179,6 +179,7 @@ def write_notes(
     """Notes under every table."""
     scheduler = settings.scheduler or "each bundle's own scheduler"
     text = f", guidance {settings.guidance_scale:g}, {len(settings.prompts)} prompts" if settings.prompts else ""
+    text += f" ({settings.calls.text})" if settings.calls.text else ""
     notes = [
         f"n = {settings.count} pictures a bundle, seed {settings.seed}, {settings.steps} steps of {scheduler}{text}"
     ]

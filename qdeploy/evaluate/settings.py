@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qdeploy.base.errors import UsageError
 from qdeploy.evaluate.extractors import ExtractorOptions
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
 
 SET_METRICS = ("fid", "kid", "is", "pr")  # of all pictures, by their features
 CAPTION_METRICS = ("clip",)
@@ -45,6 +46,7 @@ class EvaluationSettings:
     engine: str | None = None
     threads: int | None = None
     ray: str | None = None
+    calls: CallSchedule = EVERY_CALL
 
     def __post_init__(self) -> None:
         for name in self.metrics:

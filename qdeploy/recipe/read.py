@@ -20,6 +20,7 @@ from qdeploy.models.architectures import get_architecture
 from qdeploy.models.options import ModelOptions
 from qdeploy.sample.job import SampleJob
 from qdeploy.sampling import replace_scheduler
+from qdeploy.sampling.call_schedule import CallSchedule
 from qdeploy.targets.base import DEFAULT_TARGET, Target, load_target
 
 MAX_BYTES = 2**16
@@ -63,6 +64,7 @@ class SampleSettings:
     seed: int = 0
     count: int = 1
     batch: int = 8
+    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("steps", 1), ("count", 1), ("batch", 1), ("seed", 0)):
@@ -70,6 +72,7 @@ class SampleSettings:
                 raise UsageError(f"[sample] {name}: got {getattr(self, name)}, expected at least {minimum}")
         if self.count > MAX_PICTURES:
             raise UsageError(f"[sample] count: got {self.count}, expected at most {MAX_PICTURES}")
+        CallSchedule(self.guidance_interval)
         if not 0 <= self.eta <= 1 or (self.eta != 0 and self.scheduler not in (None, "ddim")):
             raise UsageError(f"[sample] eta: got {self.eta}, expected 0, or with the scheduler ddim up to 1")
 
@@ -85,6 +88,7 @@ class SampleSettings:
             self.eta,
             self.guidance,
             self.seed,
+            calls=CallSchedule(self.guidance_interval),
         )
 
 
@@ -201,9 +205,15 @@ def _check_value(value: Any, hint: Any, key: str) -> Any:
         return value_type(value)
     if value_type in (str, Path) and isinstance(value, str) and value.isprintable():
         return value_type(value)
+    if value_type == INTERVAL and isinstance(value, list) and all(type(item) in (int, float) for item in value):
+        return tuple(value)
     if value_type not in TYPE_TEXTS and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise UsageError(f"{key}: got {value!r:.60}, expected {TYPE_TEXTS.get(value_type, 'a list of texts')}")
 
 
-TYPE_TEXTS = {bool: "true or false", int: "a whole number", float: "a number", str: "one line of text", Path: "a path"}
+INTERVAL = tuple[float, float]
+TYPE_TEXTS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "one line of text", Path: "a path",
+    INTERVAL: "two numbers in brackets, from and to",
+}  # fmt: skip

@@ -1,6 +1,7 @@
 """``--scale tiny``: the same recipe on a small random model, with stand-ins for the files that it reads.
 
-Only sizes are changed (samples, steps, iterations, pictures); every other setting stays the recipe's own.
+Only sizes are changed (samples, steps, iterations, pictures); every other setting stays the recipe's own, but for the
+guidance interval: so few steps may have no call within it.
 """
 
 from __future__ import annotations
@@ -49,9 +50,13 @@ def shrink(recipe: Recipe) -> Recipe:
     request, sample = recipe.calibrate, recipe.sample
     return replace(
         recipe,
-        calibrate=replace(request, samples=min(request.samples, SAMPLES), steps=min(request.steps, STEPS)),
+        calibrate=replace(
+            request, samples=min(request.samples, SAMPLES), steps=min(request.steps, STEPS), guidance_interval=None
+        ),
         quantize=shrink_spec(recipe.quantize),
-        sample=replace(sample, steps=min(sample.steps, STEPS), count=min(sample.count, PICTURES)),
+        sample=replace(
+            sample, steps=min(sample.steps, STEPS), count=min(sample.count, PICTURES), guidance_interval=None
+        ),
     )
 
 

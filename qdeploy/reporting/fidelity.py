@@ -13,8 +13,10 @@ from qdeploy.base.errors import BundleError
 from qdeploy.base.numerics import psnr_db, sqnr_db
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.sampling import make_scheduler, replace_scheduler
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
 from qdeploy.sampling.config_file import read_scheduler_file
-from qdeploy.sampling.loop import PictureStreams, denoise, needs_guidance
+from qdeploy.sampling.guidance import needs_guidance
+from qdeploy.sampling.loop import PictureStreams, denoise
 
 Array = NDArray[np.float32]
 
@@ -52,11 +54,12 @@ def measure_fidelity(
     steps: int = 25,
     guidance_scale: float = 5.0,
     scheduler_name: str | None = None,
+    calls: CallSchedule = EVERY_CALL,
 ) -> Fidelity:
     """Run ``reference`` and ask ``candidate`` for its prediction at each step. BundleError for unlike models.
 
     Of unconditional bundles as many pictures are compared as there are ``prompts``, which they do not read.
-    ``scheduler_name`` swaps the reference's own.
+    ``scheduler_name`` swaps the reference's own; ``calls`` are those that both make.
     """
     if (reference.latents, reference.reads_text) != (candidate.latents, candidate.reads_text):
         raise BundleError("the two bundles are not of one model: their latents or their text differ")
@@ -80,9 +83,12 @@ def measure_fidelity(
         cond = reference.make_context(prompts)
         if reference.model.guidance_channels is None and needs_guidance(guidance_scale):
             uncond = reference.model.make_negative_context(len(prompts))
-    final = denoise(predict, scheduler, noise, cond, uncond, guidance_scale)
+    final = denoise(predict, scheduler, noise, cond, uncond, guidance_scale, calls=calls)
     request = {"prompt": list(prompts)} if candidate.reads_text else {"count": len(prompts)}
-    result = candidate(**request, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler_name, latents=noise)
+    result = candidate(
+        **request, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler_name, latents=noise,
+        **calls.request_options,
+    )  # fmt: skip
     image_psnr = psnr_db(reference.decode(final).astype(np.float32), result.pixels.astype(np.float32), peak=255.0)
     latent_psnr = psnr_db(final, result.latents, peak=float(np.ptp(final)))
     return Fidelity(tuple(curve), tuple(int(t) for t in scheduler.timesteps), image_psnr, latent_psnr)

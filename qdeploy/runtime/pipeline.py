@@ -27,6 +27,7 @@ from qdeploy.runtime.request_size import build_sizes, resolve_size
 from qdeploy.runtime.results import Result, Step
 from qdeploy.runtime.run import Run
 from qdeploy.runtime.stopping import Event, StopCondition
+from qdeploy.sampling.call_schedule import CallSchedule
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
@@ -56,6 +57,7 @@ class Pipeline:
         steps: int = 25,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
         weighting: bool = False,
         seed: int = 0,
         count: int = 1,
@@ -77,8 +79,9 @@ class Pipeline:
 
         What to make: ``negative_prompt`` is one for all or one a prompt; an unconditional bundle takes neither it
         nor ``prompt``, and ignores ``guidance_scale``. With ``guidance_scale`` 1 or 0 the UNet runs only for
-        the prompt. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4). ``weighting`` reads
-        ``(word:1.3)`` in prompts (``runtime.weighting``).
+        the prompt. ``guidance_rescale`` 0..1 tames high guidance (arXiv 2305.08891, 3.4).
+        ``guidance_interval`` (from, to), shares of the schedule, restricts guidance to the model calls within it
+        (arXiv 2404.07724). ``weighting`` reads ``(word:1.3)`` in prompts (``runtime.weighting``).
 
         From pictures: ``image`` (PIL or ``uint8[H, W, 3]`` of the pictures' size, one or one a prompt) is what to
         start from; ``strength`` 0..1 says how far from it to go, 0.8 by default, and makes that share of the steps.
@@ -105,7 +108,9 @@ class Pipeline:
         """
         self.check_open()
         stop = StopCondition(self.check_open, cancel, deadline_s)
-        checks.check_text(self.bundle.manifest, prompt, ["negative_prompt"] if negative_prompt else [])
+        calls = CallSchedule(guidance_interval)
+        text_options = [*(["negative_prompt"] if negative_prompt else []), *calls.text_options]
+        checks.check_text(self.bundle.manifest, prompt, text_options)
         prompts = negatives = None
         if prompt is not None:
             prompts, negatives = checks.check_prompts(prompt, negative_prompt)
@@ -128,6 +133,7 @@ class Pipeline:
             source=source,
             reads_guidance=self.model.guidance_channels is not None,
             sizes=build_sizes(original_size, crop, target_size, size, self.model.reads_sizes),
+            calls=calls,
         )
         return Run(self.model, request, stop, callback).run()
 

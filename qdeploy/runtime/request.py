@@ -13,7 +13,8 @@ from qdeploy.artifacts.manifest import LatentInfo, Manifest
 from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.runtime.image import PictureInput, mask_from_picture, pixels_from_picture
 from qdeploy.runtime.request_numbers import check_integer, check_number
-from qdeploy.sampling.loop import needs_guidance
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
+from qdeploy.sampling.guidance import needs_guidance
 
 Array = NDArray[np.float32]
 MAX_PROMPT_CHARACTERS = 10_000  # the tokenizer keeps at most 77 tokens; more is a mistake or an attack
@@ -46,6 +47,7 @@ class GenerationRequest:
     source: SourcePicture | None
     reads_guidance: bool = False
     sizes: tuple[float, ...] = ()
+    calls: CallSchedule = EVERY_CALL
 
     @property
     def is_guided(self) -> bool:

@@ -19,6 +19,7 @@ from qdeploy.runtime.results import Clock, Result, Step
 from qdeploy.runtime.stopping import StopCondition
 from qdeploy.runtime.weighting import WeightedText, apply_weights, parse_weights
 from qdeploy.sampling import Scheduler, make_scheduler, replace_scheduler
+from qdeploy.sampling.call_schedule import ModelCall
 from qdeploy.sampling.loop import PictureStreams, SourceLatents, denoise, draw_unit_noise
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,11 @@ class Run:
         config = config if request.scheduler is None else replace_scheduler(config, request.scheduler)
         scheduler = make_scheduler(config, request.steps, eta=request.eta, rng=PictureStreams(request.seeds))
         begin = None if request.source is None else choose_first_call(request.source, request.steps)
+        plan = request.calls.plan(len(scheduler.timesteps), begin or 0, request.is_guided)
         source_latents = None if request.source is None else self._encode_source(request.source, begin)
         cond, uncond = self._contexts()
         noise = draw_unit_noise(request.size.shape, request.seeds) if request.latents is None else request.latents
-        final = self._denoise(scheduler, noise, cond, uncond, source_latents)
+        final = self._denoise(scheduler, noise, cond, uncond, source_latents, plan)
         with self._hold_component(VAE_DECODER.name):
             pixels = model.decode(final, self._clock)
         log.debug("%d pictures in %d steps: %s", len(pixels), request.steps, self._clock.spent_ms)
@@ -133,21 +135,18 @@ class Run:
         cond: Context | None,
         uncond: Context | None,
         source_latents: SourceLatents | None,
+        plan: Sequence[ModelCall],
     ) -> Array:
-        request, stop = self._request, self._stop
-        count = len(scheduler.timesteps) - (
-            0 if source_latents is None or source_latents.begin is None else source_latents.begin
-        )
-        calls = iter(range(1, count + 1))
+        request, stop, count = self._request, self._stop, len(plan)
+        steps = iter(range(1, count + 1))
 
         def predict(x: Array, t: int, context: Context | None) -> Array:
             for values in (context or {}).values():
                 values.flags.writeable = False  # the same at every step: an engine may keep it on its device
-            position = f"in step {next(calls)} of {count} (timestep {t})"
+            position = f"in step {next(steps)} of {count} (timestep {t})"
+            halves = len(x) // len(noise)
             try:
-                return self._model.predict(
-                    self._unet_input(x), t, context, self._clock, 1 + request.is_guided, request.guidance_scale
-                )
+                return self._model.predict(self._unet_input(x), t, context, self._clock, halves, request.guidance_scale)
             except NonFiniteError as exc:
                 raise NonFiniteError(
                     f"the output of unet holds NaN or infinity {position}; the bundle is broken or guidance_scale "
@@ -165,7 +164,7 @@ class Run:
         with self._hold_component(UNET.name):
             return denoise(
                 predict, scheduler, noise, cond, uncond, request.guidance_scale, on_step,
-                guidance_rescale=request.guidance_rescale, source=source_latents,
+                guidance_rescale=request.guidance_rescale, source=source_latents, calls=request.calls,
             )  # fmt: skip
 
     def _unet_input(self, x: Array) -> Array:

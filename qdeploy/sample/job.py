@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
+
 
 @dataclass(frozen=True)
 class SampleJob:
@@ -28,6 +30,7 @@ class SampleJob:
     seed: int = 0
     engine: str | None = None
     threads: int | None = None
+    calls: CallSchedule = EVERY_CALL
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -41,6 +44,7 @@ class SampleJob:
             "eta": self.eta,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
+            **self.calls.to_json(),
         }
         return settings if self.engine is None else settings | {"engine": self.engine}
 

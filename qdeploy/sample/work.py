@@ -52,6 +52,7 @@ def render_batch(
         scheduler=job.scheduler,
         eta=job.eta,
         callback=callback,
+        **job.calls.request_options,
     )
     files = []
     for image in result.images:

@@ -12,6 +12,7 @@ from qdeploy.bench.compare import compare_runs
 from qdeploy.bench.results import BenchRun
 from qdeploy.bench.settings import BenchSettings
 from qdeploy.reporting.fidelity import Fidelity
+from qdeploy.sampling.call_schedule import CallSchedule
 from tests.bench.factories import figures, measurement, pair
 
 SEEDS = 60
@@ -82,7 +83,7 @@ def test_pictures_of_other_settings_are_not_judged() -> None:
     old, new = pair(0), pair(0)
     new.contenders[1].fidelity = Fidelity((10.0, 20.0), (900, 100), 20.0, 20.0)
     assert len(regressions(old, new)) == 3
-    for changed in ({"compared": ("a dog",)}, {"steps": 5}):
+    for changed in ({"compared": ("a dog",)}, {"steps": 5}, {"calls": CallSchedule((0, 0.5))}):
         new.settings = replace(BenchSettings(), **changed)  # type: ignore[arg-type]
         assert not regressions(old, new)
         assert "shown but not judged" in compare_runs(old, new).notes[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 from qdeploy.base.errors import UsageError
 from qdeploy.bench.store import read_bench_run, write_bench_run
 from qdeploy.reporting.fidelity import Fidelity
+from qdeploy.sampling.call_schedule import CallSchedule
 from tests.bench.factories import pair
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     run = pair(0)
+    run.settings = replace(run.settings, calls=CallSchedule((0.2, 0.8)))
     run.contenders[0].fidelity = Fidelity((float("inf"), 3.0), (900, 100), float("inf"), float("inf"))
     write_bench_run(tmp_path / "run.json", run)
     assert read_bench_run(tmp_path / "run.json") == run
@@ -48,6 +51,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "`contenders[0].name` is '\\x1b[2J'": lambda d: d["contenders"][0].update(name="\x1b[2J"),
     "length <= 1000": lambda d: d["environment"].update(cpu="x" * 2000),
     "`settings.evil` is a field": lambda d: d["settings"].update(evil=1),
+    "guidance_interval: got (0.8, 0.2), which is reversed": lambda d: d["settings"].update(
+        calls={"guidance_interval": [0.8, 0.2]}
+    ),
     "--rounds": lambda d: d["settings"].update(rounds=0),
     "`environment` is a list of 1, expected an object": lambda d: d.update(environment=[1]),
     "another stage": lambda d: d["contenders"][0]["samples"].update(nap={"warmup_ms": [], "steady_ms": []}),

@@ -29,7 +29,7 @@ from qdeploy.base.numerics import sqnr_db
 from qdeploy.calibrate.record.prompts import draw_prompts
 from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.sampling.loop import Array
+from qdeploy.sampling.guidance import Array
 
 PROTOCOL = Protocol(pictures=3, steps=4, seed=7, calibrated=2)
 PROMPTS = ["a cat", "a red house", "rocket", "a dog", "sun", "a cat"]

@@ -20,7 +20,7 @@ from qdeploy.artifacts.table import load_table
 from qdeploy.base.errors import ModelError, RequestError, UsageError
 from qdeploy.base.progress import ignore_progress
 from qdeploy.calibrate.dataset_file import load_calibration
-from qdeploy.calibrate.record.modes import CalibrationRequest
+from qdeploy.calibrate.record.modes import CalibrationRequest, settings_from_request
 from qdeploy.calibrate.spec import QuantSpec, spec_from_options
 from qdeploy.cli import main
 from qdeploy.models.random_model import make_random_model
@@ -28,6 +28,7 @@ from qdeploy.recipe.read import SECTIONS, Recipe, read_recipe
 from qdeploy.recipe.run import run_full
 from qdeploy.recipe.tiny import shrink
 from qdeploy.sample.job import split_into_ranges
+from qdeploy.sampling.call_schedule import CallSchedule
 from tests.shared_artifacts import build_once
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.toml"))
@@ -443,6 +444,10 @@ MODEL = '[model]\nfile = "builtin:emoji"\n'
         (MODEL + '[sample]\nscheduler = "pndm"\neta = 1.0\n', "[sample] eta: got 1.0"),
         (MODEL + "[sample]\ncount = 0\n", "[sample] count: got 0, expected at least 1"),
         (MODEL + "[sample]\ncount = 10_000_000\n", "expected at most 1000000"),
+        (MODEL + "[sample]\nguidance_interval = [0.8, 0.2]\n", "guidance_interval: got (0.8, 0.2), which is reversed"),
+        (MODEL + "[sample]\nguidance_interval = 0.5\n", "guidance_interval: got 0.5, expected two numbers in brackets"),
+        (MODEL + '[calibrate]\nguidance_interval = [0, "1"]\n', "expected two numbers in brackets, from and to"),
+        (MODEL + "[calibrate]\nguidance_interval = [0, 2]\n", "0 <= from < to <= 1"),
         (MODEL + 'architecture = "sd-9"\n', "unknown architecture 'sd-9'; known: lsun_beds256"),
     ],
 )
@@ -511,6 +516,19 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
         typed = main.get_command(click.Context(main), name).make_context(name, ["m", "-o", "o", *more]).params
         assert set(typed) - loading - {"calib"} == set(SECTIONS[name])
         assert meant(**{key: typed[key] for key in SECTIONS[name]}) == getattr(recipe, name)
+
+
+def test_the_guidance_interval_goes_to_calibration_and_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "interval.toml"
+    path.write_text(
+        MODEL + "[calibrate]\nguidance_interval = [0.2, 0.8]\n[sample]\nprompt = 'a'\nguidance_interval = [0.2, 1]\n"
+    )
+    recipe = read_recipe(path)
+    assert settings_from_request(recipe.calibrate).calls == CallSchedule((0.2, 0.8))
+    job = recipe.sample.job(tmp_path, "0")
+    assert (job.calls, job.settings["guidance_interval"]) == (CallSchedule((0.2, 1)), [0.2, 1.0])
+    tiny = shrink(recipe)
+    assert (tiny.calibrate.guidance_interval, tiny.sample.guidance_interval) == (None, None)
 
 
 @pytest.mark.exports

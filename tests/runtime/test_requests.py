@@ -15,7 +15,7 @@ from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.manifest import MANIFEST, write_manifest
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError, RequestError, UsageError
 from qdeploy.runtime.pipeline import Pipeline
-from qdeploy.sampling.loop import rescale_guidance
+from qdeploy.sampling.guidance import rescale_guidance
 
 GREY = np.full((16, 16, 3), 128, np.uint8)
 WHITE = np.full((16, 16), 255, np.uint8)

@@ -15,7 +15,7 @@ from qdeploy.artifacts.components import CONTEXT_INPUT, POOLED_INPUT, SIZES_INPU
 from qdeploy.base.errors import CalibrationError, UsageError
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import replace_scheduler
-from qdeploy.sampling.loop import Array
+from qdeploy.sampling.guidance import Array
 
 TEXT_BATCH = 16
 

@@ -19,18 +19,19 @@ from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion, sav
 from qdeploy.calibrate.record.raw_data import RawDataSettings, calibration_from_pictures
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.sampling.call_schedule import CallSchedule
 
 QDIFFUSION_SUFFIX = ".pt"
 COMMON = frozenset(["mode", "prompts", "samples", "steps", "scheduler", "seed"])
 OPTIONS: Mapping[str, frozenset[str]] = {
-    "timestep_aware": COMMON | {"record", "guidance", "batch", "eta"},
+    "timestep_aware": COMMON | {"record", "guidance", "guidance_interval", "batch", "eta"},
     "noise_data": COMMON,
     "raw_data": COMMON | {"data", "batch"},
     "from_qdiffusion": frozenset(["from_qdiffusion", "cali_st", "cali_n"]),
 }
 MAX_CONTEXTS = 1000  # different prompts that are counted; more of them are rare
 MODES = tuple(OPTIONS)[:3]
-TEXT_OPTIONS = frozenset(["prompts", "guidance"])
+TEXT_OPTIONS = frozenset(["prompts", "guidance", "guidance_interval"])
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class CalibrationRequest:
     from_qdiffusion: Path | None = None
     cali_st: int | None = None
     cali_n: int | None = None
+    guidance_interval: tuple[float, float] | None = None
 
 
 def check_request(request: CalibrationRequest, typed: Set[str], out: Path) -> None:
@@ -68,6 +70,11 @@ def check_request(request: CalibrationRequest, typed: Set[str], out: Path) -> No
         raise UsageError(
             f"-o {out}: Q-Diffusion's layout holds whole trajectories, and raw_data draws a timestep for each picture; "
             "write a .safetensors file"
+        )
+    if request.guidance_interval is not None and out.suffix == QDIFFUSION_SUFFIX:
+        raise UsageError(
+            f"-o {out}: Q-Diffusion's layout has both guidance halves of every sample, and --guidance-interval records "
+            "only one outside the interval; write a .safetensors file"
         )
     if request.seed < 0:
         raise UsageError(f"--seed: got {request.seed}, expected 0 or more")
@@ -153,8 +160,9 @@ def settings_from_request(request: CalibrationRequest) -> TimestepAwareSettings 
     samples, steps, scheduler, seed = request.samples, request.steps, request.scheduler, request.seed
     if request.mode == "timestep_aware":
         return TimestepAwareSettings(
-            samples, steps, request.record, request.guidance, scheduler, seed, request.batch, request.eta
-        )
+            samples, steps, request.record, request.guidance, scheduler, seed, request.batch, request.eta,
+            CallSchedule(request.guidance_interval),
+        )  # fmt: skip
     if request.mode == "noise_data":
         return NoiseDataSettings(samples, steps, scheduler, seed)
     if request.data is None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from qdeploy.base.decode import decode_picture
 from qdeploy.base.lists import draw_items
 from qdeploy.base.pictures import open_picture_set
-from qdeploy.sampling.loop import Array
+from qdeploy.sampling.guidance import Array
 
 
 def read_pictures(data: Path, count: int, seed: int, width: int, height: int) -> Iterator[Array]:

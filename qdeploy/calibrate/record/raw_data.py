@@ -27,7 +27,8 @@ from qdeploy.calibrate.record.conditioning import (
 from qdeploy.calibrate.record.pictures import read_pictures
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import NoiseSchedule, make_scheduler
-from qdeploy.sampling.loop import Array, draw_unit_noise
+from qdeploy.sampling.guidance import Array
+from qdeploy.sampling.loop import draw_unit_noise
 
 TIMESTEP_STREAM = 2  # stream for t, separate from the noise of (seed, i)
 

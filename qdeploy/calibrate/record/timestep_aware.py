@@ -31,8 +31,10 @@ from qdeploy.calibrate.record.conditioning import (
 )
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import CLASS_NAMES, Scheduler, make_scheduler
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
+from qdeploy.sampling.guidance import Array, needs_guidance
 from qdeploy.sampling.guidance_embedding import embed_guidance_scale
-from qdeploy.sampling.loop import Array, PictureStreams, denoise, draw_unit_noise, needs_guidance
+from qdeploy.sampling.loop import PictureStreams, denoise, draw_unit_noise
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,16 @@ class TimestepAwareSettings:
     seed: int = 0
     batch: int = 8
     eta: float = 0.0
+    calls: CallSchedule = EVERY_CALL
 
     def __post_init__(self) -> None:
         check_positive(self, "samples", "steps", "record", "batch")
         if not 0 <= self.eta <= 1:
             raise UsageError(f"--eta: got {self.eta}, expected 0 (deterministic) to 1 (as noisy as DDPM)")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; of ``calls`` what is set."""
+        return {name: value for name, value in asdict(self).items() if name != "calls"} | self.calls.to_json()
 
 
 def record_trajectories(
@@ -101,7 +108,10 @@ def record_trajectories(
         **({} if conditioning is None else conditioning.to_fields(np.tile(conditioning.rows, steps))),
         guidance=None if guidance is None else half_from_float(guidance, "the guidance scale's embedding"),
         is_guided=conditioning is None or is_guided(model, settings),
-        provenance={"mode": "timestep_aware", **asdict(settings), **model.provenance},
+        guided=None
+        if settings.calls.guidance_interval is None
+        else batches[0]["guided"].repeat_interleave(settings.samples),
+        provenance={"mode": "timestep_aware", **settings.to_json(), **model.provenance},
     )
 
 
@@ -113,7 +123,7 @@ def is_guided(model: LatentDiffusion, settings: TimestepAwareSettings) -> bool:
 def _build_key(model: LatentDiffusion, prompts: Sequence[str], settings: TimestepAwareSettings) -> dict[str, Any]:
     """Everything that a recorded batch depends on."""
     return {
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "model_sha256": model.sha256,
         "scheduler": dict(model.scheduler_config),
@@ -128,7 +138,10 @@ def _run_trajectories(
     settings: TimestepAwareSettings,
     config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """``sample float16[K, B, C, h, w]``, ``timestep int64[K]`` of K kept steps, ``latents float16[B, C, h, w]``."""
+    """``sample float16[K, B, C, h, w]``, ``timestep int64[K]`` and ``guided bool[K]`` of K kept steps.
+
+    And the final ``latents float16[B, C, h, w]``.
+    """
     seeds = [(settings.seed, i) for i in numbers]
     scheduler = make_scheduler(config, settings.steps, eta=settings.eta, rng=PictureStreams(seeds))
     noise = draw_unit_noise(model.latents.shape, seeds)
@@ -143,12 +156,13 @@ def _run_trajectories(
         if is_guided(model, settings):
             uncond = conditioning.select(np.zeros(len(numbers), np.int64))
     try:
-        final = denoise(recorder.predict, scheduler, noise, cond, uncond, settings.guidance_scale)
+        final = denoise(recorder.predict, scheduler, noise, cond, uncond, settings.guidance_scale, calls=settings.calls)
     except NonFiniteError as exc:
         raise CalibrationError(f"{exc}; the float model itself overflows there, so nothing can be recorded") from exc
     return {
         "sample": torch.stack(recorder.samples),
         "timestep": torch.tensor(recorder.timesteps),
+        "guided": torch.tensor(recorder.guided),
         "latents": half_from_float(final / model.latents.scaling_factor, "the final latents"),
     }
 
@@ -163,14 +177,16 @@ class _Recorder:
         self._call = 0
         self.samples: list[Tensor] = []  # float16[B, C, h, w] each
         self.timesteps: list[int] = []
+        self.guided: list[bool] = []  # whether the call had both guidance halves
 
     def predict(self, x: Array, t: int, context: Mapping[str, Array] | None) -> Array:
-        """The model output for ``x``, whose first half is kept: both CFG halves share x and t."""
+        """The model output for ``x``, of which one half is kept: both guidance halves share x and t."""
         self._call += 1
         if self._call - 1 in self._kept:
             what = f"x at step {self._call} of {self._calls} (t = {t})"
             self.samples.append(half_from_float(x[: self._count].copy(), what))
             self.timesteps.append(t)
+            self.guided.append(len(x) > self._count)
         text = {name: torch.from_numpy(values) for name, values in (context or {}).items()}
         with torch.no_grad():
             noise_pred: NDArray[np.float32] = self._unet(torch.from_numpy(x), torch.tensor(t), **text).numpy()

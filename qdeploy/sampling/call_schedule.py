@@ -1,0 +1,105 @@
+"""Which model calls of a trajectory are made, and which with guidance: settings, and the plan they make of a schedule.
+
+Everything is decided before the first call, from the settings and the number of calls: the same for every picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from qdeploy.base.errors import RequestError, UsageError
+from qdeploy.base.schemas import format_value
+
+ROUNDING = 1e-9  # of a share times a number of calls: 0.56 * 25 is 14.000000000000002
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One model call of a trajectory; ``index`` is its place among the scheduler's timesteps.
+
+    is_guided: with both guidance halves.
+    """
+
+    index: int
+    is_guided: bool = True
+
+
+@dataclass(frozen=True)
+class CallSchedule:
+    """Which calls are made; the default is every call, each with guidance.
+
+    guidance_interval: shares (from, to) of the schedule; calls outside it are made only with the text, without
+        classifier-free guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724). 0 is the noisy end.
+    """
+
+    guidance_interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance_interval is not None:
+            object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
+
+    def plan(self, calls: int, begin: int = 0, has_guidance: bool = True) -> tuple[ModelCall, ...]:
+        """The calls from ``begin`` on, of a schedule of ``calls``.
+
+        RequestError for an interval that holds none of them, or where there is no guidance to restrict.
+        """
+        interval = self.guidance_interval
+        guided = range(calls) if interval is None else choose_calls(interval, calls)
+        if interval is not None and not has_guidance:
+            raise RequestError(
+                f"guidance_interval: got {interval}, but nothing is guided here: the guidance scale is 1 or 0, or the "
+                "UNet reads the scale or no text; leave the interval out"
+            )
+        if not any(index in guided for index in range(begin, calls)):
+            raise RequestError(
+                f"guidance_interval: got {interval}, which holds none of the model calls {begin + 1} to {calls} that "
+                "this trajectory makes; widen it, or turn guidance off with a guidance scale of 1"
+            )
+        return tuple(ModelCall(index, has_guidance and index in guided) for index in range(begin, calls))
+
+    @property
+    def request_options(self) -> dict[str, Any]:
+        """The same as keyword arguments of a pipeline."""
+        return {name.name: getattr(self, name.name) for name in fields(self)}
+
+    @property
+    def text_options(self) -> list[str]:
+        """Names of those that are set and go only with models that read text."""
+        return [] if self.guidance_interval is None else ["guidance_interval"]
+
+    @property
+    def text(self) -> str:
+        """For tables and messages; empty where every call is made with guidance."""
+        interval = self.guidance_interval
+        return "" if interval is None else f"guidance on {interval[0]:g} to {interval[1]:g} of the schedule"
+
+    def to_json(self) -> dict[str, Any]:
+        """What is set, as JSON values: nothing where every call is made with guidance, as files without it mean."""
+        return {} if self.guidance_interval is None else {"guidance_interval": list(self.guidance_interval)}
+
+
+EVERY_CALL = CallSchedule()
+
+
+def choose_calls(interval: tuple[float, float], calls: int) -> range:
+    """The calls within ``interval``: call ``i`` is at the share ``i / calls``, from included and to excluded."""
+    first, end = (math.ceil(share * calls - ROUNDING) for share in interval)
+    return range(first, end)
+
+
+def check_interval(value: Sequence[float]) -> tuple[float, float]:
+    """``value`` as (from, to), shares of a schedule; UsageError unless 0 <= from < to <= 1."""
+    try:
+        start, end = map(float, value)
+    except (TypeError, ValueError, OverflowError):
+        start = end = math.nan
+    if not 0 <= start < end <= 1:  # NaN is in no range
+        problem = " is empty" if start == end else " is reversed" if start > end else ""
+        raise UsageError(
+            f"guidance_interval: got {format_value(value)}, which{problem or ' is no such interval'}; expected two "
+            "shares of the schedule, from and to, with 0 <= from < to <= 1, such as (0.2, 0.8)"
+        )
+    return start, end

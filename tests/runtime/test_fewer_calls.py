@@ -1,0 +1,74 @@
+"""Requests that make fewer or cheaper UNet calls: what runs, what a picture depends on, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qdeploy
+from qdeploy.base.errors import RequestError, UsageError
+from qdeploy.engines.ort_cpu import OrtSession
+from qdeploy.runtime.pipeline import Pipeline
+
+INTERVAL = (0.2, 0.8)  # of 5 DDIM steps: calls 1 to 3
+REQUEST = {"steps": 5, "scheduler": "ddim", "guidance_interval": INTERVAL, "guidance_scale": 3.0}
+
+
+@pytest.fixture
+def unet_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every UNet run."""
+    rows: list[int] = []
+    run: Callable[..., dict] = OrtSession.run
+
+    def record(self: OrtSession, feeds: dict) -> dict:
+        if "sample" in feeds:
+            rows.append(len(feeds["sample"]))
+        return run(self, feeds)
+
+    monkeypatch.setattr(OrtSession, "run", record)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def open_pipe(open_bundle: Path) -> Iterator[Pipeline]:
+    with qdeploy.load(open_bundle) as pipeline:
+        yield pipeline
+
+
+def test_two_pictures_share_a_call_outside_the_interval(pipe: Pipeline, unet_rows: list[int]) -> None:
+    """At the batch of 2 that a static graph has: one run a step for both, where guidance takes one for each."""
+    together = pipe("a cat", count=2, **REQUEST)
+    assert unet_rows == [2] * (1 + 3 * 2 + 1)
+    alone = pipe("a cat", first=1, **REQUEST)
+    np.testing.assert_array_equal(together.pixels[1:], alone.pixels)
+    everywhere = pipe("a cat", first=1, **REQUEST | {"guidance_interval": None})
+    assert not np.array_equal(everywhere.latents, alone.latents)
+
+
+def test_an_open_batch_runs_one_row_outside_the_interval(open_pipe: Pipeline, unet_rows: list[int]) -> None:
+    together = open_pipe("a cat", count=2, **REQUEST)
+    assert unet_rows == [1, 1, *[2] * 6, 1, 1]
+    alone = open_pipe("a cat", first=1, **REQUEST)
+    np.testing.assert_array_equal(together.pixels[1:], alone.pixels)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"guidance_interval": (0.8, 0.2)}, r"got \(0.8, 0.2\), which is reversed"),
+        ({"guidance_interval": (0.5, 0.5)}, "is empty"),
+        ({"guidance_interval": (0, 2)}, "0 <= from < to <= 1"),
+        ({"guidance_interval": 0.5}, "expected two shares"),
+        ({"guidance_interval": (0.9, 0.95)}, "holds none of the model calls 1 to 5"),
+        ({"guidance_scale": 1.0}, "nothing is guided here"),
+    ],
+)
+def test_bad_intervals_are_refused_before_anything_runs(
+    pipe: Pipeline, unet_rows: list[int], more: dict, message: str
+) -> None:
+    with pytest.raises((UsageError, RequestError), match=message):
+        pipe("a cat", **REQUEST | more)
+    assert unet_rows == []
