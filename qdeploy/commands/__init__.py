@@ -122,16 +122,22 @@ GUIDANCE_INTERVAL = click.option(
     help="Shares of the schedule between which guidance is on, such as 0.2 0.8. Default: everywhere.",
 )  # fmt: skip
 
+FORECAST = click.option(
+    "--forecast", metavar="METHOD[:NAME=NUMBER,...]",
+    help="Leave UNet calls out and forecast their outputs: reuse, damped, linear, quadratic, taylorseer or spectrum.",
+)  # fmt: skip
+
 
 def add_call_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which model calls are made, alike in every command that samples; it gets ``calls``."""
 
     @GUIDANCE_INTERVAL
+    @FORECAST
     @functools.wraps(command)
-    def wrapper(*args: Any, guidance_interval: tuple[float, float] | None, **kwargs: Any) -> None:
+    def wrapper(*args: Any, guidance_interval: tuple[float, float] | None, forecast: str | None, **kwargs: Any) -> None:
         from qdeploy.sampling.call_schedule import CallSchedule
 
-        command(*args, calls=CallSchedule(guidance_interval), **kwargs)
+        command(*args, calls=CallSchedule.from_options(guidance_interval, forecast), **kwargs)
 
     return wrapper
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdeploy.commands import (
+    FORECAST,
     GUIDANCE,
     GUIDANCE_INTERVAL,
     PATH,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     help="Guidance scale; 1 for few-step models that run without guidance.",
 )
 @GUIDANCE_INTERVAL
+@FORECAST
 @click.option("--scheduler", help=f"{SCHEDULERS}. Default: the model's own.")
 @click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--seed", type=SEED, default=0, show_default=True)

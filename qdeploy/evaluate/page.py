@@ -169,6 +169,7 @@ def list_settings(result: EvaluationResult) -> dict[str, str]:
         "scheduler",
         "guidance_scale",
         "guidance_interval",
+        "forecast",
         "reference_count",
         "fit",
         "extractor",

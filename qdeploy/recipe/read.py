@@ -65,6 +65,7 @@ class SampleSettings:
     count: int = 1
     batch: int = 8
     guidance_interval: tuple[float, float] | None = None
+    forecast: str | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("steps", 1), ("count", 1), ("batch", 1), ("seed", 0)):
@@ -72,7 +73,7 @@ class SampleSettings:
                 raise UsageError(f"[sample] {name}: got {getattr(self, name)}, expected at least {minimum}")
         if self.count > MAX_PICTURES:
             raise UsageError(f"[sample] count: got {self.count}, expected at most {MAX_PICTURES}")
-        CallSchedule(self.guidance_interval)
+        CallSchedule.from_options(self.guidance_interval, self.forecast)
         if not 0 <= self.eta <= 1 or (self.eta != 0 and self.scheduler not in (None, "ddim")):
             raise UsageError(f"[sample] eta: got {self.eta}, expected 0, or with the scheduler ddim up to 1")
 
@@ -88,7 +89,7 @@ class SampleSettings:
             self.eta,
             self.guidance,
             self.seed,
-            calls=CallSchedule(self.guidance_interval),
+            calls=CallSchedule.from_options(self.guidance_interval, self.forecast),
         )
 
 

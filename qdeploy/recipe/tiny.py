@@ -1,13 +1,14 @@
 """``--scale tiny``: the same recipe on a small random model, with stand-ins for the files that it reads.
 
 Only sizes are changed (samples, steps, iterations, pictures); every other setting stays the recipe's own, but for the
-guidance interval: so few steps may have no call within it.
+call schedule: so few steps may have no call within a guidance interval, and too few to forecast any.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +28,11 @@ from qdeploy.models.source import LatentDiffusion
 from qdeploy.recipe.read import Recipe
 from qdeploy.recipe.run import RECEIPTS, FloatModel, check_model, check_scale, run_recipe
 from qdeploy.runtime.image import image_from_pixels
+from qdeploy.sampling.call_schedule import EVERY_CALL
 
 SAMPLES, STEPS, ITERATIONS, PICTURES = 2, 2, 2, 2
 PICTURE_SIDE = 40
+EVERY_CALL_MADE: dict[str, Any] = dict.fromkeys(EVERY_CALL.request_options)
 
 
 def run_tiny(recipe: Recipe, folder: Path, on_progress: OnProgress = ignore_progress) -> Path:
@@ -51,12 +54,10 @@ def shrink(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         calibrate=replace(
-            request, samples=min(request.samples, SAMPLES), steps=min(request.steps, STEPS), guidance_interval=None
+            request, samples=min(request.samples, SAMPLES), steps=min(request.steps, STEPS), **EVERY_CALL_MADE
         ),
         quantize=shrink_spec(recipe.quantize),
-        sample=replace(
-            sample, steps=min(sample.steps, STEPS), count=min(sample.count, PICTURES), guidance_interval=None
-        ),
+        sample=replace(sample, steps=min(sample.steps, STEPS), count=min(sample.count, PICTURES), **EVERY_CALL_MADE),
     )
 
 

@@ -26,7 +26,7 @@ class Fidelity:
     """Agreement of a bundle with its float reference.
 
     step_sqnr_db: per step, of the UNet's output, both fed the reference's own x_t and text.
-    timesteps: the t of each step.
+    timesteps: the t of each step; steps whose output was forecast are left out.
     image_psnr_db: of the finished pictures at equal seed, each bundle on its own trajectory.
     latent_psnr_db: of their latents; the peak is the range of the reference's.
     """
@@ -70,11 +70,13 @@ def measure_fidelity(
     config = config if scheduler_name is None else replace_scheduler(config, scheduler_name)
     scheduler = make_scheduler(config, steps, rng=PictureStreams(seeds))
     curve: list[float] = []
+    timesteps: list[int] = []
 
     def predict(x: Array, t: int, context: Mapping[str, Array] | None) -> Array:
         expected = reference.predict(x, t, context, guidance_scale=guidance_scale)
         prediction = candidate.predict(x, t, context, guidance_scale=guidance_scale)
         curve.append(sqnr_db(expected, prediction))
+        timesteps.append(t)
         return expected
 
     noise = np.random.default_rng(0).standard_normal((len(prompts), *reference.latents.shape), np.float32)
@@ -91,4 +93,4 @@ def measure_fidelity(
     )  # fmt: skip
     image_psnr = psnr_db(reference.decode(final).astype(np.float32), result.pixels.astype(np.float32), peak=255.0)
     latent_psnr = psnr_db(final, result.latents, peak=float(np.ptp(final)))
-    return Fidelity(tuple(curve), tuple(int(t) for t in scheduler.timesteps), image_psnr, latent_psnr)
+    return Fidelity(tuple(curve), tuple(timesteps), image_psnr, latent_psnr)

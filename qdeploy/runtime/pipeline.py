@@ -28,6 +28,7 @@ from qdeploy.runtime.results import Result, Step
 from qdeploy.runtime.run import Run
 from qdeploy.runtime.stopping import Event, StopCondition
 from qdeploy.sampling.call_schedule import CallSchedule
+from qdeploy.sampling.forecast import Forecast
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
@@ -58,6 +59,7 @@ class Pipeline:
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        forecast: Forecast | str | None = None,
         weighting: bool = False,
         seed: int = 0,
         count: int = 1,
@@ -99,6 +101,9 @@ class Pipeline:
         ``target_size`` (height, width), which say how the picture is to look as one of its training set; by default
         it is uncut, of the size that it is made in.
 
+        ``forecast`` leaves UNet calls out and forecasts their outputs: a method, ``reuse``, with settings, as in
+        ``linear:window=3,warmup=0.1``, or a ``qdeploy.sampling.forecast.Forecast``.
+
         ``callback`` is called after every step and may return False to cancel; ``cancel`` (a ``threading.Event``)
         cancels from another thread; ``deadline_s`` is seconds from now. All three are checked between steps.
 
@@ -108,7 +113,7 @@ class Pipeline:
         """
         self.check_open()
         stop = StopCondition(self.check_open, cancel, deadline_s)
-        calls = CallSchedule(guidance_interval)
+        calls = CallSchedule.from_options(guidance_interval, forecast)
         text_options = [*(["negative_prompt"] if negative_prompt else []), *calls.text_options]
         checks.check_text(self.bundle.manifest, prompt, text_options)
         prompts = negatives = None

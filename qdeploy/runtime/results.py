@@ -25,12 +25,14 @@ class Step:
 
     index, count: of the steps that this request makes; image-to-image makes fewer than were asked for.
     latents: ``float32[B, C, h, w]`` after the step, still noisy and read-only; ``Pipeline.decode`` shows them.
+    is_forecast: whether the UNet was not called, its output being forecast from earlier ones.
     """
 
     index: int
     count: int
     timestep: int
     latents: Array
+    is_forecast: bool = False
 
 
 @dataclass(frozen=True)

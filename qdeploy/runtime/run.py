@@ -52,7 +52,7 @@ class Run:
         config = config if request.scheduler is None else replace_scheduler(config, request.scheduler)
         scheduler = make_scheduler(config, request.steps, eta=request.eta, rng=PictureStreams(request.seeds))
         begin = None if request.source is None else choose_first_call(request.source, request.steps)
-        plan = request.calls.plan(len(scheduler.timesteps), begin or 0, request.is_guided)
+        plan = request.calls.plan(len(scheduler.timesteps), begin or 0, request.is_guided, scheduler.start_calls)
         source_latents = None if request.source is None else self._encode_source(request.source, begin)
         cond, uncond = self._contexts()
         noise = draw_unit_noise(request.size.shape, request.seeds) if request.latents is None else request.latents
@@ -138,12 +138,12 @@ class Run:
         plan: Sequence[ModelCall],
     ) -> Array:
         request, stop, count = self._request, self._stop, len(plan)
-        steps = iter(range(1, count + 1))
+        made = iter([number for number, call in enumerate(plan, 1) if not call.is_forecast])
 
         def predict(x: Array, t: int, context: Context | None) -> Array:
             for values in (context or {}).values():
                 values.flags.writeable = False  # the same at every step: an engine may keep it on its device
-            position = f"in step {next(steps)} of {count} (timestep {t})"
+            position = f"in step {next(made)} of {count} (timestep {t})"
             halves = len(x) // len(noise)
             try:
                 return self._model.predict(self._unet_input(x), t, context, self._clock, halves, request.guidance_scale)
@@ -159,7 +159,7 @@ class Run:
                 return None
             view = x.view()
             view.flags.writeable = False
-            return self._callback(Step(index, count, t, view))
+            return self._callback(Step(index, count, t, view, plan[index].is_forecast))
 
         with self._hold_component(UNET.name):
             return denoise(

@@ -56,10 +56,14 @@ class Scheduler(Protocol):
 
     timesteps: ``int64[calls]``, one for each model call, in order.
     init_noise_sigma: standard deviation of the first ``x``.
+    schedule: the noise schedule that the model was trained with.
+    start_calls: at the beginning, that are no plain steps: their timesteps are others than evenly following ones.
     """
 
     timesteps: NDArray[np.int64]
     init_noise_sigma: float
+    schedule: NoiseSchedule
+    start_calls: int
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
         """The model's input for ``x`` in call ``index``; ``float32[B, C, H, W]``."""
@@ -74,6 +78,10 @@ class Scheduler(Protocol):
 
         Draws nothing and changes no state; ``float32[B, C, H, W]`` all.
         """
+        ...
+
+    def alpha_sigma(self, index: int) -> tuple[float, float]:
+        """Shares of clean latents and of noise in the model's input of call ``index``: ``alpha x0 + sigma epsilon``."""
         ...
 
 

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.base.schemas import format_value
-
-ROUNDING = 1e-9  # of a share times a number of calls: 0.56 * 25 is 14.000000000000002
+from qdeploy.sampling.forecast import ROUNDING, Forecast
 
 
 @dataclass(frozen=True)
 class ModelCall:
     """One model call of a trajectory; ``index`` is its place among the scheduler's timesteps.
 
-    is_guided: with both guidance halves.
+    is_guided: with both guidance halves. is_forecast: not made; its output is forecast from earlier ones.
     """
 
     index: int
     is_guided: bool = True
+    is_forecast: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,39 @@ class CallSchedule:
 
     guidance_interval: shares (from, to) of the schedule; calls outside it are made only with the text, without
         classifier-free guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724). 0 is the noisy end.
+    forecast: which calls are not made, and how their outputs are forecast; None makes all.
     """
 
     guidance_interval: tuple[float, float] | None = None
+    forecast: Forecast | None = None
 
     def __post_init__(self) -> None:
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
 
-    def plan(self, calls: int, begin: int = 0, has_guidance: bool = True) -> tuple[ModelCall, ...]:
-        """The calls from ``begin`` on, of a schedule of ``calls``.
+    @classmethod
+    def from_options(
+        cls, guidance_interval: tuple[float, float] | None = None, forecast: Forecast | str | None = None
+    ) -> CallSchedule:
+        """The same with a forecast that may be a text, as ``Forecast.from_text`` reads it."""
+        return cls(guidance_interval, Forecast.from_text(forecast) if isinstance(forecast, str) else forecast)
 
-        RequestError for an interval that holds none of them, or where there is no guidance to restrict.
+    def plan(
+        self, calls: int, begin: int = 0, has_guidance: bool = True, start_calls: int = 0
+    ) -> tuple[ModelCall, ...]:
+        """The calls from ``begin`` on, of a schedule of ``calls``, of which ``start_calls`` are no plain steps.
+
+        RequestError for an interval that holds none of them, or where there is no guidance to restrict; and for too few
+        calls to forecast any.
         """
+        guided = self._choose_guided(calls, begin, has_guidance)
+        forecast = (False,) * len(guided)
+        if self.forecast is not None:
+            forecast = self.forecast.choose_calls(guided, max(start_calls - begin, 0))
+        return tuple(map(ModelCall, range(begin, calls), guided, forecast))
+
+    def _choose_guided(self, calls: int, begin: int, has_guidance: bool) -> tuple[bool, ...]:
+        """Whether each call from ``begin`` on is guided."""
         interval = self.guidance_interval
         guided = range(calls) if interval is None else choose_calls(interval, calls)
         if interval is not None and not has_guidance:
@@ -58,7 +78,7 @@ class CallSchedule:
                 f"guidance_interval: got {interval}, which holds none of the model calls {begin + 1} to {calls} that "
                 "this trajectory makes; widen it, or turn guidance off with a guidance scale of 1"
             )
-        return tuple(ModelCall(index, has_guidance and index in guided) for index in range(begin, calls))
+        return tuple(has_guidance and index in guided for index in range(begin, calls))
 
     @property
     def request_options(self) -> dict[str, Any]:
@@ -72,13 +92,18 @@ class CallSchedule:
 
     @property
     def text(self) -> str:
-        """For tables and messages; empty where every call is made with guidance."""
-        interval = self.guidance_interval
-        return "" if interval is None else f"guidance on {interval[0]:g} to {interval[1]:g} of the schedule"
+        """For tables and notes; empty where every call is made with guidance."""
+        parts = []
+        if self.guidance_interval is not None:
+            parts.append("guidance on {:g} to {:g} of the schedule".format(*self.guidance_interval))
+        if self.forecast is not None:
+            parts.append(f"calls forecast by {self.forecast}")
+        return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """What is set, as JSON values: nothing where every call is made with guidance, as files without it mean."""
-        return {} if self.guidance_interval is None else {"guidance_interval": list(self.guidance_interval)}
+        interval = {} if self.guidance_interval is None else {"guidance_interval": list(self.guidance_interval)}
+        return interval if self.forecast is None else {**interval, "forecast": asdict(self.forecast)}
 
 
 EVERY_CALL = CallSchedule()

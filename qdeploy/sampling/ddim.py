@@ -19,15 +19,16 @@ class DDIM:
     """One request's scheduler; ``eta`` 0 is deterministic, 1 is DDPM with noise from ``rng``."""
 
     init_noise_sigma = 1.0
+    start_calls = 0
 
     def __init__(
         self, config: Mapping[str, Any], steps: int, eta: float = 0.0, rng: NormalSource | None = None
     ) -> None:
-        self._schedule = NoiseSchedule.from_config(config)
-        self._final = self._schedule.final_alpha_bar(config, default=True)
+        self.schedule = NoiseSchedule.from_config(config)
+        self._final = self.schedule.final_alpha_bar(config, default=True)
         self._range = X0Range.from_config(config, clips=True)
         self._eta, self._rng = _check_noise(eta, rng)
-        train_steps = self._schedule.train_steps
+        train_steps = self.schedule.train_steps
         check_steps(steps, train_steps)
         spacing = read_choice(config, "timestep_spacing", "leading", SPACINGS)
         self._stride = train_steps // steps
@@ -35,7 +36,7 @@ class DDIM:
             ::-1
         ]
         check_timesteps(self.timesteps, train_steps)
-        self._schedule.refuse_epsilon_without_signal(self.timesteps)
+        self.schedule.refuse_epsilon_without_signal(self.timesteps)
 
     def scale_model_input(self, x: Latents, index: int) -> Latents:
         """``x`` itself: DDIM's model input needs no scaling."""
@@ -44,8 +45,8 @@ class DDIM:
     def step(self, noise_pred: Latents, index: int, x: Latents) -> Latents:
         """``x`` one step less noisy (equation 12, sigma_t of equation 16); ``float32[B, C, H, W]`` all."""
         t = int(self.timesteps[index])
-        a_t = self._schedule.alpha_bar(t, self._final)
-        a_prev = self._schedule.alpha_bar(t - self._stride, self._final)
+        a_t = self.schedule.alpha_bar(t, self._final)
+        a_prev = self.schedule.alpha_bar(t - self._stride, self._final)
         x0, epsilon = self._x0_and_epsilon(noise_pred.astype(np.float64), x.astype(np.float64), a_t)
         variance = self._eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
         x_prev = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - variance) * epsilon
@@ -55,13 +56,18 @@ class DDIM:
 
     def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
-        return self._schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
+        return self.schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
+
+    def alpha_sigma(self, index: int) -> tuple[float, float]:
+        """Of the timestep of call ``index``."""
+        alpha_bar = self.schedule.alpha_bar(int(self.timesteps[index]), self._final)
+        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
     def _x0_and_epsilon(self, model_output: Floats, x: Floats, a_t: float) -> tuple[Floats, Floats]:
         """Predicted x0 in range, and the noise of the one before that, as in diffusers."""
         alpha, sigma = math.sqrt(a_t), math.sqrt(1 - a_t)
-        x0 = self._schedule.x0(model_output, x, alpha, sigma)
-        epsilon = self._schedule.epsilon(model_output, x, alpha, sigma)
+        x0 = self.schedule.x0(model_output, x, alpha, sigma)
+        epsilon = self.schedule.epsilon(model_output, x, alpha, sigma)
         return self._range.limit(x0), epsilon
 
 

@@ -63,13 +63,14 @@ class DPMSolverMultistep:
     """One request's scheduler; remembers up to three predicted x0."""
 
     init_noise_sigma = 1.0
+    start_calls = 0
 
     def __init__(self, config: Mapping[str, Any], steps: int, rng: NormalSource | None = None) -> None:
         self._solver = DPMSolverSettings.from_config(config)
         self._range = X0Range.from_config(config, clips=None)
-        self._schedule = NoiseSchedule.from_config(config)
-        check_steps(steps, self._schedule.train_steps)
-        self.timesteps, self._levels = compute_dpm_levels(config, self._schedule, steps)
+        self.schedule = NoiseSchedule.from_config(config)
+        check_steps(steps, self.schedule.train_steps)
+        self.timesteps, self._levels = compute_dpm_levels(config, self.schedule, steps)
         if self._solver.stochastic and rng is None:
             raise UsageError("algorithm_type 'sde-dpmsolver++' draws noise; pass rng=numpy.random.default_rng(seed)")
         self._rng = rng if self._solver.stochastic else None
@@ -83,7 +84,7 @@ class DPMSolverMultistep:
         """``x`` one step less noisy (algorithm 2); ``float32[B, C, H, W]`` all."""
         alpha, sigma = alpha_sigma(self._levels[index])
         x_wide = x.astype(np.float64)
-        x0 = self._range.limit(self._schedule.x0(noise_pred.astype(np.float64), x_wide, alpha, sigma))
+        x0 = self._range.limit(self.schedule.x0(noise_pred.astype(np.float64), x_wide, alpha, sigma))
         self._x0s = [x0, *self._x0s[: self._solver.order - 1]]
         return self._update(x_wide, index, self._order(index)).astype(np.float32)
 
@@ -91,6 +92,10 @@ class DPMSolverMultistep:
         """``alpha x0 + sigma noise`` at the level of call ``index``; ``float32[B, C, H, W]`` all."""
         alpha, sigma = alpha_sigma(self._levels[index])
         return np.float32(alpha) * x0 + np.float32(sigma) * noise
+
+    def alpha_sigma(self, index: int) -> tuple[float, float]:
+        """At the level of call ``index``."""
+        return alpha_sigma(self._levels[index])
 
     def _update(self, x: Floats, index: int, order: int) -> Floats:
         """DPM-Solver++, k = 1, or SDE-DPM-Solver++, which decays the old noise as exp(-2h), k = 2."""

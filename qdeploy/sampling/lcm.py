@@ -26,14 +26,15 @@ class LCM:
     """One request's scheduler; between two calls the predicted x0 is noised anew from ``rng``."""
 
     init_noise_sigma = 1.0
+    start_calls = 0
 
     def __init__(self, config: Mapping[str, Any], steps: int, rng: NormalSource | None = None) -> None:
-        self._schedule = NoiseSchedule.from_config({**DEFAULT_BETAS, **config})
+        self.schedule = NoiseSchedule.from_config({**DEFAULT_BETAS, **config})
         self._range = X0Range.from_config(config, clips=False)
         self._timestep_scaling = read_positive(config, "timestep_scaling", 10.0)
-        check_steps(steps, self._schedule.train_steps)
-        self.timesteps = _choose_timesteps(config, self._schedule.train_steps, steps)
-        self._schedule.refuse_epsilon_without_signal(self.timesteps)
+        check_steps(steps, self.schedule.train_steps)
+        self.timesteps = _choose_timesteps(config, self.schedule.train_steps, steps)
+        self.schedule.refuse_epsilon_without_signal(self.timesteps)
         if rng is None:
             raise UsageError("lcm draws noise; pass rng=numpy.random.default_rng(seed)")
         self._rng = rng
@@ -46,7 +47,7 @@ class LCM:
         """The denoised latents, noised to the next timestep if there is one; ``float32[B, C, H, W]`` all."""
         t, x_wide = int(self.timesteps[index]), x.astype(np.float64)
         alpha, sigma = self._alpha_sigma(t)
-        x0 = self._range.limit(self._schedule.x0(noise_pred.astype(np.float64), x_wide, alpha, sigma))
+        x0 = self._range.limit(self.schedule.x0(noise_pred.astype(np.float64), x_wide, alpha, sigma))
         c_skip, c_out = self._boundary_scalings(t)
         x_next = c_out * x0 + c_skip * x_wide
         if index + 1 < len(self.timesteps):
@@ -56,10 +57,14 @@ class LCM:
 
     def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
-        return self._schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
+        return self.schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
+
+    def alpha_sigma(self, index: int) -> tuple[float, float]:
+        """Of the timestep of call ``index``."""
+        return self._alpha_sigma(int(self.timesteps[index]))
 
     def _alpha_sigma(self, t: int) -> tuple[float, float]:
-        alpha_bar = float(self._schedule.alphas_cumprod[t])
+        alpha_bar = float(self.schedule.alphas_cumprod[t])
         return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
     def _boundary_scalings(self, t: int) -> tuple[float, float]:

@@ -9,7 +9,9 @@ import numpy as np
 
 from qdeploy.base.errors import CancelledError, NonFiniteError
 from qdeploy.sampling import Scheduler
-from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule, ModelCall
+from qdeploy.sampling.forecast import Forecast
+from qdeploy.sampling.forecaster import Forecaster
 from qdeploy.sampling.guidance import Array, Context, GuidedModel, PredictNoise
 
 # (index of the step, t, x after the step) -> False to stop
@@ -78,7 +80,7 @@ def denoise(
 
     ``cond`` and ``uncond`` are ``float32[B, T, D]``, or arrays by name; without ``uncond`` the model runs once a
     step and ``guidance_scale`` and ``guidance_rescale`` are ignored; an unconditional model has neither. ``calls``
-    says which of them are guided.
+    says which of them are made, and which are guided.
     Steps are counted from the first one that is made. Raises CancelledError when ``on_step`` returns False, and
     NonFiniteError for latents that are not finite: the Q of an integer model would make numbers of them again.
     """
@@ -86,10 +88,11 @@ def denoise(
     start = None if source is None else source.make_first(scheduler, noise)
     x = noise * np.float32(scheduler.init_noise_sigma) if start is None else start
     model = GuidedModel(predict, cond, uncond, guidance_scale, guidance_rescale)
-    plan = calls.plan(len(scheduler.timesteps), begin, model.has_guidance)
+    plan = calls.plan(len(scheduler.timesteps), begin, model.has_guidance, scheduler.start_calls)
+    call_model = make_calls(model, scheduler, plan, calls.forecast)
     for step, call in enumerate(plan):
         index, t = call.index, int(scheduler.timesteps[call.index])
-        noise_pred = model(scheduler.scale_model_input(x, index), t, call.is_guided)
+        noise_pred = call_model(step, scheduler.scale_model_input(x, index))
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
             x = scheduler.step(noise_pred, index, x)
         if source is not None:
@@ -102,3 +105,33 @@ def denoise(
         if on_step is not None and on_step(step, t, x) is False:
             raise CancelledError(f"stopped by the callback after step {step + 1} of {len(plan)}")
     return x
+
+
+def make_calls(
+    model: GuidedModel[Context], scheduler: Scheduler, plan: Sequence[ModelCall], forecast: Forecast | None
+) -> Callable[[int, Array], Array]:
+    """A function of step and model input that makes the planned calls of one trajectory, in order, or forecasts them.
+
+    It raises NonFiniteError for a forecast that is not finite.
+    """
+    forecaster = None if forecast is None else Forecaster(forecast.method, scheduler)
+
+    def call_model(step: int, model_input: Array) -> Array:
+        call, t = plan[step], int(scheduler.timesteps[plan[step].index])
+        if forecaster is None:
+            return model(model_input, t, call.is_guided)
+        if step and call.is_guided != plan[step - 1].is_guided:
+            forecaster.clear()
+        if not call.is_forecast:
+            noise_pred = model(model_input, t, call.is_guided)
+            forecaster.add(noise_pred, call.index, model_input)
+            return noise_pred
+        noise_pred = forecaster.forecast(call.index, model_input)
+        if not np.isfinite(noise_pred).all():
+            raise NonFiniteError(
+                f"the forecast of step {step + 1} of {len(plan)} (timestep {t}) holds NaN or infinity: the outputs "
+                "that it is made of grow out of range; make every call, or lower the guidance scale"
+            )
+        return noise_pred
+
+    return call_model

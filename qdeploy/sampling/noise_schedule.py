@@ -99,6 +99,14 @@ class NoiseSchedule:
             return (x - alpha * model_output) / sigma
         return alpha * model_output + sigma * x
 
+    def model_output(self, x0: Floats, x: Floats, alpha: float, sigma: float) -> Floats:
+        """The output that predicts ``x_0`` from ``x = alpha x_0 + sigma epsilon``; ``float64[B, C, H, W]`` all."""
+        if self.prediction_type == "epsilon":
+            return (x - alpha * x0) / sigma
+        if self.prediction_type == "sample":
+            return x0
+        return (alpha * x - x0) / sigma
+
 
 def cumulative_alphas(betas: Schedule) -> Schedule:
     """``alpha_bar``, ``float32[T]``; torch multiplies float32 factors in float64 and rounds each product."""

@@ -26,6 +26,7 @@ from qdeploy.sampling.settings import (
 from qdeploy.sampling.timesteps import SPACINGS, space_timesteps
 
 RUNGE_KUTTA_CALLS = 12  # three steps of four calls
+REPEATED_CALLS = 2  # of the first step; the second one is at the timestep of the third call
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 ADAMS_BASHFORTH = (  # newest noise first; equation 12 and its lower orders
     (1.0,),
@@ -43,9 +44,9 @@ class PNDM:
     _slope: Floats  # weighted sum of its outputs so far
 
     def __init__(self, config: Mapping[str, Any], steps: int) -> None:
-        self._schedule = _schedule_from_config(config)
-        self._final = self._schedule.final_alpha_bar(config, default=False)
-        train_steps = self._schedule.train_steps
+        self.schedule = _schedule_from_config(config)
+        self._final = self.schedule.final_alpha_bar(config, default=False)
+        train_steps = self.schedule.train_steps
         check_steps(steps, train_steps)
         spacing = read_choice(config, "timestep_spacing", "leading", SPACINGS)
         ascending = space_timesteps(spacing, steps, train_steps, read_count(config, "steps_offset", 0, minimum=0))
@@ -56,6 +57,7 @@ class PNDM:
             self.timesteps = _multistep_timesteps(ascending)
         else:
             self.timesteps = _runge_kutta_timesteps(ascending, self._stride)
+        self.start_calls = self._warmup_calls or REPEATED_CALLS
         self._outputs: list[Floats] = []  # newest first
         self._calls = 0
 
@@ -73,7 +75,12 @@ class PNDM:
 
     def add_noise(self, x0: Latents, noise: Latents, index: int) -> Latents:
         """``x0`` noised to the timestep of call ``index``; ``float32[B, C, H, W]`` all."""
-        return self._schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
+        return self.schedule.add_noise(x0, noise, self.timesteps[index : index + 1])
+
+    def alpha_sigma(self, index: int) -> tuple[float, float]:
+        """Of the timestep of call ``index``."""
+        alpha_bar = self.schedule.alpha_bar(int(self.timesteps[index]), self._final)
+        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
     def _runge_kutta(self, noise_pred: Floats, index: int, x: Floats) -> Floats:
         """Equation 13: four calls a step, each move starting at the step's first ``x``."""
@@ -109,9 +116,9 @@ class PNDM:
 
     def _transfer(self, x: Floats, t: int, t_prev: int, model_output: Floats) -> Floats:
         """Equation 11: move ``x`` from ``t`` to ``t_prev`` along the predicted noise."""
-        a_t = self._schedule.alpha_bar(t, self._final)
-        a_prev = self._schedule.alpha_bar(t_prev, self._final)
-        epsilon = self._schedule.epsilon(model_output, x, math.sqrt(a_t), math.sqrt(1 - a_t))
+        a_t = self.schedule.alpha_bar(t, self._final)
+        a_prev = self.schedule.alpha_bar(t_prev, self._final)
+        epsilon = self.schedule.epsilon(model_output, x, math.sqrt(a_t), math.sqrt(1 - a_t))
         denominator = a_t * math.sqrt(1 - a_prev) + math.sqrt(a_t * (1 - a_t) * a_prev)
         return math.sqrt(a_prev / a_t) * x - (a_prev - a_t) / denominator * epsilon
 

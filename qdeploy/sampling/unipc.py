@@ -57,13 +57,14 @@ class UniPCMultistep:
     """One request's scheduler; remembers the last corrected x and up to three model outputs."""
 
     init_noise_sigma = 1.0
+    start_calls = 0
 
     def __init__(self, config: Mapping[str, Any], steps: int) -> None:
         self._solver = UniPCSettings.from_config(config)
         self._range = X0Range.from_config(config, clips=None)
-        self._schedule = NoiseSchedule.from_config(config)
-        check_steps(steps, self._schedule.train_steps)
-        self.timesteps, self._levels = compute_unipc_levels(config, self._schedule, steps)
+        self.schedule = NoiseSchedule.from_config(config)
+        check_steps(steps, self.schedule.train_steps)
+        self.timesteps, self._levels = compute_unipc_levels(config, self.schedule, steps)
         self._outputs: list[Floats] = []  # newest first
         self._last_x: Floats | None = None
         self._last_order = 0
@@ -87,12 +88,16 @@ class UniPCMultistep:
         alpha, sigma = alpha_sigma(self._levels[index])
         return np.float32(alpha) * x0 + np.float32(sigma) * noise
 
+    def alpha_sigma(self, index: int) -> tuple[float, float]:
+        """At the level of call ``index``."""
+        return alpha_sigma(self._levels[index])
+
     def _convert(self, model_output: Floats, x: Floats, level: float) -> Floats:
         """What the solver extrapolates: the predicted x0 or, without `predict_x0`, the noise."""
         alpha, sigma = alpha_sigma(level)
         if self._solver.predicts_x0:
-            return self._range.limit(self._schedule.x0(model_output, x, alpha, sigma))
-        return self._schedule.epsilon(model_output, x, alpha, sigma)
+            return self._range.limit(self.schedule.x0(model_output, x, alpha, sigma))
+        return self.schedule.epsilon(model_output, x, alpha, sigma)
 
     def _order(self, index: int) -> int:
         """What `solver_order` allows with as many outputs as there are; 1 where a last step cannot extrapolate."""

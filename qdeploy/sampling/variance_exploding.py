@@ -24,10 +24,12 @@ from qdeploy.sampling.timesteps import SPACINGS, leading, trailing
 class VarianceExploding:
     """State and scaling of one request's scheduler; ``sigmas`` are ``steps + 1`` levels sigma_t / alpha_t."""
 
+    start_calls = 0
+
     def __init__(
         self, config: Mapping[str, Any], schedule: NoiseSchedule, timesteps: Floats, sigmas: NDArray[np.floating]
     ) -> None:
-        self._schedule = schedule
+        self.schedule = schedule
         self.timesteps: NDArray[np.int64] = np.rint(timesteps).astype(np.int64)
         check_timesteps(self.timesteps, schedule.train_steps)
         self._sigmas = tuple(sigmas.astype(np.float32).tolist())  # float32 as in diffusers
@@ -41,11 +43,15 @@ class VarianceExploding:
         """``x0 + sigma noise`` at the level of call ``index``; ``float32[B, C, H, W]`` all."""
         return x0 + np.float32(self._sigmas[index]) * noise
 
+    def alpha_sigma(self, index: int) -> tuple[float, float]:
+        """At the level of call ``index``, of the scaled ``x``."""
+        return alpha_sigma(self._sigmas[index])
+
     def _move(self, model_output: Latents, index: int, x: Latents, sigma: float) -> Floats:
         """``x`` moved along its line through the predicted x0 to noise level ``sigma``: ``float64[B, C, H, W]``."""
         alpha, sigma_t = alpha_sigma(self._sigmas[index])
         x_wide = x.astype(np.float64)
-        x0 = self._schedule.x0(model_output.astype(np.float64), alpha * x_wide, alpha, sigma_t)
+        x0 = self.schedule.x0(model_output.astype(np.float64), alpha * x_wide, alpha, sigma_t)
         moved: Floats = x0 + sigma / self._sigmas[index] * (x_wide - x0)
         return moved
 

@@ -187,6 +187,7 @@ def test_levels_of_concurrency() -> None:
         (("--concurrency", "0"), "--concurrency"),
         (("--compare", "nowhere.json"), "nowhere.json cannot be read"),
         (("--engine", "nonsense"), "unknown --engine"),
+        (("--forecast", "magic"), "got method 'magic', expected one of reuse"),
         (("--guidance-interval", 0.8, 0.2), "guidance_interval: got (0.8, 0.2), which is reversed"),
     ],
 )

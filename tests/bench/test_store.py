@@ -14,12 +14,13 @@ from qdeploy.base.errors import UsageError
 from qdeploy.bench.store import read_bench_run, write_bench_run
 from qdeploy.reporting.fidelity import Fidelity
 from qdeploy.sampling.call_schedule import CallSchedule
+from qdeploy.sampling.forecast import Forecast
 from tests.bench.factories import pair
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     run = pair(0)
-    run.settings = replace(run.settings, calls=CallSchedule((0.2, 0.8)))
+    run.settings = replace(run.settings, calls=CallSchedule((0.2, 0.8), Forecast("linear")))
     run.contenders[0].fidelity = Fidelity((float("inf"), 3.0), (900, 100), float("inf"), float("inf"))
     write_bench_run(tmp_path / "run.json", run)
     assert read_bench_run(tmp_path / "run.json") == run

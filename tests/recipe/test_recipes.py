@@ -29,6 +29,7 @@ from qdeploy.recipe.run import run_full
 from qdeploy.recipe.tiny import shrink
 from qdeploy.sample.job import split_into_ranges
 from qdeploy.sampling.call_schedule import CallSchedule
+from qdeploy.sampling.forecast import Forecast
 from tests.shared_artifacts import build_once
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.toml"))
@@ -447,6 +448,8 @@ MODEL = '[model]\nfile = "builtin:emoji"\n'
         (MODEL + "[sample]\nguidance_interval = [0.8, 0.2]\n", "guidance_interval: got (0.8, 0.2), which is reversed"),
         (MODEL + "[sample]\nguidance_interval = 0.5\n", "guidance_interval: got 0.5, expected two numbers in brackets"),
         (MODEL + '[calibrate]\nguidance_interval = [0, "1"]\n', "expected two numbers in brackets, from and to"),
+        (MODEL + '[sample]\nforecast = "linear:width=3"\n', "names: warmup, last, window, growth"),
+        (MODEL + '[calibrate]\nforecast = "magic"\n', "got method 'magic'"),
         (MODEL + "[calibrate]\nguidance_interval = [0, 2]\n", "0 <= from < to <= 1"),
         (MODEL + 'architecture = "sd-9"\n', "unknown architecture 'sd-9'; known: lsun_beds256"),
     ],
@@ -518,17 +521,19 @@ def test_a_recipe_and_the_commands_have_the_same_options_and_defaults(tmp_path: 
         assert meant(**{key: typed[key] for key in SECTIONS[name]}) == getattr(recipe, name)
 
 
-def test_the_guidance_interval_goes_to_calibration_and_pictures(tmp_path: Path) -> None:
+def test_the_call_schedule_goes_to_calibration_and_pictures(tmp_path: Path) -> None:
     path = tmp_path / "interval.toml"
     path.write_text(
         MODEL + "[calibrate]\nguidance_interval = [0.2, 0.8]\n[sample]\nprompt = 'a'\nguidance_interval = [0.2, 1]\n"
+        "forecast = 'linear:window=3'\n"
     )
     recipe = read_recipe(path)
     assert settings_from_request(recipe.calibrate).calls == CallSchedule((0.2, 0.8))
     job = recipe.sample.job(tmp_path, "0")
-    assert (job.calls, job.settings["guidance_interval"]) == (CallSchedule((0.2, 1)), [0.2, 1.0])
+    assert job.calls == CallSchedule((0.2, 1), Forecast("linear", window=3))
+    assert (job.settings["guidance_interval"], job.settings["forecast"]["window"]) == ([0.2, 1.0], 3)
     tiny = shrink(recipe)
-    assert (tiny.calibrate.guidance_interval, tiny.sample.guidance_interval) == (None, None)
+    assert (tiny.calibrate.guidance_interval, tiny.sample.guidance_interval, tiny.sample.forecast) == (None,) * 3
 
 
 @pytest.mark.exports

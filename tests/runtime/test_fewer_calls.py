@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 import qdeploy
-from qdeploy.base.errors import RequestError, UsageError
+from qdeploy.base.errors import NonFiniteError, RequestError, UsageError
 from qdeploy.engines.ort_cpu import OrtSession
+from qdeploy.runtime.model import BundleModel
 from qdeploy.runtime.pipeline import Pipeline
+from qdeploy.runtime.results import Step
+from qdeploy.sampling.forecast import Forecast
 
 INTERVAL = (0.2, 0.8)  # of 5 DDIM steps: calls 1 to 3
 REQUEST = {"steps": 5, "scheduler": "ddim", "guidance_interval": INTERVAL, "guidance_scale": 3.0}
@@ -72,3 +75,65 @@ def test_bad_intervals_are_refused_before_anything_runs(
     with pytest.raises((UsageError, RequestError), match=message):
         pipe("a cat", **REQUEST | more)
     assert unet_rows == []
+
+
+# ------------------------------------------------------------------------------------------------------ forecasting
+
+FORECAST = {"steps": 8, "scheduler": "ddim", "guidance_scale": 3.0, "forecast": "linear:warmup=0.25,window=2,growth=0"}
+SKIPPED = [False, False, True, False, True, False, True, False]  # the last share's one call is made
+GREY = np.full((16, 16, 3), 128, np.uint8)
+WAYS = {
+    "text": {},
+    "image": {"image": GREY, "strength": 1.0},
+    "inpainting": {"image": GREY, "mask": np.eye(16, dtype=bool)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_callback_says_which_steps_were_forecast(pipe: Pipeline, unet_rows: list[int], way: str) -> None:
+    steps: list[Step] = []
+    result = pipe("a cat", callback=steps.append, **FORECAST, **WAYS[way])
+    assert [step.is_forecast for step in steps] == SKIPPED
+    assert [(step.index, step.count) for step in steps] == [(index, 8) for index in range(8)]
+    assert len(unet_rows) == SKIPPED.count(False)
+    every = pipe("a cat", **FORECAST | {"forecast": None}, **WAYS[way])
+    assert len(unet_rows) == SKIPPED.count(False) + 8
+    assert not np.array_equal(every.latents, result.latents)
+
+
+def test_a_forecast_picture_depends_on_no_other(pipe: Pipeline) -> None:
+    together = pipe(["a cat", "rocket"], count=2, **FORECAST)
+    np.testing.assert_array_equal(together.latents[3:], pipe("rocket", first=1, **FORECAST).latents)
+    spelled = Forecast("linear", warmup=0.25, window=2, growth=0)
+    np.testing.assert_array_equal(together.latents[:1], pipe("a cat", **FORECAST | {"forecast": spelled}).latents)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"forecast": "magic"}, "got method 'magic', expected one of reuse"),
+        ({"steps": 3}, "3 model calls, of which none can be forecast: the first 2 are its warm-up.*more steps"),
+        ({"image": GREY, "strength": 0.25}, "2 model calls, of which none can be forecast"),
+    ],
+)
+def test_bad_forecasts_are_refused_before_the_unet_runs(
+    pipe: Pipeline, unet_rows: list[int], more: dict, message: str
+) -> None:
+    with pytest.raises((UsageError, RequestError), match=message):
+        pipe("a cat", **FORECAST | more)
+    assert unet_rows == []
+
+
+def test_a_failing_call_is_named_by_its_step(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth call that is made is the sixth step."""
+    calls: list[int] = []
+
+    def predict(self: BundleModel, x: np.ndarray, t: int, *_: object) -> np.ndarray:
+        calls.append(t)
+        if len(calls) == 4:
+            raise NonFiniteError("unet")
+        return x
+
+    monkeypatch.setattr(BundleModel, "predict", predict)
+    with pytest.raises(NonFiniteError, match="in step 6 of 8"):
+        pipe("a cat", **FORECAST)

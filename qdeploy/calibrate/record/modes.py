@@ -24,7 +24,7 @@ from qdeploy.sampling.call_schedule import CallSchedule
 QDIFFUSION_SUFFIX = ".pt"
 COMMON = frozenset(["mode", "prompts", "samples", "steps", "scheduler", "seed"])
 OPTIONS: Mapping[str, frozenset[str]] = {
-    "timestep_aware": COMMON | {"record", "guidance", "guidance_interval", "batch", "eta"},
+    "timestep_aware": COMMON | {"record", "guidance", "guidance_interval", "forecast", "batch", "eta"},
     "noise_data": COMMON,
     "raw_data": COMMON | {"data", "batch"},
     "from_qdiffusion": frozenset(["from_qdiffusion", "cali_st", "cali_n"]),
@@ -53,6 +53,7 @@ class CalibrationRequest:
     cali_st: int | None = None
     cali_n: int | None = None
     guidance_interval: tuple[float, float] | None = None
+    forecast: str | None = None
 
 
 def check_request(request: CalibrationRequest, typed: Set[str], out: Path) -> None:
@@ -161,7 +162,7 @@ def settings_from_request(request: CalibrationRequest) -> TimestepAwareSettings 
     if request.mode == "timestep_aware":
         return TimestepAwareSettings(
             samples, steps, request.record, request.guidance, scheduler, seed, request.batch, request.eta,
-            CallSchedule(request.guidance_interval),
+            CallSchedule.from_options(request.guidance_interval, request.forecast),
         )  # fmt: skip
     if request.mode == "noise_data":
         return NoiseDataSettings(samples, steps, scheduler, seed)

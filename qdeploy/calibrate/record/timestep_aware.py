@@ -30,7 +30,7 @@ from qdeploy.calibrate.record.conditioning import (
     half_from_float,
 )
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.sampling import CLASS_NAMES, Scheduler, make_scheduler
+from qdeploy.sampling import CLASS_NAMES, make_scheduler
 from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
 from qdeploy.sampling.guidance import Array, needs_guidance
 from qdeploy.sampling.guidance_embedding import embed_guidance_scale
@@ -42,7 +42,7 @@ class TimestepAwareSettings:
     """Settings of the mode.
 
     samples: trajectories to run, one prompt each (prompts repeat with new noise when fewer).
-    record: steps of each trajectory to keep, evenly spaced.
+    record: model calls of each trajectory to keep, evenly spaced.
     eta: DDIM's share of noise; 0 with any other scheduler.
     """
 
@@ -145,7 +145,6 @@ def _run_trajectories(
     seeds = [(settings.seed, i) for i in numbers]
     scheduler = make_scheduler(config, settings.steps, eta=settings.eta, rng=PictureStreams(seeds))
     noise = draw_unit_noise(model.latents.shape, seeds)
-    recorder = _Recorder(model, scheduler, len(numbers), settings.record)
     cond = uncond = None
     if conditioning is not None:
         cond = conditioning.select(conditioning.rows[numbers.start : numbers.stop])
@@ -155,6 +154,8 @@ def _run_trajectories(
             }
         if is_guided(model, settings):
             uncond = conditioning.select(np.zeros(len(numbers), np.int64))
+    plan = settings.calls.plan(len(scheduler.timesteps), 0, uncond is not None, scheduler.start_calls)
+    recorder = _Recorder(model, len(numbers), sum(not call.is_forecast for call in plan), settings.record)
     try:
         final = denoise(recorder.predict, scheduler, noise, cond, uncond, settings.guidance_scale, calls=settings.calls)
     except NonFiniteError as exc:
@@ -170,8 +171,8 @@ def _run_trajectories(
 class _Recorder:
     """Calls the UNet for the scheduler, and keeps the inputs of evenly spaced calls."""
 
-    def __init__(self, model: LatentDiffusion, scheduler: Scheduler, count: int, record: int) -> None:
-        self._unet, self._count, self._calls = model.unet, count, len(scheduler.timesteps)
+    def __init__(self, model: LatentDiffusion, count: int, calls: int, record: int) -> None:
+        self._unet, self._count, self._calls = model.unet, count, calls
         spaced = np.linspace(0, self._calls - 1, min(record, self._calls)).round()
         self._kept = set(spaced.astype(int).tolist())
         self._call = 0
@@ -183,7 +184,7 @@ class _Recorder:
         """The model output for ``x``, of which one half is kept: both guidance halves share x and t."""
         self._call += 1
         if self._call - 1 in self._kept:
-            what = f"x at step {self._call} of {self._calls} (t = {t})"
+            what = f"x at model call {self._call} of {self._calls} (t = {t})"
             self.samples.append(half_from_float(x[: self._count].copy(), what))
             self.timesteps.append(t)
             self.guided.append(len(x) > self._count)

@@ -60,6 +60,8 @@ def test_to_q_diffusion_and_back(tiny_folder: Path, tmp_path: Path) -> None:
         (("--mode", "noise_data", "--guidance", 7.5), "--guidance does not go"),
         (("--mode", "noise_data", "--guidance-interval", 0.2, 0.8), "--guidance-interval does not go"),
         (("--guidance-interval", 0.8, 0.2), "guidance_interval: got (0.8, 0.2), which is reversed"),
+        (("--forecast", "magic"), "got method 'magic', expected one of reuse"),
+        (("--mode", "raw_data", "--data", "x", "--forecast", "reuse"), "--forecast does not go"),
         (("--guidance-interval", 0.2, 1.2), "expected at most 1"),
         (("-o", "x.pt", "--guidance-interval", 0.2, 0.8), "write a .safetensors file"),
         (("--mode", "raw_data", "--data", "x", "--record", 3), "--record does not go"),

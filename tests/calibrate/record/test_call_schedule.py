@@ -1,8 +1,8 @@
-"""A recording with a guidance interval: outside it only the text's half ran, and only that is calibrated on."""
+"""Recordings of a call schedule: outside a guidance interval only the text's half ran, and forecast calls did not."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from qdeploy.calibrate.quantize import choose_probes
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling.call_schedule import CallSchedule
+from qdeploy.sampling.forecast import Forecast
 
 PROMPTS = ["a cat", "a red house", "rocket"]
 SETTINGS = TimestepAwareSettings(
@@ -71,6 +72,20 @@ def test_it_is_kept_in_the_file(recording: CalibrationSet, tmp_path: Path) -> No
         save_calibration(broken, path)
         with pytest.raises(CalibrationError, match="`guided`"):
             load_calibration(path)
+
+
+def test_calls_that_are_forecast_are_not_recorded(tiny_model: LatentDiffusion) -> None:
+    forecast = Forecast("reuse", warmup=0.2, last=0.2, window=2, growth=0)
+    settings = replace(SETTINGS, calls=CallSchedule(forecast=forecast))
+    recording = record_trajectories(tiny_model, PROMPTS, settings)
+    every = record_trajectories(tiny_model, PROMPTS, replace(SETTINGS, calls=CallSchedule()))
+    timesteps = every.timestep.view(5, 3)[:, 0].tolist()
+    assert recording.timestep.view(-1, 3)[:, 0].tolist() == [timesteps[0], timesteps[2], timesteps[4]]
+    assert torch.equal(recording.sample[:3], every.sample[:3])
+    assert not torch.equal(recording.sample[3:6], every.sample[6:9])  # after a forecast
+    assert recording.provenance["forecast"] == asdict(forecast)
+    with pytest.raises(RequestError, match="1 model calls, of which none can be forecast"):
+        record_trajectories(tiny_model, PROMPTS, replace(settings, steps=1))
 
 
 def test_an_interval_without_a_call_is_refused(tiny_model: LatentDiffusion) -> None:
