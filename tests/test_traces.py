@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.open_dims import STATIC
 from qdeploy.models.components import TorchComponent
+from qdeploy.models.source import load_model
 from tests import traces
 from tests.traces import Traces, hash_trace
 
@@ -79,6 +81,15 @@ def test_every_process_says_the_same(tiny_folder: Path) -> None:
         said.add(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     assert len(said) == 1
     assert len(said.pop().split()) == 3
+
+
+def test_the_folder_that_a_model_was_read_from_is_no_part_of_it(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    models = [load_model(str(folder)) for folder in (tiny_folder, tmp_path / "copy")]
+    for name in models[0].components:
+        one, other = (hash_trace(model.component(name)) for model in models)
+        assert one is not None
+        assert one == other, name
 
 
 def test_what_cannot_be_pickled_is_traced_each_time() -> None:

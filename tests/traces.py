@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from diffusers.configuration_utils import FrozenDict
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qdeploy.base.errors import DiskFullError
 from qdeploy.base.files import stage_file
@@ -69,10 +70,22 @@ class HashPickler(pickle.Pickler):
         if isinstance(value, torch.Tensor):
             return tuple, ([hash_tensor(value)],)
         if isinstance(value, torch.nn.Module):
-            return copyreg.__newobj__, (type(value),), {name: sort_set(one) for name, one in vars(value).items()}
+            state = {name: sort_set(one) for name, one in vars(value).items()}
+            return copyreg.__newobj__, (type(value),), leave_path_out(state)
         if isinstance(value, FrozenDict):
-            return FrozenDict, ({name: sort_set(one, name == "_use_default_values") for name, one in value.items()},)
+            return FrozenDict, (
+                leave_path_out({name: sort_set(one, name == "_use_default_values") for name, one in value.items()}),
+            )
+        if isinstance(value, PretrainedConfig):
+            return copyreg.__newobj__, (type(value),), leave_path_out(vars(value))
+        if isinstance(value, PreTrainedTokenizerBase):  # a text encoder's, which its forward does not use
+            return str, (type(value).__qualname__,)
         return NotImplemented
+
+
+def leave_path_out(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without the folder that the module was read from, which no graph depends on."""
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "name_or_path")}
 
 
 def sort_set(value: object, is_set: bool = False) -> object:
