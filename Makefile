@@ -14,16 +14,19 @@ demo: $(STAMP)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
+# Hundreds of processes import torch; where modules are compiled anew each time, that takes longer than the tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What a change is tried with first, in one and a half minutes.
 check: $(TESTED)
 	$(MAKE) --jobs 2 lint test-fast
 
 test: lint $(TESTED)
-	$(PYTEST) $(WORKERS)
+	$(PYTEST) $(WORKERS) $(PYTEST_OPTIONS)
 
-# Three of four tests: all that trace no graph and read none that another has traced.
+# Two of three tests: all that trace no graph, read none that another has traced and take less than half a second.
 test-fast: $(TESTED)
-	$(PYTEST) $(WORKERS) -m 'not exports and not slow and not gpu'
+	$(PYTEST) $(WORKERS) -m 'not exports and not long and not slow and not gpu' $(PYTEST_OPTIONS)
 
 test-slow: $(TESTED)
 	$(BIN)/python -m pytest -m slow

@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from click.testing import CliRunner
 
 from qdeploy.artifacts.manifest import ComponentInfo
 from qdeploy.artifacts.table import QuantTable, load_table, save_table
@@ -21,11 +22,13 @@ from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.cli import main
 from qdeploy.export import exporter
 from qdeploy.export.exporter import export_bundle, export_component
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.targets.base import Target, load_target
+from tests.processors import pretend_processor
 from tests.shared_artifacts import BUILDS, Artifacts, build_once, hash_sources, remove_stale
 from tests.tiny import (
     write_tiny_inpainting,
@@ -42,6 +45,7 @@ CACHE, KEY = "QDEPLOY_TEST_CACHE", "QDEPLOY_TEST_KEY"  # the second goes from a 
 STORE = pytest.StashKey[Artifacts]()
 RUNNING = pytest.StashKey[pytest.Item]()
 EXPORTS = "exports"  # the mark of what traces a graph or reads a traced one, which `make check` leaves out
+LONG_LIST = "tests/long.txt"  # written by `python -m scripts.long_tests`
 LEFT_OUT = (EXPORTS, "slow", "gpu")
 
 # A machine that others use too is slow at times; what takes long shows in --durations.
@@ -87,8 +91,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what reads a traced graph, before ``-m`` selects; files with such tests go first, for none may be last."""
+    """Mark what reads a traced graph and what takes long, before ``-m`` selects; files with the first go first."""
+    listed = set((config.rootpath / LONG_LIST).read_text(encoding="utf-8").split())
     for item in items:
+        if item.nodeid.partition("[")[0] in listed:
+            item.add_marker("long")
         if any(BUILDS[name].traces for name in list_artifacts(item)):
             item.add_marker(EXPORTS)
     long = {item.path for item in items if item.get_closest_marker(EXPORTS)}
@@ -230,17 +237,20 @@ def full_range_bundle(out: Path, tiny_folder: Path, table_file: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the built-in model
 
 
-@build_once("builtin.safetensors", traces=False)
-def builtin_table_file(out: Path) -> None:
-    """Its UNet, quantized on a short recording."""
-    model = load_model("builtin:emoji")
-    recorded = record_trajectories(model, PROMPTS, TimestepAwareSettings(samples=2, steps=4, record=4, batch=2))
-    save_table(quantize_model(model, recorded, QuantSpec(components=("unet",))), out)
+@build_once("demo", traces=True)
+def demo_folder(out: Path) -> None:
+    """What `qdeploy demo` leaves, at small settings, where it once failed: on a processor without VNNI."""
+    small = ("--samples", "2", "--steps", "3", "--rounds", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        pretend_processor(patch, "no-vnni")
+        result = CliRunner().invoke(main, ["--quiet", "demo", "-o", str(out), *small])
+    assert result.exit_code == 0, result.output
+    (out / "printed.txt").write_text(result.output)
 
 
 @pytest.fixture(scope="session")
-def builtin_table(builtin_table_file: Path) -> QuantTable:
-    return load_table(builtin_table_file)
+def builtin_table(demo_folder: Path) -> QuantTable:
+    return load_table(demo_folder / "w8a8.safetensors")
 
 
 def export_unet(table: QuantTable, target: Target, folder: Path) -> ComponentInfo:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = (
     "tests/shared_artifacts.py",
     "tests/conftest.py",
+    "tests/processors.py",
     "tests/tiny.py",
     "tests/traces.py",
 )  # what every build is made with
@@ -167,7 +168,7 @@ def hash_sources() -> str:
 def iter_source_files() -> Iterator[Path]:
     """Weights of the built-in models included."""
     yield from (ROOT / name for name in SHARED)
-    for path in (ROOT / "qdeploy").rglob("*"):
+    for path in [*(ROOT / "qdeploy").rglob("*"), *(ROOT / "builtin_models").rglob("*")]:
         if path.is_file() and "__pycache__" not in path.parts:
             yield path
 

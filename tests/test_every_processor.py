@@ -35,26 +35,25 @@ def run(*arguments: str) -> Result:
 
 @pytest.mark.exports
 @pytest.mark.parametrize("processor", ["vnni", "untold"])  # the demo walks it without VNNI
-def test_the_whole_way(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, processor: str) -> None:
+def test_the_whole_way(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, table_file: Path, tmp_path: Path, processor: str
+) -> None:
+    """The exported table is the shared one, whose graphs are traced once for all processors."""
     pretend_processor(monkeypatch, processor)
     calib, table, bundle = (str(tmp_path / name) for name in ("calib.safetensors", "table.safetensors", "bundle"))
     run("calibrate", str(tiny_folder), "-o", calib, "--samples", "2", "--steps", "3")
     run("quantize", str(tiny_folder), "--calib", calib, "-o", table)
-    run("export", table, "-o", bundle)
+    run("export", str(table_file), "-o", bundle)
     run("generate", bundle, "a cat", "-o", str(tmp_path / "cat.png"), "--steps", "2")
     run("bench", bundle, "--steps", "2", "--rounds", "1", "--fresh-starts", "1", "--concurrency", "none")
     assert max(open_bundle(bundle).manifest.largest_weight_codes) <= 64
 
 
-@pytest.mark.exports
-def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a newcomer runs first, at small settings, where it once failed."""
-    pretend_processor(monkeypatch, "no-vnni")
-    small = ("--samples", "2", "--steps", "3", "--rounds", "2")
-    output = run("demo", "-o", str(tmp_path / "demo"), *small).output
-    assert "UNet MACs in int8" in output
-    made = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert {"grid.png", "report.md", "bench.json", "fp32", "w8a8"} <= made
+def test_the_demo(demo_folder: Path) -> None:
+    """What a newcomer runs first."""
+    assert "UNet MACs in int8" in (demo_folder / "printed.txt").read_text()
+    assert {"grid.png", "report.md", "bench.json", "fp32", "w8a8"} <= {path.name for path in demo_folder.iterdir()}
+    assert find_saturating_weights(demo_folder / "w8a8") == []
 
 
 @every_processor
@@ -68,7 +67,12 @@ def test_a_full_range_bundle_runs_and_says_where_it_is_slow(
 
 @pytest.mark.exports
 @pytest.mark.parametrize(
-    ("processor", "full_range"), [("vnni", False), ("untold", False), ("no-vnni", False), ("no-vnni", True)]
+    ("processor", "full_range"),
+    [
+        ("vnni", False),
+        ("untold", False),
+        pytest.param("no-vnni", True, marks=pytest.mark.slow),
+    ],  # the demo is one more
 )
 def test_the_built_in_unet_passes_both_gates(
     monkeypatch: pytest.MonkeyPatch, builtin_table: QuantTable, tmp_path: Path, processor: str, full_range: bool

@@ -69,13 +69,13 @@ def test_the_library_builds_the_tiny_models_int8_graphs(int8_tensorrt: Path) -> 
     check_acceptance(int8_tensorrt)
 
 
-@pytest.mark.exports
+@pytest.mark.slow
 def test_the_library_builds_the_built_in_models_fp16_graphs(tmp_path: Path) -> None:
     export_bundle(load_model("builtin:emoji"), None, TENSORRT, tmp_path / "b")
     check_acceptance(tmp_path / "b")
 
 
-@pytest.mark.exports
+@pytest.mark.slow
 def test_the_library_builds_the_built_in_models_int8_graphs(tmp_path: Path) -> None:
     model = load_model("builtin:emoji")
     calibration = record_trajectories(model, ["red apple"], TimestepAwareSettings(samples=1, steps=2, record=2))

@@ -223,7 +223,7 @@ def test_int8(xl: Pipeline, sdxl_int8_bundle: Path) -> None:
     assert np.corrcoef(latents.ravel(), expected.ravel())[0, 1] > 0.99
 
 
-@pytest.mark.exports
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["openvino", "tensorrt"])
 def test_int8_on_other_targets(sdxl_folder: Path, sdxl_table_file: Path, tmp_path: Path, target: str) -> None:
     """With the same gates; where the VAE asks for float32, a target in fp16 keeps it there around the integers."""
