@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def read_cases(junit: Path) -> list[tuple[str, float]]:
-    """``(tests/folder/test_file.py::test_name, seconds)`` of every case."""
+    """``(FILE::FUNCTION, seconds)`` of every case, as pytest names them."""
     return [
         (
             f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name'].partition('[')[0]}",
