@@ -99,10 +99,10 @@ def quantize_component(
 def choose_probes(calibration: CalibrationSet, component: str) -> list[dict[str, AnyArray]]:
     """A few inputs of ``component``, evenly spaced over the set (so over the timesteps), at the export's batch."""
     size = choose_graph_batch(component, calibration.halves == 2)
+    rows = max(map(count_rows, calibration.batches(component, size)))
 
     def whole_batches() -> Iterator[dict[str, torch.Tensor]]:
         """Without the odd sample that is left where samples outside the guidance interval share a batch."""
-        rows = max(map(count_rows, calibration.batches(component, size)))
         return (feeds for feeds in calibration.batches(component, size) if count_rows(feeds) == rows)
 
     count = sum(1 for _ in whole_batches())  # counted, not kept: the set may be large

@@ -159,6 +159,7 @@ def list_facts(result: EvaluationResult) -> list[tuple[str, object]]:
         ("seed", settings["seed"]),
         ("steps", settings["steps"]),
         ("guidance", settings["guidance_scale"] if settings["prompts"] else ""),
+        ("calls", settings.get("calls", "")),
         ("extractor", "" if info is None else info.name),
         ("comparable_with_published", "" if info is None else info.comparable),
         ("resize", "" if info is None else info.resize),

@@ -168,7 +168,8 @@ def extract_all_features(
 
 def options_to_json(settings: EvaluationSettings) -> dict[str, Any]:
     """The options as JSON values."""
-    options = {name: value for name, value in asdict(settings).items() if name != "calls"} | settings.calls.to_json()
+    options = {name: value for name, value in asdict(settings).items() if name != "calls"}
+    options |= {"calls": settings.calls.text, **settings.calls.to_json()}
     options["extractor"] = settings.extractor_name if settings.has_any(*SET_METRICS) else None
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
