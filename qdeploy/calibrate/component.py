@@ -28,7 +28,7 @@ class CalibratedComponent:
 
     @property
     def count(self) -> int:
-        """Recorded inputs, CFG halves counted twice."""
+        """Recorded inputs, guidance halves counted twice."""
         return self.recording.count(self.name)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:

@@ -63,7 +63,7 @@ class CalibrationSet:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, component: str, size: int) -> Iterator[dict[str, Tensor]]:
-        """Float32 inputs of ``component``, about ``size`` at a time; the UNet's hold both CFG halves.
+        """Float32 inputs of ``component``, about ``size`` at a time; the UNet's hold both guidance halves.
 
         The UNet takes one t a call, so its samples are grouped by timestep.
         """
@@ -77,7 +77,7 @@ class CalibrationSet:
                     yield self._unet_feeds(rows, t, halves)
 
     def count(self, component: str) -> int:
-        """How many inputs :meth:`batches` will yield for ``component``, CFG halves counted twice."""
+        """How many inputs :meth:`batches` will yield for ``component``, guidance halves counted twice."""
         if get_kind(component).in_loop:
             unguided = 0 if self.guided is None else int((~self.guided).sum())
             return self.halves * len(self.sample) - unguided
@@ -102,7 +102,7 @@ class CalibrationSet:
         return [(halves, alike) for halves, alike in kinds if len(alike)]
 
     def _unet_feeds(self, rows: Tensor, t: Tensor, halves: int) -> dict[str, Tensor]:
-        """One UNet call for ``rows int64[B]``: B inputs, or 2 B with both CFG halves, unconditional first."""
+        """One UNet call for ``rows int64[B]``: B inputs, or 2 B with both guidance halves, unconditional first."""
         x = self.sample[rows].float()
         if self.contexts is None or self.prompt is None:
             return dict(zip(UNET.inputs, (x, t), strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.components import TEXT_ENCODER, VAE_DECODER
@@ -13,6 +14,9 @@ from qdeploy.artifacts.manifest import MANIFEST, ComponentInfo
 from qdeploy.artifacts.table import QuantTable, load_table
 from qdeploy.base.errors import UsageError
 from qdeploy.inspection.table import FactRows, describe_table, format_widths
+
+if TYPE_CHECKING:
+    from qdeploy.calibrate.dataset import CalibrationSet
 
 
 def describe(path: str, show_all: bool = False) -> FactRows:
@@ -123,8 +127,7 @@ def describe_calibration(path: Path) -> FactRows:
         ("made with", json.dumps(dict(calibration.provenance))),
         (
             "unet samples",
-            f"{len(calibration.sample)} x {list(calibration.sample.shape[1:])}, "
-            + ("unconditional" if calibration.contexts is None else "both CFG halves"),
+            f"{len(calibration.sample)} x {list(calibration.sample.shape[1:])}, " + describe_halves(calibration),
         ),
         (
             "timesteps",
@@ -138,6 +141,17 @@ def describe_calibration(path: Path) -> FactRows:
         ),
         ("decoder latents", str(calibration.count(VAE_DECODER.name))),
     ]
+
+
+def describe_halves(calibration: CalibrationSet) -> str:
+    """Which guidance halves ran on the samples."""
+    if calibration.contexts is None:
+        return "unconditional"
+    if not calibration.is_guided:
+        return "without guidance"
+    if calibration.guided is None:
+        return "both guidance halves"
+    return f"both guidance halves of {int(calibration.guided.sum())}, the others without guidance"
 
 
 def describe_single_file(path: Path) -> FactRows:

@@ -13,6 +13,7 @@ from qdeploy.calibrate.dataset import CalibrationSet, sample_feeds
 from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import choose_probes
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
+from qdeploy.inspection.describe import describe
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling.call_schedule import CallSchedule
 from qdeploy.sampling.forecast import Forecast
@@ -64,6 +65,7 @@ def test_it_is_kept_in_the_file(recording: CalibrationSet, tmp_path: Path) -> No
     path = tmp_path / "c.safetensors"
     save_calibration(recording, path)
     assert torch.equal(load_calibration(path).guided, recording.guided)
+    assert "15 x [4, 8, 8], both guidance halves of 6, the others without" in dict(describe(str(path)))["unet samples"]
     for broken in (
         replace(recording, guided=recording.guided[1:]),
         replace(recording, is_guided=False),
