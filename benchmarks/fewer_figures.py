@@ -72,7 +72,7 @@ def add_times(figures: Sequence[CallsFigures], times: Sequence[CallsFigures]) ->
 
 
 def compare_losses(figures: Sequence[CallsFigures]) -> list[str]:
-    """For each row of a quantized bundle: its KID's loss compared with the sum of both losses alone."""
+    """For each row of a quantized bundle: its KID's loss compared with the sum of the two."""
     kids = {each.key: each.kid for each in figures if each.kid is not None}
     notes = []
     for each in figures:
@@ -82,7 +82,7 @@ def compare_losses(figures: Sequence[CallsFigures]) -> list[str]:
             continue
         fewer, quantized, base, both = (kids[part.key] for part in parts)
         total = (fewer - base) + (quantized - base)
-        notes.append(f"{each.key}: KID loss {both - base:.4f}, the sum of each alone {total:.4f}")
+        notes.append(f"{each.key}: KID loss {both - base:.4f}, the sum of both losses {total:.4f}")
     return notes
 
 

@@ -56,7 +56,7 @@ def test_losses_are_compared_with_their_sum() -> None:
     notes = compare_losses([
         FIGURES, figures("fp32", "reuse", 0.012), figures("w8a8", EXACT, 0.013), figures("w8a8", "reuse", 0.018),
     ])  # fmt: skip
-    assert notes == ["builtin:emoji w8a8 25 reuse: KID loss 0.0080, the sum of each alone 0.0050"]
+    assert notes == ["builtin:emoji w8a8 25 reuse: KID loss 0.0080, the sum of both losses 0.0050"]
 
 
 def test_pictures_are_compared_and_kept(float_bundle: Path, tmp_path: Path) -> None:
