@@ -25,6 +25,7 @@ MILLION = 10**6
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 1000.0
 SCHEDULERS = "pndm, ddim, dpm++, euler, euler-a, unipc or lcm"  # for help; sampling has the classes, and imports NumPy
+SPACED = ", or one with its spacing of timesteps, as in euler:trailing"
 
 
 class Number(click.FloatRange):
@@ -69,12 +70,35 @@ class Whole(click.IntRange):
         return number
 
 
+class Pair(click.ParamType):
+    """Two whole numbers with a comma between them, as in ``1024,768``; each within bounds."""
+
+    name = "two whole numbers"
+
+    def __init__(self, minimum: int, maximum: int) -> None:
+        self.number = Whole(minimum, maximum)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """``value`` as a pair of ints; click's BadParameter with what came and what was expected."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if len(parts) != 2:
+            self.fail(
+                f"got {value!r:.40}, expected two whole numbers with a comma between, as in 1024,768.", param, ctx
+            )
+        return tuple(self.number.convert(part.strip(), param, ctx) for part in parts)
+
+
 GUIDANCE = Number(-MAX_GUIDANCE, MAX_GUIDANCE)
 SHARE = Number(0, 1)
 STEPS = Whole(1, 10_000)
 SEED = Whole(0, MAX_SEED)
 THREADS = Whole(1, 100_000)  # the engine's own check knows the machine
 PIXELS = Whole(1, 10**5)
+MAX_STATED_SIDE = 2**16  # of a size that only describes a picture
+SIZE = Pair(1, MAX_STATED_SIDE)
+CORNER = Pair(0, MAX_STATED_SIDE)
 
 
 def find_commands() -> list[str]:

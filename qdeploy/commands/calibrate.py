@@ -15,6 +15,7 @@ from qdeploy.commands import (
     SCHEDULERS,
     SEED,
     SHARE,
+    SPACED,
     STEPS,
     Whole,
     add_model_options,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 )
 @GUIDANCE_INTERVAL
 @FORECAST
-@click.option("--scheduler", help=f"{SCHEDULERS}. Default: the model's own.")
+@click.option("--scheduler", help=f"{SCHEDULERS}{SPACED}. Default: the model's own.")
 @click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option(
@@ -76,6 +77,7 @@ def calibrate(show: bool, /, model: str, out: Path, model_options: ModelOptions,
         calibrate_to_file,
         check_request,
         check_text_options,
+        list_notes,
     )
     from qdeploy.models.source import load_model
 
@@ -85,6 +87,8 @@ def calibrate(show: bool, /, model: str, out: Path, model_options: ModelOptions,
     check_request(request, typed, out)
     loaded = load_model(model, model_options)
     check_text_options(loaded, typed)
+    for note in list_notes(loaded, request, typed, model_options):
+        click.echo(note, err=True)
     with show_progress(show) as on_progress:
         calibrate_to_file(loaded, request, out, on_progress)
     click.echo(f"wrote {out}")

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING
 import click
 
 from qdeploy.base.errors import UsageError
-from qdeploy.commands import GUIDANCE, PATH, SCHEDULERS, SEED, STEPS, THREADS, Whole, add_call_options, prepare_outputs
+from qdeploy.commands import (
+    GUIDANCE,
+    PATH,
+    SCHEDULERS,
+    SEED,
+    SPACED,
+    STEPS,
+    THREADS,
+    Whole,
+    add_call_options,
+    prepare_outputs,
+)
 
 if TYPE_CHECKING:
     from qdeploy.sampling.call_schedule import CallSchedule
@@ -31,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=GUIDANCE, default=7.5, show_default=True, help="Classifier-free guidance scale.")
 @add_call_options
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--scheduler", help=f"{SCHEDULERS}. Default: each bundle's own.")
+@click.option("--scheduler", help=f"{SCHEDULERS}{SPACED}. Default: each bundle's own.")
 @click.option(
     "--batch", type=Whole(1, 4096), default=8, show_default=True, help="Pictures made together; changes none of them."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qdeploy.base.errors import UsageError
-from qdeploy.commands import PATH, SCHEDULERS, Number, add_model_options, prepare_outputs
+from qdeploy.commands import PATH, SCHEDULERS, SPACED, Number, add_model_options, prepare_outputs
 from qdeploy.targets.base import DEFAULT_TARGET, describe_targets, load_target
 
 if TYPE_CHECKING:
@@ -57,20 +57,22 @@ if TYPE_CHECKING:
     "table had when it was made, and 3 at least.",
 )
 @click.option(
-    "--unguided",
-    is_flag=True,
-    help="One row a UNet call, for few-step models that run without guidance. A table says so itself.",
+    "--unguided/--guided",
+    default=None,
+    help="One row a UNet call, for few-step models that run without guidance, or two. Default: as a table was "
+    "calibrated; without one, one row where the scheduler is a few-step model's (lcm, or trailing spacing).",
 )
 @click.option(
     "--scheduler",
-    help=f"{SCHEDULERS}, to go into the bundle in place of the model's own; needed where the model has another one.",
+    help=f"{SCHEDULERS}{SPACED}; to go into the bundle in place of the model's own, which is needed where that is "
+    "another one.",
 )
 @add_model_options
 @click.pass_obj
 def export(
     show: bool, source: str, out: Path, target: str, precision: str | None, model: str | None, with_encoder: bool,
     dynamic: str | None, build: bool, profile: str | None, full_range: bool, min_sqnr_db: float | None,
-    unguided: bool, scheduler: str | None, model_options: ModelOptions,
+    unguided: bool | None, scheduler: str | None, model_options: ModelOptions,
 ) -> None:  # fmt: skip
     """Write the deployable bundle of a float MODEL or of a QUANT table (with its model).
 
@@ -101,8 +103,10 @@ def export(
     from qdeploy.export.open_dims import OpenDims
     from qdeploy.export.plans import check_buildable
     from qdeploy.inspection.describe import format_gate
+    from qdeploy.models.few_step_loras import advise_loras
     from qdeploy.models.source import load_model
     from qdeploy.sampling import replace_scheduler
+    from qdeploy.sampling.few_steps import recognise_few_steps
 
     prepare_outputs(Output(out, BUNDLE))
     open_dims = OpenDims.from_text(dynamic)
@@ -118,11 +122,16 @@ def export(
     loaded = load_model(model or (source if table is None else table.model), model_options)
     if scheduler is not None:
         loaded = replace(loaded, scheduler_config=replace_scheduler(loaded.scheduler_config, scheduler))
+    for note in advise_loras(model_options.loras, loaded.scheduler_config):
+        click.echo(note, err=True)
     with show_progress(show) as on_progress, note_kept(lambda: f"nothing is kept: {out} is as it was"):
         manifest = export_bundle(
             loaded, table, chosen, out, on_progress, with_encoder=with_encoder, open_dims=open_dims, sizes=sizes,
             build=build, min_sqnr_db=min_sqnr_db, unguided=unguided,
         )  # fmt: skip
+    reason = recognise_few_steps(loaded.scheduler_config)
+    if unguided is None and table is None and loaded.is_guided and reason is not None:
+        click.echo(f"unet: one row a call, since the scheduler is a few-step model's ({reason}); --guided gives it two")
     for name, info in manifest.components.items():
         if info.engine_sqnr_db is not None:
             click.echo(f"{name}: {'; '.join(format_gate(info))}")

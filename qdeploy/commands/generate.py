@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qdeploy.commands import (
+    CORNER,
     GUIDANCE,
     MILLION,
     PATH,
@@ -15,6 +16,8 @@ from qdeploy.commands import (
     SCHEDULERS,
     SEED,
     SHARE,
+    SIZE,
+    SPACED,
     STEPS,
     THREADS,
     Whole,
@@ -45,6 +48,24 @@ MAX_NAMED = 100  # files that are named when they are written
     "--width", type=PIXELS, help="Pixels. Default: the bundle's; others need one exported with --dynamic size."
 )
 @click.option("--height", type=PIXELS, help="The same.")
+@click.option(
+    "--original-size",
+    type=SIZE,
+    metavar="HEIGHT,WIDTH",
+    help="Stable Diffusion XL: make it look as if scaled from a picture of this size. Default: its own.",
+)
+@click.option(
+    "--crop",
+    type=CORNER,
+    metavar="TOP,LEFT",
+    help="Stable Diffusion XL: make it look as if cut there; 0,0 is centred. Default: 0,0.",
+)
+@click.option(
+    "--target-size",
+    type=SIZE,
+    metavar="HEIGHT,WIDTH",
+    help="Stable Diffusion XL: the size to look like. Default: its own.",
+)
 @click.option("--engine", help="Default: the one the bundle was exported for.")
 @click.option("--threads", type=THREADS, help="Default: all cores.")
 @click.option("--low-memory", is_flag=True, help="Load each component only for its stage; slower, least memory.")
@@ -62,16 +83,18 @@ MAX_NAMED = 100  # files that are named when they are written
 @add_call_options
 @click.option("--weighting", is_flag=True, help="Read weights in PROMPT: (red:1.3), [less], \\( for a bracket itself.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--scheduler", help=f"{SCHEDULERS}. Default: the bundle's own.")
+@click.option("--scheduler", help=f"{SCHEDULERS}{SPACED}. Default: the bundle's own.")
 @click.option("--eta", type=SHARE, default=0.0, show_default=True, help="ddim's share of noise, 0 to 1.")
 @click.option("--count", type=Whole(1, 10 * MILLION), default=1, show_default=True, help="Pictures to make.")
 @click.option("--allow-large", is_flag=True, help="Make pictures of more than 4.2 million pixels.")
 @click.pass_obj
 def generate(
     show: bool, bundle: Path, prompt: str | None, out: Path, negative: str, image: Path | None,
-    strength: float | None, mask: Path | None, width: int | None, height: int | None, engine: str | None,
-    threads: int | None, low_memory: bool, steps: int, guidance: float, guidance_rescale: float, weighting: bool,
-    seed: int, scheduler: str | None, eta: float, count: int, allow_large: bool, calls: CallSchedule,
+    strength: float | None, mask: Path | None, width: int | None, height: int | None,
+    original_size: tuple[int, int] | None, crop: tuple[int, int] | None, target_size: tuple[int, int] | None,
+    engine: str | None, threads: int | None, low_memory: bool, steps: int, guidance: float, guidance_rescale: float,
+    weighting: bool, seed: int, scheduler: str | None, eta: float, count: int, allow_large: bool,
+    calls: CallSchedule,
 ) -> None:  # fmt: skip
     """Make pictures of PROMPT, or without one if BUNDLE is unconditional. Needs no torch.
 
@@ -85,27 +108,33 @@ def generate(
       qdeploy generate bundle "a hat" --image cat.png --mask head.png
     """
     from qdeploy.artifacts.bundle import open_bundle
+    from qdeploy.artifacts.components import SIZES_INPUT
     from qdeploy.base.cpu import explain_slow_weights
     from qdeploy.base.disk import note_kept
     from qdeploy.base.progress import show_progress
+    from qdeploy.runtime.advice import advise_request
     from qdeploy.runtime.image import read_pictures
     from qdeploy.runtime.pipeline import load
     from qdeploy.runtime.request import check_text
-    from qdeploy.runtime.request_size import resolve_size
+    from qdeploy.runtime.request_size import build_sizes, resolve_size
     from qdeploy.runtime.results import Step
     from qdeploy.sample.numbered import choose_batch, list_outputs, write_pictures
 
     text_options = ("guidance", "guidance_interval", "guidance_rescale", "negative", "weighting")
     typed = [f"--{name.replace('_', '-')}" for name in text_options if is_typed(name)]
-    manifest = open_bundle(bundle, verify=False).manifest
+    opened = open_bundle(bundle, verify=False)
+    manifest = opened.manifest
     check_text(manifest, prompt, typed)
     size = resolve_size(width, height, manifest.latents, allow_large=allow_large)
     pixels = size.image_width * size.image_height
+    build_sizes(original_size, crop, target_size, size, SIZES_INPUT in manifest.unet.inputs)  # checked before any work
     prepare_outputs(*list_outputs(out, count, pixels))
     picture, mask_picture = read_pictures(image, mask, (size.image_width, size.image_height))
-    note = explain_slow_weights(engine or manifest.engine, manifest.largest_weight_codes)
-    if note is not None:
-        click.echo(note, err=True)
+    defaults = [None if is_typed(name) else value for name, value in (("steps", steps), ("guidance", guidance))]
+    slow = explain_slow_weights(engine or manifest.engine, manifest.largest_weight_codes)
+    for note in (slow, advise_request(opened, scheduler, *defaults)):
+        if note is not None:
+            click.echo(note, err=True)
     written: list[Path] = []
     batches = -(-count // choose_batch(pixels))
     with (
@@ -123,7 +152,8 @@ def generate(
             return pipe(
                 prompt, negative_prompt=negative, image=picture, mask=mask_picture, strength=strength, steps=steps,
                 guidance_scale=guidance, guidance_rescale=guidance_rescale, weighting=weighting, seed=seed,
-                first=numbers.start, count=len(numbers), width=width, height=height, scheduler=scheduler, eta=eta,
+                first=numbers.start, count=len(numbers), width=width, height=height,
+                original_size=original_size, crop=crop, target_size=target_size, scheduler=scheduler, eta=eta,
                 callback=report, allow_large=allow_large, **calls.request_options,
             ).images  # fmt: skip
 

@@ -36,6 +36,7 @@ from qdeploy.export.runtime_files import build_runtime_files, check_opens, write
 from qdeploy.export.table_checks import check_exportable, check_probes, check_weights
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.passes.edit import find_largest_weight_code
+from qdeploy.sampling.few_steps import recognise_few_steps
 from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.base import Target
 
@@ -56,16 +57,17 @@ def export_bundle(
     sizes: ProfileSizes | None = None,
     build: bool = False,
     min_sqnr_db: float | None = None,
-    unguided: bool = False,
+    unguided: bool | None = None,
 ) -> Manifest:
     """Export ``model`` in float (``table`` None) or as the table says, to the folder ``out``.
 
     ``with_encoder`` adds the VAE encoder, in float, for image-to-image and inpainting. ``open_dims`` says which
     dimensions the graphs leave open, and ``sizes`` TensorRT's profile of those. ``build`` adds TensorRT's engines for
     this machine's GPU. ``min_sqnr_db`` replaces the least SQNR of a quantized component that the gate asks for.
-    ``unguided`` gives the UNet a batch of one row, for pictures without classifier-free guidance, as a table has it
-    that was calibrated so. ``out`` appears only when everything, gates included, has passed. Raises ExportError
-    (AuditError, ParityError) and TableError, and EngineUnavailableError at once where engines cannot be built here.
+    ``unguided`` gives the UNet a batch of one row, for pictures without classifier-free guidance, or of two; by default
+    a table decides as it was calibrated, and without one the scheduler (``sampling.few_steps``). ``out`` appears only
+    when everything, gates included, has passed. Raises ExportError (AuditError, ParityError) and TableError, and
+    EngineUnavailableError at once where engines cannot be built here.
     """
     target.check_open_dims(open_dims.names)
     check_profile(target, open_dims, sizes)
@@ -176,16 +178,21 @@ def export_component(
     return check_parity(info, path, target, least_db, expected)
 
 
-def choose_unguided(model: LatentDiffusion, table: QuantTable | None, requested: bool) -> bool:
-    """Whether the UNet's graph takes one row; UsageError for a table that was calibrated with both guidance halves."""
+def choose_unguided(model: LatentDiffusion, table: QuantTable | None, requested: bool | None) -> bool:
+    """Whether the UNet's graph takes one row; UsageError where a table was calibrated with another number."""
     if table is None or UNET.name not in table.components:
-        return requested
-    rows = max(len(x) for x in table.probes[UNET.name][0].values() if x.ndim)
-    if requested and rows > 1:
+        is_few_step = recognise_few_steps(model.scheduler_config) is not None
+        return model.is_guided and (is_few_step if requested is None else requested)
+    one_row = max(len(x) for x in table.probes[UNET.name][0].values() if x.ndim) == 1
+    if requested and not one_row:
         raise UsageError(
             "--unguided: the table was calibrated with both halves of guidance; calibrate with --guidance 1 first"
         )
-    return model.is_guided and rows == 1
+    if requested is False and one_row and model.is_guided:
+        raise UsageError(
+            "--guided: the table was calibrated without guidance; calibrate with the guidance scale that is to be used"
+        )
+    return model.is_guided and one_row
 
 
 def choose_stand_in(target: Target) -> str | None:

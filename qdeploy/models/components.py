@@ -46,6 +46,11 @@ class TorchComponent(nn.Module):
         """What the height and width of the input must be multiples of, in latents or pixels."""
         return 1
 
+    @property
+    def edge_layers(self) -> tuple[str, ...]:
+        """First and last layers whose names do not say that they are, so that no keep list can; they stay in float."""
+        return ()
+
 
 class NoisePredictor(TorchComponent):
     """What both UNets share; the inputs of every one begin with ``sample`` and ``timestep``."""
@@ -166,6 +171,12 @@ class VaeDecoder(TorchComponent):
         """``float32[B, C, h, w]`` -> ``float32[B, 3, H, W]``."""
         image: Tensor = self.inner.decode(latents, return_dict=False)[0]  # type: ignore[operator]
         return image
+
+    @property
+    def edge_layers(self) -> tuple[str, ...]:
+        """TAESD's decoder is one stack, whose layers have numbers for names."""
+        layers = getattr(getattr(self.inner, "decoder", None), "layers", None)
+        return ("decoder.layers.0", f"decoder.layers.{len(layers) - 1}") if isinstance(layers, nn.Sequential) else ()
 
     def make_example(self, batch: int, latents: LatentInfo) -> dict[str, Tensor]:
         """``float32[B, C, h, w]`` of unit noise."""

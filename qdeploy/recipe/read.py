@@ -19,7 +19,7 @@ from qdeploy.calibrate.spec import QuantSpec, spec_from_options
 from qdeploy.models.architectures import get_architecture
 from qdeploy.models.options import ModelOptions
 from qdeploy.sample.job import SampleJob
-from qdeploy.sampling import replace_scheduler
+from qdeploy.sampling import split_scheduler
 from qdeploy.sampling.call_schedule import CallSchedule
 from qdeploy.targets.base import DEFAULT_TARGET, Target, load_target
 
@@ -74,7 +74,8 @@ class SampleSettings:
         if self.count > MAX_PICTURES:
             raise UsageError(f"[sample] count: got {self.count}, expected at most {MAX_PICTURES}")
         CallSchedule.from_options(self.guidance_interval, self.forecast)
-        if not 0 <= self.eta <= 1 or (self.eta != 0 and self.scheduler not in (None, "ddim")):
+        takes_eta = self.scheduler is None or split_scheduler(self.scheduler)[0] == "ddim"
+        if not 0 <= self.eta <= 1 or (self.eta != 0 and not takes_eta):
             raise UsageError(f"[sample] eta: got {self.eta}, expected 0, or with the scheduler ddim up to 1")
 
     def job(self, bundle: Path, bundle_sha256: str) -> SampleJob:
@@ -116,7 +117,7 @@ class Recipe:
             get_architecture(self.model.architecture)
         for scheduler in (self.calibrate.scheduler, self.sample.scheduler):
             if scheduler is not None:
-                replace_scheduler({}, scheduler)
+                split_scheduler(scheduler)
         check_request(self.calibrate, self.typed, Path(CALIBRATION))
         if self.quantize.attention_bits == 16:
             raise UsageError("[quantize] attention_bits: got 16, expected 0 or 8: no engine runs 16-bit attention")

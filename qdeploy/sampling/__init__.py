@@ -17,6 +17,7 @@ from qdeploy.sampling.lcm import LCM
 from qdeploy.sampling.noise_schedule import Latents, NoiseSchedule, NormalSource
 from qdeploy.sampling.pndm import PNDM
 from qdeploy.sampling.settings import CONFIG_FILE, read_count, refuse_unknown
+from qdeploy.sampling.timesteps import SPACINGS
 from qdeploy.sampling.unipc import UniPCMultistep
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "check_scheduler",
     "make_scheduler",
     "replace_scheduler",
+    "split_scheduler",
 ]
 
 TRIED_STEPS = (20, 4, 1)  # a usual request's, the fewest of a Runge-Kutta start, and the fewest of all
@@ -117,21 +119,38 @@ def make_scheduler(
     )
 
 
-def replace_scheduler(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """``config`` for the scheduler called ``name``, as diffusers' ``X.from_config(other.config)`` makes it.
+def replace_scheduler(config: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """``config`` for the scheduler ``NAME``, as diffusers' ``X.from_config(other.config)`` makes it.
+
+    ``NAME:SPACING`` says how its timesteps are spread: ``euler:trailing`` is
+    ``EulerDiscreteScheduler.from_config(other.config, timestep_spacing="trailing")``.
 
     Settings in the file are kept; those a live diffusers config lists as mere defaults of its own class
     (``_use_default_values``) are left to the new one's defaults, but for DDIM's of clipping x0 to ±1: latents are
     clipped only where the file says so, as ``StableDiffusionPipeline`` has it.
     """
-    if name not in CLASS_NAMES:
-        raise UsageError(f"unknown --scheduler {name!r}; known schedulers: {', '.join(CLASS_NAMES)}")
+    name, spacing = split_scheduler(text)
     refuse_unknown(config)
     defaults = config.get("_use_default_values")
     dropped = {"_use_default_values", *(map(str, defaults) if isinstance(defaults, list | tuple) else ())}
     kept = {key: value for key, value in config.items() if key not in dropped} | {"_class_name": CLASS_NAMES[name]}
+    kept |= {} if spacing is None else {"timestep_spacing": spacing}
     was_ddim = config.get("_class_name") == CLASS_NAMES["ddim"]
     return kept if name != "ddim" or was_ddim else {"clip_sample": False} | kept
+
+
+def split_scheduler(text: str) -> tuple[str, str | None]:
+    """Name and spacing of ``NAME`` or ``NAME:SPACING``, both known; UsageError for others."""
+    name, colon, spacing = text.partition(":")
+    if name not in CLASS_NAMES:
+        raise UsageError(f"unknown --scheduler {name!r}; known schedulers: {', '.join(CLASS_NAMES)}")
+    if not colon:
+        return name, None
+    if name == "lcm":
+        raise UsageError(f"--scheduler {text!r:.60}: lcm takes the timesteps that it was distilled on; give `lcm`")
+    if spacing not in SPACINGS:
+        raise UsageError(f"--scheduler {text!r:.60}: got the spacing {spacing!r:.40}, expected {', '.join(SPACINGS)}")
+    return name, spacing
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:

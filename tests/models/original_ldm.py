@@ -203,6 +203,9 @@ class UNetSizes:
     use_linear_in_transformer: bool = False
     transformer_depth: tuple[int, ...] | None = None  # by level; 1 at each
     adm_in_channels: int | None = None  # of sgm's `vector`: pooled text and sizes
+    # As ComfyUI says it of distilled UNets: by output block, and -1 for a middle of one residual block, -2 for none.
+    transformer_depth_output: tuple[int, ...] | None = None
+    transformer_depth_middle: int | None = None
 
 
 class UNetModel(nn.Module):
@@ -229,14 +232,20 @@ class UNetModel(nn.Module):
                 down = self._res(width, width, Downsample) if sizes.resblock_updown else Downsample(width, True)
                 self.input_blocks.append(EmbedSequential(down))
                 skips.append(width)
-        middle = self._attention(width, None)
-        self.middle_block = EmbedSequential(self._res(width, width), *middle, self._res(width, width))
+        middle = sizes.transformer_depth_middle
+        if middle is None or middle > 0:
+            attention = self._attention(width, None)
+            self.middle_block = EmbedSequential(self._res(width, width), *attention, self._res(width, width))
+        elif middle == -1:
+            self.middle_block = EmbedSequential(self._res(width, width))
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(sizes.channel_mult))):
             for i in range(sizes.num_res_blocks + 1):
                 layers = [self._res(width + skips.pop(), mult * sizes.model_channels)]
                 width = mult * sizes.model_channels
-                layers += self._attention(width, level)
+                number = len(self.output_blocks)
+                depths = sizes.transformer_depth_output
+                layers += self._attention(width, level, None if depths is None else depths[number])
                 if level and i == sizes.num_res_blocks:
                     layers.append(self._res(width, width, Upsample) if sizes.resblock_updown else Upsample(width, True))
                 self.output_blocks.append(EmbedSequential(*layers))
@@ -245,13 +254,16 @@ class UNetModel(nn.Module):
     def _res(self, width: int, out: int, resample: Any = None) -> nn.Module:
         return ResBlock(width, 4 * self.sizes.model_channels, out, self.sizes.use_scale_shift_norm, resample)
 
-    def _attention(self, width: int, level: int | None) -> list[nn.Module]:
+    def _attention(self, width: int, level: int | None, depth: int | None = None) -> list[nn.Module]:
         sizes = self.sizes
-        if level is not None and 2**level not in sizes.attention_resolutions:
+        if depth == 0 or (depth is None and level is not None and 2**level not in sizes.attention_resolutions):
             return []
         heads = sizes.num_heads if sizes.num_head_channels == -1 else width // sizes.num_head_channels
         if sizes.context_dim is not None:
-            depth = 1 if sizes.transformer_depth is None else sizes.transformer_depth[-1 if level is None else level]
+            if depth is None:
+                depth = (
+                    1 if sizes.transformer_depth is None else sizes.transformer_depth[-1 if level is None else level]
+                )
             return [SpatialTransformer(width, heads, sizes.context_dim, sizes.use_linear_in_transformer, depth)]
         return [AttentionBlock(width, heads, sizes.use_new_attention_order)]
 
@@ -263,7 +275,8 @@ class UNetModel(nn.Module):
         for block in self.input_blocks:
             x = block(x, emb, context)
             skips.append(x)
-        x = self.middle_block(x, emb, context)
+        if hasattr(self, "middle_block"):
+            x = self.middle_block(x, emb, context)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)

@@ -7,6 +7,7 @@ After github.com/Stability-AI/generative-models (``conditioner``: ``FrozenCLIPEm
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +89,13 @@ class DiffusionEngine(nn.Module):
         return torch.cat([first(tokens), hidden], dim=-1), torch.cat([pooled, embedded], dim=-1)
 
 
-def make_tiny_xl(channels: int = 4) -> DiffusionEngine:
-    """Narrow, with two transformers in the last level."""
-    unet = replace(
-        XL_UNET, in_channels=channels, model_channels=64, context_dim=128 + 192, transformer_depth=(0, 1, 2),
+def make_tiny_xl(channels: int = 4, **unet_sizes: Any) -> DiffusionEngine:
+    """Narrow, with two transformers in the last level; ``unet_sizes``: those of the UNet that are others."""
+    narrow = dict(
+        in_channels=channels, model_channels=64, context_dim=128 + 192, transformer_depth=(0, 1, 2),
         adm_in_channels=96 + 6 * 16,
     )  # fmt: skip
+    unet = replace(XL_UNET, **narrow | unet_sizes)
     texts = (TextSizes("clip", 128, 3, 514), TextSizes("open_clip", 192, 3, 514))
     return DiffusionEngine(unet, replace(KL_F8, ch=32), texts, projected=96)
 

@@ -99,6 +99,25 @@ def load_diffusers(folder: Path, scheduler: Any, way: str = "StableDiffusionPipe
     return build_diffusers(way, load_diffusers_parts(folder), scheduler)
 
 
+def load_diffusers_xl(folder: Path, way: str = "StableDiffusionXLPipeline") -> Any:
+    """diffusers' pipeline ``way`` of the Stable Diffusion XL in ``folder``, which also rounds timesteps."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    pipeline = getattr(diffusers, way)(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=diffusers.EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        add_watermarker=False,
+    )
+    round_timesteps(pipeline.unet)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def paint_diffusers(pipeline: Any, latents: NDArray[np.float32], prompt: str = PROMPT) -> NDArray[np.float64]:
     with same_draws(pipeline.scheduler):
         images = pipeline(

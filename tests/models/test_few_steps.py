@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import qdeploy
 from qdeploy.artifacts.bundle import open_bundle
@@ -19,7 +21,8 @@ from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.modes import CalibrationRequest, calibrate_to_file
 from qdeploy.calibrate.spec import QuantSpec
-from qdeploy.export.exporter import export_bundle
+from qdeploy.cli import main
+from qdeploy.export.exporter import choose_unguided, export_bundle
 from qdeploy.models.source import load_model
 from qdeploy.targets.base import load_target
 from tests.models.pictures import assert_same, first_latents, load_diffusers, paint, paint_diffusers, same_draws
@@ -40,7 +43,7 @@ def turbo(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("steps", [1, 4])
 def test_turbos_pictures_are_diffusers(turbo: Path, tmp_path: Path, steps: int) -> None:
     model = load_model(str(turbo))
-    export_bundle(model, None, load_target("ort-cpu"), tmp_path / "bundle", unguided=True)
+    export_bundle(model, None, load_target("ort-cpu"), tmp_path / "bundle")  # its scheduler says that it takes one row
     scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(turbo / "scheduler")
     noise = first_latents(model)
     with same_draws(scheduler):
@@ -63,8 +66,41 @@ def test_a_table_without_guidance_makes_a_graph_of_one_row(turbo: Path, tmp_path
     assert (recording.is_guided, recording.count("unet"), recording.timestep.max()) == (False, 12, 999)
     table = quantize_model(model, recording, QuantSpec())
     export_bundle(model, table, load_target("ort-cpu"), tmp_path / "w8a8")
+    with pytest.raises(UsageError, match="--guided: the table was calibrated without guidance"):
+        export_bundle(model, table, load_target("ort-cpu"), tmp_path / "two", unguided=False)
     unet = open_bundle(tmp_path / "w8a8").manifest.unet
     assert (unet.inputs["sample"].shape[0], unet.integer_mac_share > 0.5) == (1, True)
+
+
+@pytest.mark.exports
+def test_the_commands_say_what_they_chose(turbo: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(main, ["--quiet", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    said = run("export", turbo, "-o", tmp_path / "one")
+    assert "one row a call, since the scheduler is a few-step model's (EulerDiscreteScheduler with trailing sp" in said
+    said = run("generate", tmp_path / "one", "a cat", "-o", tmp_path / "a.png", "--steps", 1)
+    assert "--guidance 7.5 is the default for all models; give what its authors name, such as --guidance 1" in said
+    assert "note:" not in run("generate", tmp_path / "one", "a cat", "-o", tmp_path / "a.png", "--scheduler", "pndm")
+    said = run("calibrate", turbo, "-o", tmp_path / "c.safetensors", "--samples", 1, "--batch", 1)
+    assert "--steps 25 --guidance 7.5 is the default" in said
+    assert load_calibration(tmp_path / "c.safetensors").is_guided
+
+
+@pytest.mark.parametrize(("requested", "rows"), [(None, 1), (True, 1), (False, 2)])
+def test_who_chooses_the_rows(turbo: Path, tiny_model: Any, table: Any, requested: bool | None, rows: int) -> None:
+    """The option, then the table, then the scheduler."""
+    assert choose_unguided(load_model(str(turbo)), None, requested) == (rows == 1)
+    assert choose_unguided(tiny_model, None, None) is False
+    assert choose_unguided(tiny_model, table, None) is False
+
+
+def test_the_scheduler_of_an_lcm_lora_asks_for_one_row(tiny_model: Any) -> None:
+    lcm = replace(tiny_model, scheduler_config={**tiny_model.scheduler_config, "_class_name": "LCMScheduler"})
+    assert choose_unguided(lcm, None, None)
+    assert choose_unguided(lcm, None, False) is False
 
 
 def test_a_table_with_guidance_keeps_both_rows(tiny_model: Any, table: Any, tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ def test_taesd_goes_the_whole_way(
     model = load_model(str(tiny_folder), ModelOptions(vae=taesd))
     recorded = record_trajectories(model, ["a cat"], TimestepAwareSettings(samples=2, steps=4, record=4, batch=2))
     table = quantize_model(model, recorded, QuantSpec())
+    decoder = table.components["vae_decoder"]
+    last = f"decoder.layers.{len(model.vae_decoder.inner.decoder.layers) - 1}"  # type: ignore[union-attr, arg-type]
+    assert set(decoder.float_layers) == {"decoder.layers.0", last}  # the first and the last stay in float
+    assert {layer.reason for layer in decoder.float_layers.values()} == {"keep list"}
     export_bundle(model, table, load_target("ort-cpu"), tmp_path / "w8a8")
     export_bundle(model, None, load_target("ort-cpu"), tmp_path / "fp32", with_encoder=True)
     picture = np.random.default_rng(5).integers(0, 256, (16, 16, 3), np.uint8)

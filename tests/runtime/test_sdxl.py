@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 import qdeploy
@@ -21,12 +21,13 @@ from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
 from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.cli import main
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import load_model
 from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.targets.base import load_target
-from tests.models.pictures import ONE_GREY_LEVEL, same_draws
+from tests.models.pictures import ONE_GREY_LEVEL, load_diffusers_xl, same_draws
 from tests.shared_artifacts import build_once
 from tests.tiny import write_tiny_sdxl
 
@@ -65,24 +66,7 @@ def xl(sdxl_bundle: Path) -> Iterator[Pipeline]:
 
 @functools.cache
 def load_theirs(folder: Path, way: str) -> Any:
-    """diffusers' pipeline, whose UNet rounds the timesteps as a bundle's does."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
-    forward = unet.forward
-    unet.forward = lambda sample, t, *rest, **named: forward(sample, t.round(), *rest, **named)
-    pipeline = getattr(diffusers, way)(
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-        unet=unet,
-        scheduler=diffusers.EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_diffusers_xl(folder, way)
 
 
 @pytest.fixture
@@ -204,6 +188,47 @@ def test_the_context_of_a_single_call(xl: Pipeline, sdxl_folder: Path) -> None:
 def test_sizes_that_are_none(xl: Pipeline, options: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         xl("a cat", steps=1, **options)
+
+
+def test_sizes_on_the_command_line(
+    sdxl_bundle: Path, sdxl_folder: Path, noise: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, Any] = dict(original_size=(40, 60), target_size=(20, 30))
+    own = torch.from_numpy(noise)
+    options: dict[str, Any] = dict(latents=own, height=16, width=16, crops_coords_top_left=(3, 5), **sizes, **SETTINGS)
+    expected = paint(sdxl_folder, WAYS[0], **options)
+    monkeypatch.setattr("qdeploy.runtime.run.draw_unit_noise", lambda *_: noise)
+    arguments = ["generate", str(sdxl_bundle), "a red house", "-o", str(tmp_path / "a.png"), "--steps", "6"]
+    typed = ["--guidance", "5", "--original-size", "40,60", "--crop", "3,5", "--target-size", "20,30"]
+    done = CliRunner().invoke(main, [*arguments, *typed])
+    assert done.exit_code == 0, done.output
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    assert np.abs(picture.astype(int) - expected[0]).max() <= ONE_GREY_LEVEL
+    plain = paint(sdxl_folder, WAYS[0], latents=own, height=16, width=16, **SETTINGS)
+    assert np.abs(plain - expected).max() > ONE_GREY_LEVEL  # the sizes count
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["--crop", "3"], "got '3', expected two whole numbers with a comma between, as in 1024,768"),
+        (["--crop=-1,0"], "-1 is not in the range 0<=x<=65536; expected at least 0"),
+        (["--target-size", "16,65537"], "65537 is not in the range 1<=x<=65536; expected at most 65536"),
+        (["--original-size", "1e3,16"], "'1e3' is not a valid integer"),
+        (["--original-size", "16,16,16"], "expected two whole numbers"),
+    ],
+    ids=str,
+)
+def test_sizes_on_the_command_line_that_are_none(typed: list[str], words: str) -> None:
+    done = CliRunner().invoke(main, ["generate", "bundle", "a cat", *typed])
+    assert (done.exit_code, words in " ".join(done.output.split())) == (2, True), done.output
+
+
+def test_sizes_on_the_command_line_for_another_model(float_bundle: Path, tmp_path: Path) -> None:
+    arguments = ["generate", str(float_bundle), "a cat", "-o", str(tmp_path / "a.png"), "--crop", "0,0"]
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, "got crop, expected none: only a bundle of Stable Diffusion XL" in done.output) == (2, True)
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_sizes_for_another_model(pipe: Pipeline) -> None:

@@ -13,13 +13,18 @@ from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import checkpoint_folder
 from qdeploy.calibrate.dataset import CalibrationSet, check_shapes
 from qdeploy.calibrate.dataset_file import save_calibration
+from qdeploy.calibrate.record.conditioning import choose_scheduler_config
 from qdeploy.calibrate.record.noise_data import NoiseDataSettings, calibration_from_noise
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion, save_qdiffusion
 from qdeploy.calibrate.record.raw_data import RawDataSettings, calibration_from_pictures
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
+from qdeploy.models.few_step_loras import advise_loras
+from qdeploy.models.options import ModelOptions
 from qdeploy.models.source import LatentDiffusion
+from qdeploy.sampling import split_scheduler
 from qdeploy.sampling.call_schedule import CallSchedule
+from qdeploy.sampling.few_steps import advise_few_steps
 
 QDIFFUSION_SUFFIX = ".pt"
 COMMON = frozenset(["mode", "prompts", "samples", "steps", "scheduler", "seed"])
@@ -79,7 +84,7 @@ def check_request(request: CalibrationRequest, typed: Set[str], out: Path) -> No
         )
     if request.seed < 0:
         raise UsageError(f"--seed: got {request.seed}, expected 0 or more")
-    if request.eta != 0 and request.scheduler not in (None, "ddim"):
+    if request.eta != 0 and request.scheduler is not None and split_scheduler(request.scheduler)[0] != "ddim":
         raise UsageError(f"--eta: only ddim takes noise this way, not --scheduler {request.scheduler}")
 
 
@@ -88,6 +93,18 @@ def check_text_options(model: LatentDiffusion, typed: Set[str]) -> None:
     for name in sorted(typed & TEXT_OPTIONS):
         if not model.reads_text:
             raise UsageError(f"{format_option(name)}: {model.source} is unconditional and takes none")
+
+
+def list_notes(
+    model: LatentDiffusion, request: CalibrationRequest, typed: Set[str], options: ModelOptions
+) -> tuple[str, ...]:
+    """Hints where a few-step model or LoRA is recorded with settings that it was not made for."""
+    if request.mode != MODES[0] or request.from_qdiffusion is not None:
+        return ()
+    config = choose_scheduler_config(model, request.scheduler)
+    guidance = request.guidance if model.is_guided and "guidance" not in typed else None
+    hint = advise_few_steps(config, None if "steps" in typed else request.steps, guidance)
+    return (*advise_loras(options.loras, config), *([hint] if hint else []))
 
 
 def format_option(name: str) -> str:

@@ -53,11 +53,12 @@ def prepare(
             apply_rewrite(module, rewrite)
     feeds = model.make_example(name, batch=1)
     calls = trace_layers(module, feeds)
-    float_calls = [call for call in calls if spec.keeps_float(name, call.name)]
+    float_names = {call.name for call in calls if call.name in module.edge_layers or spec.keeps_float(name, call.name)}
+    float_calls = [call for call in calls if call.name in float_names]
     quantized_calls = [
         replace(call, first_token_float=spec.keeps_first_token_float(call.name))
         for call in calls
-        if not spec.keeps_float(name, call.name)
+        if call.name not in float_names
     ]
     if in_loop and spec.first_token_float:
         check_first_token(quantized_calls, feeds)

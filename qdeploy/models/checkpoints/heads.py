@@ -33,7 +33,9 @@ class Heads:
 PUBLISHED = {
     (SD1, 320, (1, 2, 4, 4)): Heads(number=8),
     (SD2, 320, (1, 2, 4, 4)): Heads(channels=64),
-    (SDXL, 320, (1, 2, 4)): Heads(channels=64),
+    (SDXL, 320, (1, 2, 4)): Heads(channels=64),  # SSD-1B, Vega and KOALA too
+    (SD1, 320, (1, 2, 4)): Heads(number=8),  # BK-SDM-Tiny, of which the last level is left out
+    (SD2, 320, (1, 2, 4)): Heads(channels=64),  # BK-SDM-v2-Tiny
     (TEXT2IMG, 320, (1, 2, 4, 4)): Heads(number=8),  # txt2img-1p4B
     (TEXT2IMG, 192, (1, 2, 3, 5)): Heads(channels=32),  # text2img256
     (UNCONDITIONAL, 224, (1, 2, 3, 4)): Heads(channels=32),  # lsun_beds256, ffhq256, celeba256

@@ -30,6 +30,11 @@ EMBEDDERS = {SD1: "FrozenCLIPEmbedder", SD2: "FrozenOpenCLIPEmbedder", TEXT2IMG:
 # Layouts that are known and not converted: a tensor's name or its start, and what to say.
 UNSUPPORTED = (
     ("conditioner.embedders.0.model.", "is the refiner of Stable Diffusion XL, which no base model here needs"),
+    (
+        "conditioner.embedders.1.model.text_model.",
+        "has its second text encoder under transformers' names, as SSD-1B.safetensors does; give the file in the "
+        "original's (SSD-1B-A1111.safetensors) or the diffusers folder",
+    ),
     ("edm_mean", "is Playground 2.5, whose latents are shifted and whose noise levels are EDM's"),
     ("model.diffusion_model.joint_blocks.", "is Stable Diffusion 3, a transformer and no UNet"),
     ("joint_blocks.", "is Stable Diffusion 3, a transformer and no UNet"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +20,12 @@ from qdeploy.models.checkpoints.assemble import build_module, check_all_used
 from qdeploy.models.checkpoints.heads import Heads
 from qdeploy.models.checkpoints.kinds import UNET
 from qdeploy.models.checkpoints.original_config import OriginalConfig
+from qdeploy.models.checkpoints.uneven_blocks import (
+    UnevenBlocks,
+    build_uneven_config,
+    count_depth,
+    read_uneven_blocks,
+)
 
 Make = Callable[[Any, Mapping[str, Any]], nn.Module]  # (class, its settings) -> a module of it
 
@@ -31,6 +36,7 @@ class UNetLayout:
 
     transformer_depth: blocks of each transformer, or by level where they differ, 0 without one.
     added_channels: of pooled text and sizes, which Stable Diffusion XL's UNet adds to the timestep's embedding.
+    uneven: of a distilled UNet, whose blocks differ in what ``attention`` and ``transformer_depth`` cannot say.
     """
 
     in_channels: int
@@ -45,6 +51,7 @@ class UNetLayout:
     resblock_updown: bool
     linear_projections: bool = False  # of a transformer's input and output, in place of 1x1 convolutions
     added_channels: int | None = None
+    uneven: UnevenBlocks | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -64,11 +71,11 @@ def read_layout(weights: Mapping[str, Tensor]) -> UNetLayout:
     first = [f"input_blocks.{1 + i}" for i in range(0, blocks, stride)]
     width = weights["input_blocks.0.0.weight"].shape[0]
     embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    context = weights.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    context = _find(weights, ".attn2.to_k.weight")
     resampler = _find_resampler(weights, f"output_blocks.{stride - 1}")
-    projection = weights.get("middle_block.1.proj_in.weight")
-    depths = tuple(_count_blocks(weights, f"{block}.1") for block in first)
-    middle = _count_blocks(weights, "middle_block.1")
+    projection = _find(weights, ".1.proj_in.weight")
+    depths = tuple(count_depth(weights, f"{block}.1") for block in first)
+    middle = count_depth(weights, "middle_block.1")
     added = weights.get("label_emb.0.0.weight")
     return UNetLayout(
         in_channels=weights["input_blocks.0.0.weight"].shape[1],
@@ -83,11 +90,13 @@ def read_layout(weights: Mapping[str, Tensor]) -> UNetLayout:
         resblock_updown=resampler is not None and f"{resampler}.in_layers.0.weight" in weights,
         linear_projections=projection is not None and projection.dim() == 2,
         added_channels=None if added is None else added.shape[1],
+        uneven=None if context is None else read_uneven_blocks(weights, stride),
     )
 
 
-def _count_blocks(weights: Mapping[str, Tensor], transformer: str) -> int:
-    return next(i for i in count() if f"{transformer}.transformer_blocks.{i}.norm1.weight" not in weights)
+def _find(weights: Mapping[str, Tensor], end: str) -> Tensor | None:
+    """The first weight whose name has this ``end``: every transformer of a UNet reads one text in one way."""
+    return next((tensor for name, tensor in weights.items() if name.endswith(end)), None)
 
 
 def check_config(layout: UNetLayout, config: OriginalConfig) -> None:
@@ -173,7 +182,7 @@ def _build_conditional_config(layout: UNetLayout, heads: Heads, sample_size: int
     down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention)
     up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(layout.attention))
     counts = tuple(heads.count_at(width) for width in layout.widths)
-    return dict(
+    config = dict(
         **_build_common_config(layout, sample_size),
         down_block_types=down,
         up_block_types=up,
@@ -182,6 +191,7 @@ def _build_conditional_config(layout: UNetLayout, heads: Heads, sample_size: int
         use_linear_projection=layout.linear_projections,
         attention_head_dim=counts[0] if len(set(counts)) == 1 else counts,  # diffusers' name for the number of heads
     )
+    return config | ({} if layout.uneven is None else build_uneven_config(layout.uneven))
 
 
 def _list_depths(depth: int | tuple[int, ...]) -> int | tuple[int, ...]:
