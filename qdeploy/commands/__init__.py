@@ -70,7 +70,7 @@ class Whole(click.IntRange):
         return number
 
 
-class Pair(click.ParamType):
+class Pair(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
     """Two whole numbers with a comma between them, as in ``1024,768``; each within bounds."""
 
     name = "two whole numbers"

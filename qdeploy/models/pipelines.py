@@ -38,7 +38,8 @@ def read_pipeline_class(folder: Path) -> str:
     """The pipeline class of ``model_index.json``; ModelError for an unknown one."""
     name = read_model_index(folder).pipeline
     if not isinstance(name, str) or name not in PIPELINES:
-        reason = f": {REFUSED[name]}, which is not supported" if isinstance(name, str) and name in REFUSED else ""
+        what = next((text for start, text in REFUSED.items() if str(name).startswith(start)), None)
+        reason = "" if what is None else f": {what}, which is not supported"
         known = ", ".join(PIPELINES)
         raise ModelError(f"{folder} is a {name!r:.60}{reason}; this version takes folders of {known}")
     return name

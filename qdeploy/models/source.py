@@ -16,6 +16,7 @@ from qdeploy.models.options import ModelOptions
 from qdeploy.models.pipelines import parts_from_folder, read_pipeline_spec
 from qdeploy.models.replaced_vae import hash_vae, take_vae
 from qdeploy.models.single_file import hash_source, is_single_file, parts_from_file
+from qdeploy.models.single_parts import refuse_part
 
 __all__ = [
     "LatentDiffusion",
@@ -41,6 +42,7 @@ def find_model_folder(source: str) -> Path:
     if not folder.is_dir():
         check_regular(folder)
     if not (folder / "model_index.json").exists():
+        refuse_part(folder)
         raise ModelError(f"{source} is not a diffusers pipeline folder: no model_index.json in it")
     read_pipeline_spec(folder)
     return folder

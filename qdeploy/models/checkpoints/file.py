@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError
+from qdeploy.models.checkpoints.foreign import refuse_foreign
 from qdeploy.models.weight_files import MAX_TENSORS, check_safetensors
 
 SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")  # usual ones; a file is read by its content
@@ -103,6 +104,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if type(step) is int and 0 <= step < 2**63 and tensors:
         tensors.setdefault("global_step", torch.tensor(step))
     if not tensors:
+        refuse_foreign(_list_nested_names(loaded))
         raise ModelError(f"{path} holds no tensors by name, neither directly nor in a `state_dict`; {REMEDY}")
     _check_sizes(tensors, path)
     _refuse_complex(dict(loaded["state_dict"] if nested else loaded), path)
@@ -287,6 +289,12 @@ def _filter_tensors(loaded: Any) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         return {}
     return {name: value.detach() for name, value in loaded.items() if isinstance(name, str) and _is_plain(value)}
+
+
+def _list_nested_names(loaded: Any) -> list[str]:
+    """Names in a dict of dicts, as an IP-Adapter's pickle is one."""
+    groups = loaded.items() if isinstance(loaded, Mapping) else ()
+    return [f"{outer}.{name}" for outer, group in groups if isinstance(group, Mapping) for name in group]
 
 
 def _refuse_complex(loaded: Mapping[str, Any], path: Path) -> None:

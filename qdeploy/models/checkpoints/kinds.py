@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from qdeploy.base.errors import ModelError, join_names
+from qdeploy.models.checkpoints.foreign import SUPPORTED, refuse_foreign
 from qdeploy.models.checkpoints.original_config import OriginalConfig
 
 SD1, SD2, SDXL, UNCONDITIONAL, TEXT2IMG = "sd1", "sd2", "sdxl", "ldm-uncond", "ldm-text2img"
@@ -21,36 +22,8 @@ EMA = "model_ema."  # LitEma's copy of the UNet, its names without dots
 CLIP_TOKENS = re.compile(r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.token_embedding\.weight")
 OPEN_CLIP_TOKENS = "cond_stage_model.model.token_embedding.weight"
 BERT_TOKENS = "cond_stage_model.transformer.token_emb.weight"
-SUPPORTED = (
-    "supported: Stable Diffusion 1.x, 2.x and XL, and CompVis' unconditional (LSUN, FFHQ, CelebA-HQ) and text-to-image "
-    "LDMs"
-)
 # The class of each kind's text encoder in its YAML.
 EMBEDDERS = {SD1: "FrozenCLIPEmbedder", SD2: "FrozenOpenCLIPEmbedder", TEXT2IMG: "BERTEmbedder"}
-# Layouts that are known and not converted: a tensor's name or its start, and what to say.
-UNSUPPORTED = (
-    ("conditioner.embedders.0.model.", "is the refiner of Stable Diffusion XL, which no base model here needs"),
-    (
-        "conditioner.embedders.1.model.text_model.",
-        "has its second text encoder under transformers' names, as SSD-1B.safetensors does; give the file in the "
-        "original's (SSD-1B-A1111.safetensors) or the diffusers folder",
-    ),
-    ("edm_mean", "is Playground 2.5, whose latents are shifted and whose noise levels are EDM's"),
-    ("model.diffusion_model.joint_blocks.", "is Stable Diffusion 3, a transformer and no UNet"),
-    ("joint_blocks.", "is Stable Diffusion 3, a transformer and no UNet"),
-    ("model.diffusion_model.double_blocks.", "is FLUX, a transformer and no UNet"),
-    ("double_blocks.", "is FLUX, a transformer and no UNet"),
-    ("depth_model.", "is Stable Diffusion 2's depth model, whose depth map is not fed; give the base model"),
-    ("low_scale_model.", "is Stable Diffusion's upscaler, whose small picture is not fed; give the base model"),
-    ("noise_augmentor.", "is Stable unCLIP, whose picture's embedding is not fed; give the base model"),
-    ("ip_adapter.", "is an IP-Adapter, whose picture is not fed; give the model that it is for"),
-    ("control_model.", "is a ControlNet, whose picture of control is not fed; give the model that it controls"),
-    ("controlnet_", "is a ControlNet, whose picture of control is not fed; give the model that it controls"),
-    ("cond_stage_model.embedding.", "is a class-conditional LDM"),
-    ("down_blocks.", "holds one module in diffusers' names; give the diffusers folder that it belongs to"),
-    ("lora_", "is a LoRA, not a model; give it to --lora"),
-    ("embedding_manager.", "holds a textual inversion in training; put its embedding into a diffusers folder"),
-)
 # Not weights of a part: schedule buffers, losses and discriminators, position indices, LitEma's own counters.
 EXTRAS = re.compile(
     r"(betas|v_pred|ztsnr|logvar|lvlb_weights|scale_factor|cond_ids|(log_one_minus_|sqrt_(recip(m1)?_|one_minus_)?)?alphas_cumprod"
@@ -69,9 +42,7 @@ def detect_kind(tensors: Mapping[str, Tensor], config: OriginalConfig | None = N
     ModelError for layouts that are not converted, for tensors that belong to no part, and where the YAML
     says otherwise.
     """
-    for start, what in UNSUPPORTED:
-        if any(name.startswith(start) for name in tensors):
-            raise ModelError(f"the file {what}, which is not converted; {SUPPORTED}")
+    refuse_foreign(tensors)
     for part, what in ((UNET, "UNet"), (FIRST_STAGE, "first stage")):
         if not any(name.startswith(part) for name in tensors):
             raise ModelError(f"the file has no {what} (no tensor `{part}…`); {SUPPORTED}")
@@ -122,7 +93,8 @@ def _detect_text_kind(tensors: Mapping[str, Tensor]) -> str:
         missing = [part for part in CONDITIONERS if not select_part(tensors, part)]
         if missing:
             raise ModelError(
-                f"the file has one of Stable Diffusion XL's two text encoders and no tensor `{missing[0]}…`"
+                f"the file has one of Stable Diffusion XL's two text encoders and no tensor `{missing[0]}…`; give a "
+                "file with both in it, as the published one is"
             )
         return SDXL
     has_cross_attention = any(name.startswith(UNET) and ".attn2." in name for name in tensors)
