@@ -130,9 +130,11 @@ def generate(
     build_sizes(original_size, crop, target_size, size, SIZES_INPUT in manifest.unet.inputs)  # checked before any work
     prepare_outputs(*list_outputs(out, count, pixels))
     picture, mask_picture = read_pictures(image, mask, (size.image_width, size.image_height))
-    defaults = [None if is_typed(name) else value for name, value in (("steps", steps), ("guidance", guidance))]
     slow = explain_slow_weights(engine or manifest.engine, manifest.largest_weight_codes)
-    for note in (slow, advise_request(opened, scheduler, *defaults)):
+    hint = advise_request(
+        opened, scheduler, None if is_typed("steps") else steps, None if is_typed("guidance") else guidance
+    )
+    for note in (slow, hint):
         if note is not None:
             click.echo(note, err=True)
     written: list[Path] = []
