@@ -20,6 +20,8 @@ from torch import Tensor
 from qdeploy.base.errors import ExportError
 from qdeploy.export.open_dims import STATIC, OpenDims, name_dims
 from qdeploy.models.components import TorchComponent
+from qdeploy.models.half_weights import widen_layers
+from qdeploy.models.rewrites.surgery import copy_module
 from qdeploy.passes.expand_attention import ATTENTION, DOMAIN
 from qdeploy.passes.simplify import simplify
 from qdeploy.simulate import ops  # noqa: F401 - registers the custom ops that are translated below
@@ -56,7 +58,7 @@ def graph_from_component(
     try:
         with _silence():
             program = torch.onnx.export(
-                component,
+                widen_layers(copy_module(component)),
                 kwargs=feeds,
                 input_names=list(feeds),
                 output_names=list(component.outputs),

@@ -25,6 +25,7 @@ from qdeploy.base.documents import parse_json
 from qdeploy.base.errors import ModelError, join_names
 from qdeploy.base.files import hash_file
 from qdeploy.models.config_files import read_config
+from qdeploy.models.half_weights import set_weight
 from qdeploy.models.latent_diffusion import LatentDiffusion
 from qdeploy.models.lora_settings import CONFIG_FILE, LoraSettings, find_lora_file, settings_from_config
 from qdeploy.models.options import LoraFile
@@ -142,7 +143,7 @@ def add_update(layer: nn.Module, update: LowRankUpdate, scale: float, name: str)
     fused = weight + scale * delta
     if not torch.isfinite(fused).all():
         raise ModelError(f"{name}: the fused weight holds NaN or infinity; get the LoRA again or give another scale")
-    layer.weight = nn.Parameter(fused, requires_grad=False)
+    set_weight(layer, fused)
 
 
 def match_updates(model: LatentDiffusion, content: LoraFileContent) -> dict[LayerAddress, LowRankUpdate]:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qdeploy.artifacts.components import name_tokenizer
@@ -20,6 +19,7 @@ from qdeploy.base.errors import ModelError, UsageError, join_names
 from qdeploy.models.config_files import check_regular, read_config, read_scheduler_config
 from qdeploy.models.corrections import correct_sample_size, correct_scheduler
 from qdeploy.models.folder_notes import MODULE_STEM, TEXT_STEM, is_unused_text_weight, list_notes
+from qdeploy.models.half_weights import choose_type, keep_half
 from qdeploy.models.latent_diffusion import ModelParts, TextParts, is_vq
 from qdeploy.models.model_index import ModelIndex, read_model_index
 from qdeploy.models.module_configs import (
@@ -29,7 +29,7 @@ from qdeploy.models.module_configs import (
     read_sample_size,
 )
 from qdeploy.models.pipeline_specs import PIPELINES, REFUSED, SCHEDULER, XL, PipelineSpec, TextEncoderSpec
-from qdeploy.models.weight_files import check_weight_files, choose_variant
+from qdeploy.models.weight_files import check_weight_files, choose_variant, count_weights, list_weight_files
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -118,25 +118,23 @@ def load_diffusers_module(folder: Path, classes: tuple[str, ...], index: ModelIn
 
     module: nn.Module
     name = choose_class(folder, classes, index)
-    module, info = load_weights(getattr(diffusers, name), folder, MODULE_STEM, torch_dtype=torch.float32)
+    module, info = load_weights(getattr(diffusers, name), folder, MODULE_STEM, "torch_dtype")
     check_complete(folder, info)
     return module
 
 
-def load_weights(module_class: Any, folder: Path, stem: str, **dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
+def load_weights(module_class: Any, folder: Path, stem: str, type_option: str) -> tuple[Any, Mapping[str, Any]]:
     """The module in ``folder`` and what its library says of loading it; ModelError for weights that do not fit.
 
-    stem: of the weight files. dtype: under the library's own name for it.
+    stem: of the weight files. type_option: the library's own name for the weights' type.
     """
+    variant = choose_variant(folder, stem)
+    chosen = {type_option: choose_type(count_weights(list_weight_files(folder, stem)))}
     try:
-        return module_class.from_pretrained(  # type: ignore[no-any-return]
-            folder,
-            variant=choose_variant(folder, stem),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **dtype,
+        module, info = module_class.from_pretrained(
+            folder, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True, **chosen
         )
+        return keep_half(module), info
     except (RuntimeError, ValueError) as exc:
         if "ignore_mismatched_sizes" not in str(exc):  # what the libraries advise: to start those weights at random
             raise
@@ -172,7 +170,7 @@ def load_text_encoder(folder: Path, spec: TextEncoderSpec) -> nn.Module:
 
     logging.disable_progress_bar()  # loading shows one of its own on every call
     library: Any = transformers if hasattr(transformers, spec.encoder) else latent_diffusion
-    module, info = load_weights(getattr(library, spec.encoder), folder, TEXT_STEM, dtype=torch.float32)
+    module, info = load_weights(getattr(library, spec.encoder), folder, TEXT_STEM, "dtype")
     layers = getattr(module.config, "num_hidden_layers", None)
     check_complete(folder, info, lambda name: is_unused_text_weight(name, layers))
     return module

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -103,6 +106,25 @@ def choose_variant(folder: Path, stem: str) -> str | None:
             f"name them {stem}{SUFFIX}"
         )
     raise ModelError(f"{folder} has no {stem}{SUFFIX}; {_describe_others(folder, names, stem)}")
+
+
+def list_weight_files(folder: Path, stem: str) -> list[Path]:
+    """The files of the weights that :func:`choose_variant` chooses: one, or all shards."""
+    variant = choose_variant(folder, stem)
+    named = "" if variant is None else rf"\.{re.escape(variant)}"
+    pattern = re.compile(rf"{stem}{named}({SHARD})?{SUFFIX}|{stem}{SHARD}{named}{SUFFIX}")
+    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+
+
+def count_weights(files: Iterable[Path]) -> dict[str, int]:
+    """Weights by their type as the headers name it: ``F32``, ``F16``, ``BF16``."""
+    counts: Counter[str] = Counter()
+    for path in files:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return dict(counts)
 
 
 def _describe_others(folder: Path, names: list[str], stem: str) -> str:

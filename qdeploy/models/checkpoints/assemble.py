@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError, join_names
+from qdeploy.models.half_weights import keep_half, keeps_half, list_half_names
 
 
 def build_module(make: Any, config: Any, weights: Mapping[str, Tensor], label: str) -> nn.Module:
     """``make(config)`` with ``weights``, which must be all of its parameters; eval mode, without gradients.
 
-    float32 tensors are used as they are (memory-mapped); half precision is widened. ModelError names weights
-    that are missing, left over or of another shape.
+    float32 tensors are used as they are (memory-mapped); half precision is widened, but for the layers' weights of a
+    large module, which stay as they are too (``models.half_weights``). ModelError names weights that are missing, left
+    over or of another shape.
     """
     from accelerate import init_empty_weights
 
@@ -26,8 +28,10 @@ def build_module(make: Any, config: Any, weights: Mapping[str, Tensor], label: s
         raise ModelError(f"the {label}'s sizes cannot be built: {exc}") from exc
     _check_names(module.state_dict(), weights, label)
     _check_types(weights, label)
-    module.load_state_dict({name: widen(tensor) for name, tensor in weights.items()}, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+    kept = list_half_names(module) if keeps_half(weights.values()) else set()
+    tensors = {name: tensor if name in kept else widen(tensor) for name, tensor in weights.items()}
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return keep_half(module.requires_grad_(False)).eval()
 
 
 def widen(tensor: Tensor) -> Tensor:
