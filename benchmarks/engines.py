@@ -30,7 +30,7 @@ from qdeploy.base.numerics import sqnr_db
 HERE = Path(__file__).parent
 SOURCES = {
     "builtin": ModelFiles("builtin:emoji", str(HERE / "work/models/qdeploy-w8a8-two-passes/table.safetensors")),
-    "sd15": ModelFiles(str(HERE / "work/sd15/model"), str(HERE / "work/sd15/w8a8.safetensors")),
+    "sd15": ModelFiles(str(HERE / "work/sd15/model/model.safetensors"), str(HERE / "work/sd15/w8a8.safetensors")),
 }
 FLOAT = "fp32"  # the row that SQNR is measured against
 TIMESTEP = 500
@@ -113,7 +113,7 @@ def time_interleaved(first: Worker, second: Worker, rounds: int) -> tuple[float,
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--size", type=click.Choice(list(SOURCES)), default="builtin", show_default=True, help="Which UNet.")
-@click.option("--model", help="Another model of that size, e.g. where benchmarks.sd15 --work put it.")
+@click.option("--model", help="Another model of that size, e.g. where benchmarks.sizes --model sd15 --work put it.")
 @click.option("--table", help="Its W8A8 table.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of what is made.")
 @click.option("--only", multiple=True, help="Rows to measure; all by default. Others keep their figures.")

@@ -62,7 +62,7 @@ def write_unet_config(model: Any, folder: Path) -> None:
 
 
 def make(folder: Path, sd15: Path | None) -> None:
-    """The built-in model with a table of a short calibration; Stable Diffusion 1.5's from ``benchmarks.sd15``."""
+    """The built-in model with a table of a short calibration; Stable Diffusion 1.5's from ``benchmarks.sizes``."""
     from qdeploy.artifacts.table import load_table
     from qdeploy.calibrate.quantize import quantize_model
     from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
@@ -74,7 +74,11 @@ def make(folder: Path, sd15: Path | None) -> None:
         calibration = record_trajectories(model, ["red apple", "rocket", "a cat"], settings)
         make_bundles(model, quantize_model(model, calibration, QuantSpec()), folder / "emoji")
     if sd15 is not None and not (folder / "sd15" / UNET_CONFIG).is_file():
-        make_shells(load_model(str(sd15 / "model")), load_table(sd15 / "w8a8.safetensors"), folder / "sd15")
+        make_shells(
+            load_model(str(sd15 / "model" / "model.safetensors")),
+            load_table(sd15 / "w8a8.safetensors"),
+            folder / "sd15",
+        )
 
 
 def measure_all(folder: Path, out: Path, only: str | None, cpu: bool, calls: int) -> str:
@@ -171,7 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.add_argument("folder", type=Path, help="what --make wrote")
     parser.add_argument("--make", action="store_true", help="export the models to FOLDER; needs the quantize extra")
-    parser.add_argument("--sd15", type=Path, help="with --make: the work folder of python -m benchmarks.sd15")
+    parser.add_argument(
+        "--sd15", type=Path, help="with --make: the work folder of python -m benchmarks.sizes --model sd15"
+    )
     parser.add_argument("--out", type=Path, help="folder of receipts, report.json and report.md")
     parser.add_argument("--only", help="rows whose name has this in it, such as 'emoji ort-cuda'")
     parser.add_argument("--cpu", action="store_true", help="what needs no GPU, where there is none")

@@ -157,12 +157,14 @@ def describe_halves(calibration: CalibrationSet) -> str:
 def describe_single_file(path: Path) -> FactRows:
     """An original checkpoint by its tensors' names and shapes; no weight is read."""
     from qdeploy.models.checkpoints import describe_checkpoint
+    from qdeploy.models.name_architecture import NAMES
 
     summary = describe_checkpoint(path)
     return [
         ("model", str(path)),
         ("size", f"{path.stat().st_size / 1e6:.1f} MB"),
         ("kind", summary.kind),
+        ("architecture", NAMES[summary.kind]),
         ("picture", f"{summary.image_side}x{summary.image_side}"),
         ("latents", "x".join(map(str, summary.latents))),
         ("averaged weights", "of the UNet, take them with --ema" if summary.ema else "none"),
@@ -174,12 +176,14 @@ def describe_single_file(path: Path) -> FactRows:
 
 def describe_model(source: str) -> FactRows:
     """Sizes of pictures and latents, and parameters of each component; reads the weights."""
+    from qdeploy.models.name_architecture import name_architecture
     from qdeploy.models.source import load_model
 
     model = load_model(source)
     latents = model.latents
     facts = [
         ("model", source),
+        ("architecture", name_architecture(model)),
         ("picture", f"{latents.image_width}x{latents.image_height}"),
         ("latents", f"{latents.channels}x{latents.height}x{latents.width}"),
         ("kind", model.kind),

@@ -98,7 +98,7 @@ def test_facts_without_building(original: DiffusionEngine, tmp_path: Path) -> No
     facts = describe_checkpoint(path)
     assert (facts.kind, facts.latents, facts.image_side) == ("sdxl", (4, 128, 128), 1024)
     assert set(facts.parameters) == {"text_encoder", "text_encoder_2", "unet", "vae"}
-    assert ("kind", "sdxl") in describe(str(path))
+    assert {("kind", "sdxl"), ("architecture", "Stable Diffusion XL")} <= set(describe(str(path)))
     assert "tokenizer_2" in facts.missing[0]
 
 

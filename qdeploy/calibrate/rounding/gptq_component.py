@@ -60,14 +60,13 @@ def count_inputs(calls: Sequence[LayerCall]) -> int:
 
 @torch.no_grad()
 def round_by_gptq(
-    component: CalibratedComponent, layers: Mapping[str, LayerQuant], groups: Sequence[Sequence[LayerCall]]
-) -> dict[str, LayerQuant]:
-    """``layers`` with codes chosen anew at their scales, of both ranges where a layer has both.
+    component: CalibratedComponent, layers: dict[str, LayerQuant], groups: Sequence[Sequence[LayerCall]]
+) -> None:
+    """Choose the codes of ``layers`` anew at their scales, of both ranges where a layer has both; changed in place.
 
     ``groups`` are layers that read one tensor. Layers of more than MAX_INPUTS inputs keep their codes.
     """
     feeds = component.sample(SAMPLES)
-    rounded_layers = dict(layers)
     selected = [group for group in groups if count_inputs(group) <= MAX_INPUTS]
     count, done_count = sum(map(len, selected)), 0
     for batch in split_by_memory(selected):
@@ -76,11 +75,10 @@ def round_by_gptq(
         for hessian in hessians:
             for call in hessian.calls:
                 if hessian.total is not None:
-                    rounded_layers[call.name] = round_layer(call.module, layers[call.name], hessian.total)
+                    layers[call.name] = round_layer(call.module, layers[call.name], hessian.total)
                 done_count += 1
                 component.report("rounding by GPTQ", done_count, count)
             hessian.total = None
-    return rounded_layers
 
 
 def split_by_memory(groups: Sequence[Sequence[LayerCall]]) -> Iterator[list[Sequence[LayerCall]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,18 +33,23 @@ class Rounded:
 def round_weights(observed: Observed, spec: QuantSpec) -> Rounded:
     """Round every layer, then spend the budgets that ``spec`` gives (size, MACs in float) on the most sensitive."""
     prepared = observed.prepared
-    quants = [round_to_width(observed, bits, spec) for bits in prepared.widths]
-    if len(quants) == 1:
-        quant = move_layers_to_float(quants[0], spec.float_macs)
-    else:
-        assert spec.max_mb is not None  # without it there is one width
-        narrow, wide = quants
-        quant = allocate_widths(narrow, wide, spec.max_mb)
+    quant = spend_budgets([round_to_width(observed, bits, spec) for bits in prepared.widths], spec)
     if spec.gptq and spec.reconstruction is None:
         groups = [[call for call in group if call.name in quant.layers] for group in prepared.groups]
-        layers = round_by_gptq(prepared.component, quant.layers, [group for group in groups if group])
+        layers = dict(quant.layers)
+        quant = replace(quant, layers={})  # nothing else holds the codes, so that each goes when it is chosen anew
+        round_by_gptq(prepared.component, layers, [group for group in groups if group])
         quant = replace(quant, layers=layers)
     return Rounded(prepared, quant)
+
+
+def spend_budgets(quants: Sequence[ComponentQuant], spec: QuantSpec) -> ComponentQuant:
+    """One component of those rounded to each width: layers back in float, or each layer at one of two widths."""
+    if len(quants) == 1:
+        return move_layers_to_float(quants[0], spec.float_macs)
+    assert spec.max_mb is not None  # without it there is one width
+    narrow, wide = quants
+    return allocate_widths(narrow, wide, spec.max_mb)
 
 
 def round_to_width(observed: Observed, bits: int, spec: QuantSpec) -> ComponentQuant:

@@ -29,7 +29,8 @@ def nearest(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> Compone
 
 def round_component(model: LatentDiffusion, quant: ComponentQuant, calibration: CalibrationSet) -> ComponentQuant:
     ready = prepare(model, PART, calibration, QuantSpec())
-    layers = round_by_gptq(ready.component, quant.layers, ready.groups)
+    layers = dict(quant.layers)
+    round_by_gptq(ready.component, layers, ready.groups)
     return ComponentQuant(layers, quant.float_layers, quant.macs)
 
 

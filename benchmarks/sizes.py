@@ -1,4 +1,4 @@
-"""Quantizing at Stable Diffusion 1.5's size: ``python -m benchmarks.sd15`` measures time and memory of each step.
+"""Quantizing at published sizes: ``python -m benchmarks.sizes --model sdxl`` measures time and memory of each step.
 
 The weights are random, for they cannot be shipped: the measurements depend only on shapes. Each step
 runs in a process of its own and leaves a receipt, so that an interrupted run resumes where it stopped.
@@ -20,10 +20,12 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.full_size import MODELS, write_model
 from benchmarks.ptq_quality import describe_setup
+from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.table import ComponentQuant, load_table, save_table
 from qdeploy.base.errors import QdeployError
-from qdeploy.base.files import stage_file, stage_folder
+from qdeploy.base.files import stage_file
 from qdeploy.base.progress import show_progress
 from qdeploy.bench.memory import read_peak_bytes
 from qdeploy.calibrate.component import CalibratedComponent
@@ -34,23 +36,32 @@ from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, recor
 from qdeploy.calibrate.rounding.units import Unit, group_into_units
 from qdeploy.calibrate.spec import EFFORTS, QuantSpec
 from qdeploy.calibrate.stages.reconstruct import reconstruct_units
-from qdeploy.models.source import find_model_folder, load_model
+from qdeploy.export.exporter import export_bundle
+from qdeploy.models.latent_diffusion import LatentDiffusion
+from qdeploy.models.source import load_model
+from qdeploy.targets.base import load_target
 
 HERE = Path(__file__).parent
-UNET: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)  # the rest are diffusers' defaults
-VAE: dict[str, Any] = dict(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    sample_size=512,
-)
-TEXT: dict[str, Any] = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-)
-TOKENS = 77
-SAMPLES, STEPS_TO_RECORD = 4, 8
 TIMED_ITERATIONS = 12
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured, and where its files are."""
+
+    model: str
+    work: Path
+    samples: int
+    steps: int
+
+    @property
+    def file(self) -> Path:
+        """The model."""
+        return self.work / "model" / "model.safetensors"
+
+    def load(self) -> LatentDiffusion:
+        """The model, loaded."""
+        return load_model(str(self.file))
 
 
 @dataclass(frozen=True)
@@ -64,55 +75,56 @@ class Receipt:
     facts: dict[str, Any]
 
 
-def make_model(work: Path) -> dict[str, Any]:
-    """A StableDiffusionPipeline folder of SD 1.5's architecture with random float16 weights."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    small = find_model_folder("builtin:emoji")  # for its tokenizer and scheduler; the meaning of words does not matter
-    with stage_folder(work / "model") as folder:
-        for part in ("tokenizer", "scheduler"):
-            shutil.copytree(small / part, folder / part)
-        shutil.copy(small / "model_index.json", folder)
-        config = folder / "tokenizer" / "tokenizer_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": TOKENS}))
-        unet: Any = UNet2DConditionModel(**UNET)
-        convert_to_half(unet).save_pretrained(folder / "unet")
-        convert_to_half(AutoencoderKL(**VAE)).save_pretrained(folder / "vae")
-        convert_to_half(CLIPTextModel(CLIPTextConfig(**TEXT))).save_pretrained(folder / "text_encoder")
-    return {"UNet parameters": sum(weight.numel() for weight in unet.parameters())}
+def make_model(study: Study) -> dict[str, Any]:
+    """One file with float16 weights, in the original's layout."""
+    write_model(study.model, study.work / "model")
+    return {"file bytes": study.file.stat().st_size}
 
 
-def convert_to_half(module: Any) -> Any:
-    """``module`` in float16."""
-    return module.half()
+def load(study: Study) -> dict[str, Any]:
+    """Load it, and nothing else."""
+    model = study.load()
+    counts = {name: sum(weight.numel() for weight in model.component(name).parameters()) for name in model.components}
+    return {"parameters": counts}
 
 
-def calibrate(work: Path) -> dict[str, Any]:
+def calibrate(study: Study) -> dict[str, Any]:
     """Record trajectories of the float model."""
-    settings = TimestepAwareSettings(SAMPLES, STEPS_TO_RECORD, STEPS_TO_RECORD, batch=2)
-    model = load_model(str(work / "model"))
-    prompts = draw_prompts(read_prompts(None, model.folder), SAMPLES, seed=0)
+    settings = TimestepAwareSettings(study.samples, study.steps, study.steps, batch=1)
+    model = study.load()
+    prompts = draw_prompts(read_prompts(None, model.folder), study.samples, seed=0)
     with show_progress() as on_progress:
         calibration = record_trajectories(model, prompts, settings, on_progress)
-    save_calibration(calibration, work / "calibration.safetensors")
+    save_calibration(calibration, study.work / "calibration.safetensors")
     return {"UNet inputs": calibration.count("unet")}
 
 
-def quantize(work: Path) -> dict[str, Any]:
-    """The default W8A8 table of all components."""
-    path = work / "w8a8.safetensors"
-    model, calibration = load_model(str(work / "model")), load_calibration(work / "calibration.safetensors")
+def quantize(study: Study, bits: int) -> dict[str, Any]:
+    """The table of all components: the default one at 8 bits, and at 4 bits one by GPTQ."""
+    path = study.work / f"w{bits}a8.safetensors"
+    model, calibration = study.load(), load_calibration(study.work / "calibration.safetensors")
     with show_progress() as on_progress:
-        save_table(quantize_model(model, calibration, QuantSpec(), on_progress), path)
+        save_table(quantize_model(model, calibration, QuantSpec(weight_bits=bits), on_progress), path)
     return {"table bytes": path.stat().st_size}
 
 
-def adaround(work: Path, device: str = "cpu") -> dict[str, Any]:
+def export(study: Study, bits: int) -> dict[str, Any]:
+    """The bundle of ``ort-cpu`` with both gates; random weights at 4 bits need no quality."""
+    table, out = load_table(study.work / f"w{bits}a8.safetensors"), study.work / f"bundle-w{bits}a8"
+    with show_progress() as on_progress:
+        export_bundle(study.load(), table, load_target("ort-cpu"), out, on_progress, min_sqnr_db=-20.0)
+    bundle = open_bundle(out)
+    components = bundle.manifest.components
+    return {
+        "bundle bytes": {name: bundle.component_bytes(name) for name in components},
+        "share of MACs in integers": {name: info.integer_mac_share for name, info in components.items()},
+        "SQNR of the engine against the simulator, dB": {name: info.parity_db for name, info in components.items()},
+    }
+
+
+def adaround(study: Study, device: str = "cpu") -> dict[str, Any]:
     """AdaRound's time per iteration on the block with the most MACs, and the estimate for the whole UNet."""
-    model = load_model(str(work / "model"))
+    model, work = study.load(), study.work
     quant = load_table(work / "w8a8.safetensors").components["unet"]
     units = group_into_units(model.unet.inner, quant.layers)
     largest = max(units, key=lambda unit: count_macs(quant, unit))
@@ -142,10 +154,14 @@ def count_macs(quant: ComponentQuant, unit: Unit) -> int:
     return sum(quant.macs[layer] for layer in unit.layers)
 
 
-STEPS: dict[str, Callable[[Path], dict[str, Any]]] = {
+STEPS: dict[str, Callable[[Study], dict[str, Any]]] = {
     "model": make_model,
+    "load": load,
     "calibrate": calibrate,
-    "quantize": quantize,
+    "quantize-w8": partial(quantize, bits=8),
+    "export-w8": partial(export, bits=8),
+    "quantize-w4": partial(quantize, bits=4),
+    "export-w4": partial(export, bits=4),
     "adaround": adaround,
     "adaround-cuda": partial(adaround, device="cuda"),
 }
@@ -158,23 +174,24 @@ def list_steps() -> list[str]:
     return [step for step in STEPS if torch.cuda.is_available() or not step.endswith("-cuda")]
 
 
-def run_in_subprocess(step: str, work: Path) -> Receipt:
+def run_in_subprocess(step: str, study: Study) -> Receipt:
     """``step`` in a process of its own, unless its receipt is there."""
-    path = work / f"{step}.json"
+    path = study.work / f"{step}.json"
     if not path.exists():
-        command = [sys.executable, "-m", "benchmarks.sd15", "--step", step, "--work", str(work)]
-        if subprocess.run(command, check=False).returncode != 0:
+        sizes = ["--samples", str(study.samples), "--steps", str(study.steps)]
+        command = [sys.executable, "-m", "benchmarks.sizes", "--model", study.model, "--work", str(study.work), *sizes]
+        if subprocess.run([*command, "--step", step], check=False).returncode != 0:
             raise QdeployError(f"step {step} failed; its output is above")
     return Receipt(**json.loads(path.read_text()))
 
 
-def run_in_process(step: str, work: Path) -> None:
+def run_in_process(step: str, study: Study) -> None:
     """``step`` in this process; its receipt is written when it is done."""
     start, start_cpu = time.perf_counter(), time.process_time()
-    facts = STEPS[step](work)
+    facts = STEPS[step](study)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     receipt = Receipt(step, seconds, cpu_seconds, read_peak_bytes(), facts)
-    with stage_file(work / f"{step}.json") as scratch:
+    with stage_file(study.work / f"{step}.json") as scratch:
         scratch.write_text(json.dumps(asdict(receipt), indent=1) + "\n", encoding="utf-8")
 
 
@@ -198,18 +215,28 @@ def format_fact(value: Any) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--work", type=click.Path(path_type=Path), default=HERE / "work" / "sd15", help="Folder of what is made.")
-@click.option("--out", type=click.Path(path_type=Path), default=HERE / "sd15.json", help="Report to write.")
+@click.option("--model", type=click.Choice(list(MODELS)), required=True, help="Whose sizes.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder of what is made. Default: work/MODEL.")
+@click.option("--out", type=click.Path(path_type=Path), help="Report to write. Default: sizes-MODEL.json.")
+@click.option("--samples", default=4, show_default=True, help="Trajectories to record.")
+@click.option("--steps", default=8, show_default=True, help="Steps of each.")
+@click.option("--until", type=click.Choice(list(STEPS)), help="Stop after this step.")
 @click.option("--step", type=click.Choice(list(STEPS)), help="Run only this step, in this process.")
-def main(work: Path, out: Path, step: str | None) -> None:
+def main(
+    model: str, work: Path | None, out: Path | None, samples: int, steps: int, until: str | None, step: str | None
+) -> None:
     """Measure every step that has no receipt yet, then print all; adaround-cuda only where there is a GPU."""
-    work.mkdir(parents=True, exist_ok=True)
+    study = Study(model, work or HERE / "work" / model, samples, steps)
+    study.work.mkdir(parents=True, exist_ok=True)
     if step is not None:
-        run_in_process(step, work)
+        run_in_process(step, study)
         return
-    receipts = [run_in_subprocess(name, work) for name in list_steps()]
-    report = {"environment": describe_setup(), "steps": [asdict(receipt) for receipt in receipts]}
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    names = list_steps()
+    names = names if until is None else names[: names.index(until) + 1]
+    receipts = [run_in_subprocess(name, study) for name in names]
+    report = {"model": model, "environment": describe_setup(), "steps": [asdict(receipt) for receipt in receipts]}
+    path = out or HERE / f"sizes-{model}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(format_table(receipts))
 
 
