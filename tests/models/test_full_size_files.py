@@ -62,9 +62,8 @@ def test_a_file_of_full_size(name: str, tmp_path: Path) -> None:
     assert figures["kept"]["unet"]
     assert figures["loaded"] <= LOADED_BYTES[name]
     assert figures["peak"] <= PEAK_BYTES
-    print(
-        f"\n{name}: file {size / 1e9:.2f} GB; loaded {figures['loaded'] / 1e9:.2f} GB, run {figures['peak'] / 1e9:.2f} GB"
-    )
+    loaded, peak = figures["loaded"] / 1e9, figures["peak"] / 1e9
+    print(f"\n{name}: file {size / 1e9:.2f} GB; loaded {loaded:.2f} GB, run {peak:.2f} GB")
 
 
 @pytest.mark.slow
