@@ -41,23 +41,28 @@ class PublishedSize:
 
 def make_original(name: str) -> State:
     """The state of a CompVis model."""
-    return original_state(LatentDiffusion(FULL[name]))
+    state: State = original_state(LatentDiffusion(FULL[name]))
+    return state
 
 
 def make_small_original(name: str) -> State:
     """The state of a narrow one."""
-    return original_state(LatentDiffusion(tiny(name)))
+    state: State = original_state(LatentDiffusion(tiny(name)))
+    return state
 
 
 def make_xl(depths: tuple[int, ...]) -> State:
     """The state of Stable Diffusion XL, with as many transformer blocks at each level."""
     texts = (TextSizes("clip", 768, 12, VOCABULARY), TextSizes("open_clip", 1280, 32, VOCABULARY))
-    return list_state(DiffusionEngine(replace(XL_UNET, transformer_depth=depths), KL_F8, texts, projected=1280))
+    engine = DiffusionEngine(replace(XL_UNET, transformer_depth=depths), KL_F8, texts, projected=1280)
+    state: State = list_state(engine)
+    return state
 
 
 def make_small_xl() -> State:
     """The state of a narrow one."""
-    return list_state(make_tiny_xl())
+    state: State = list_state(make_tiny_xl())
+    return state
 
 
 MODELS = {

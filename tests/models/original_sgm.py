@@ -91,7 +91,7 @@ class DiffusionEngine(nn.Module):
 
 def make_tiny_xl(channels: int = 4, **unet_sizes: Any) -> DiffusionEngine:
     """Narrow, with two transformers in the last level; ``unet_sizes``: those of the UNet that are others."""
-    narrow = dict(
+    narrow: dict[str, Any] = dict(
         in_channels=channels, model_channels=64, context_dim=128 + 192, transformer_depth=(0, 1, 2),
         adm_in_channels=96 + 6 * 16,
     )  # fmt: skip
