@@ -37,7 +37,8 @@ def test_every_number_has_bounds(name: str, option: click.Option) -> None:
     values = ENDLESS if isinstance(option.type, Number) else (*ENDLESS, "1.5", str(10**30), str(-(10**30)))
     arguments = ["x" for parameter in load_command(name).params if isinstance(parameter, click.Argument)]  # type: ignore[union-attr]
     for value in values:
-        result = CliRunner().invoke(main, [name, *arguments, option.opts[0], *[value] * option.nargs], catch_exceptions=False)
+        given = [value] * option.nargs
+        result = CliRunner().invoke(main, [name, *arguments, option.opts[0], *given], catch_exceptions=False)
         assert result.exit_code == 2, f"{value}: {result.output}"
         assert f"Invalid value for '{option.opts[0]}'" in result.output.replace("\n", " "), result.output
 
