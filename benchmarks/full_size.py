@@ -84,20 +84,24 @@ def write_model(name: str, folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def write_file(name: str, path: Path) -> dict[str, tuple[int, ...]]:
-    """The file of the model ``name``, one weight in memory at a time; returns the shapes by name."""
-    size = MODELS[name]
-    with torch.device("meta"):
-        state = size.make_state()
-    buffers = {key: value.numpy() for key, value in size.make_small().items() if key in state and is_buffer(key)}
-    kinds = {key: buffers[key].dtype if key in buffers else np.dtype(np.float16) for key in state}
-    shapes = {key: buffers[key].shape if key in buffers else tuple(value.shape) for key, value in state.items()}
+def write_file(name: str, path: Path) -> None:
+    """The file of the model ``name``, one weight in memory at a time."""
+    shapes = list_shapes(name)
+    small = MODELS[name].make_small()
+    buffers = {key: small[key].numpy() for key in shapes if is_buffer(key)}
+    kinds = {key: buffers[key].dtype if key in buffers else np.dtype(np.float16) for key in shapes}
     with stage_file(path) as scratch, scratch.open("wb") as file:
         file.write(build_header(shapes, kinds))
         for key, shape in shapes.items():
             for part in [buffers[key]] if key in buffers else draw_weight(key, shape):
                 file.write(np.ascontiguousarray(part).tobytes())
-    return shapes
+
+
+def list_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the model ``name``, without a weight in memory."""
+    with torch.device("meta"):
+        state = MODELS[name].make_state()
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def is_buffer(name: str) -> bool:
