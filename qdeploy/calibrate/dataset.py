@@ -140,17 +140,28 @@ def sample_feeds(calibration: CalibrationSet, component: str, samples: int) -> I
     if not get_kind(component).in_loop:
         yield from list(calibration.batches(component, choose_batch_size(calibration, component)))[::stride]
         return
-    # one t a call: thin out within each timestep rather than between them
+    chosen = thin_out(len(calibration.sample), stride)
     thinned_set = replace(
         calibration,
-        sample=calibration.sample[::stride],
-        timestep=calibration.timestep[::stride],
-        prompt=None if calibration.prompt is None else calibration.prompt[::stride],
-        sizes=None if calibration.sizes is None else calibration.sizes[::stride],
-        guidance=None if calibration.guidance is None else calibration.guidance[::stride],
-        guided=None if calibration.guided is None else calibration.guided[::stride],
+        sample=calibration.sample[chosen],
+        timestep=calibration.timestep[chosen],
+        prompt=None if calibration.prompt is None else calibration.prompt[chosen],
+        sizes=None if calibration.sizes is None else calibration.sizes[chosen],
+        guidance=None if calibration.guidance is None else calibration.guidance[chosen],
+        guided=None if calibration.guided is None else calibration.guided[chosen],
     )
     yield from thinned_set.batches(component, choose_batch_size(calibration, component))
+
+
+def thin_out(count: int, stride: int) -> Tensor:
+    """One in ``stride`` of ``count`` samples, ``int64[about count / stride]``.
+
+    The set holds them by timestep, which a call of the UNet has one of; the place within a stride goes round, so that
+    all trajectories are drawn from.
+    """
+    firsts = torch.arange(0, count, stride)
+    chosen = firsts + torch.arange(len(firsts)) % stride
+    return chosen[chosen < count]
 
 
 def check_shapes(

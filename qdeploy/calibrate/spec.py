@@ -133,6 +133,11 @@ class QuantSpec:
         if self.max_mb is not None and self.float_macs:
             raise UsageError("--max-mb and --float-macs spend the same sensitivities in two ways; give one of them")
 
+    @property
+    def rounds_by_gptq(self) -> bool:
+        """Whether weights are rounded by GPTQ; learned rounding starts from its own."""
+        return self.gptq and self.reconstruction is None
+
     def list_result_settings(self) -> dict[str, Any]:
         """The settings that decide the result, see :meth:`Reconstruction.list_result_settings`."""
         learned = None if self.reconstruction is None else self.reconstruction.list_result_settings()

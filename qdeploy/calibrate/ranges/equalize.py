@@ -25,13 +25,14 @@ FLOOR = 2.0**-10  # of the largest channel: dead channels must not divide by zer
 def search_ratio(stats: ChannelStats, weights: Sequence[Tensor], code_range: CodeRange) -> Tensor:
     """``float32[in]`` for all layers that read this input; ``weights`` are ``float32[out, in, ...]``.
 
-    Searches r = absmax^a over a in 0..1, normalized to a geometric mean of 1; a = 0 leaves the layer unchanged.
+    Searches r = rms^a over a in 0..1, normalized to a geometric mean of 1; a = 0 leaves the layer unchanged.
     """
-    absmax = stats.absmax.clamp(min=float(stats.absmax.max()) * FLOOR)
+    rms = stats.power.sqrt()
+    rms = rms.clamp(min=float(rms.max()) * FLOOR)
     shapes = [WeightStats.from_weight(weight.detach(), code_range) for weight in weights]
-    best, best_noise = torch.ones_like(absmax), torch.inf
+    best, best_noise = torch.ones_like(rms), torch.inf
     for exponent in EXPONENTS:
-        ratio = absmax**exponent
+        ratio = rms**exponent
         ratio = ratio / ratio.log().mean().exp()
         noise = estimate_noise(ratio, stats, shapes)
         if noise < best_noise:

@@ -1,6 +1,6 @@
-"""Two passes over the calibration set: per-channel statistics first, then histograms of what is quantized.
+"""Two runs over calibration inputs: per-channel statistics of some first, then histograms over all of them.
 
-The second pass needs the first: it looks at activations after equalization, as the quantizer
+The second run needs the first: it looks at activations after equalization, as the quantizer
 will see them.
 """
 
@@ -16,52 +16,61 @@ from torch import Tensor, nn
 
 from qdeploy.base.errors import CalibrationError
 from qdeploy.calibrate.component import CalibratedComponent
-from qdeploy.calibrate.dataset import count_rows
+from qdeploy.calibrate.dataset import Feeds, count_rows
 from qdeploy.calibrate.ranges.histogram import StreamingHistogram
 from qdeploy.models.components import LayerCall, TorchComponent
 from qdeploy.simulate.layers import is_pointwise
 from qdeploy.simulate.ops import broadcast_along
 
 LayerHook = Callable[[LayerCall, Tensor, Tensor], None]  # (layer, its input, its output)
+KeepInput = Callable[[str, Tensor], None]  # (name of a layer, its input in float)
+CHANNEL_INPUTS = 16  # that channels are compared on; ranges are taken over all
 
 
 @dataclass
 class ChannelStats:
-    """Extremes and power of each channel, summed over all data; float32[C] each once data has come."""
+    """Sums over inputs of each channel's extremes and power; float32[C] each once data has come.
 
-    low: Tensor = field(default_factory=lambda: torch.empty(0))
-    high: Tensor = field(default_factory=lambda: torch.empty(0))
-    square_sum: Tensor = field(default_factory=lambda: torch.empty(0))
+    An input is a row of a batch, or a batch whose rows have one value a channel. The extremes over all inputs would be
+    those of a few outliers, which clipping cuts off anyway.
+    """
+
+    low_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    high_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    power_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
     count: int = 0
 
     def add(self, values: Tensor, axis: int) -> None:
-        """Add ``values``, channels on ``axis``."""
-        low, high, square_sum = reduce_channels(values, axis)
-        if self.count:
-            low, high, square_sum = (
-                torch.minimum(self.low, low), torch.maximum(self.high, high), self.square_sum + square_sum,
-            )  # fmt: skip
-        self.low, self.high, self.square_sum = low, high, square_sum
-        self.count += values.numel() // values.shape[axis]
+        """Add ``values``, inputs on axis 0 and channels on ``axis``."""
+        low, high, power = reduce_channels(values, axis)
+        self.low_sum, self.high_sum = self.low_sum + low.sum(dim=0), self.high_sum + high.sum(dim=0)
+        self.power_sum = self.power_sum + power.sum(dim=0)
+        self.count += len(low)
+
+    @property
+    def low(self) -> Tensor:
+        """Mean of the inputs' least values, ``float32[C]``."""
+        return self.low_sum / self.count
+
+    @property
+    def high(self) -> Tensor:
+        """Mean of the inputs' greatest values, ``float32[C]``."""
+        return self.high_sum / self.count
 
     @property
     def power(self) -> Tensor:
-        """Mean square of each channel."""
-        return self.square_sum / self.count
-
-    @property
-    def absmax(self) -> Tensor:
-        """Largest magnitude of each channel, ``float32[C]``."""
-        return torch.maximum(self.low.abs(), self.high.abs())
+        """Mean square of each channel, ``float32[C]``."""
+        return self.power_sum / self.count
 
 
 def reduce_channels(values: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Least, greatest and sum of squares of each channel (amin and amax are 10 times faster here than aminmax)."""
+    """Least, greatest and mean square of each input, ``[B, C]`` (amin and amax are 10 times faster than aminmax)."""
     if axis == values.dim() - 1:
-        rows = values.reshape(-1, values.shape[-1])
-        return rows.amin(dim=0), rows.amax(dim=0), (rows * rows).sum(dim=0)
-    flat = values.flatten(2)  # [B, C, h*w]
-    return flat.amin(dim=2).amin(dim=0), flat.amax(dim=2).amax(dim=0), (flat * flat).sum(dim=2).sum(dim=0)
+        inputs = len(values) if values.dim() > 2 else 1
+        flat, over = values.reshape(inputs, -1, values.shape[-1]), 1  # [B, T, C]
+    else:
+        flat, over = values.flatten(2), 2  # [B, C, h*w]
+    return flat.amin(dim=over), flat.amax(dim=over), (flat * flat).mean(dim=over)
 
 
 def channel_axis(layer: nn.Module, values: Tensor) -> int:
@@ -82,7 +91,7 @@ def needs_output_range(layer: nn.Module) -> bool:
 def observe_channels(
     component: CalibratedComponent, calls: Sequence[LayerCall]
 ) -> tuple[dict[str, ChannelStats], dict[str, ChannelStats]]:
-    """First pass: statistics of each layer's input, and of a spatial Conv's output."""
+    """First run, over CHANNEL_INPUTS inputs: statistics of each layer's input, and of a spatial Conv's output."""
     inputs = {call.name: ChannelStats() for call in calls}
     outputs = {call.name: ChannelStats() for call in calls if needs_output_range(call.module)}
 
@@ -91,7 +100,7 @@ def observe_channels(
         if call.name in outputs:
             outputs[call.name].add(y, 1)
 
-    run_with_hook(component, calls, record, "channels")
+    run_with_hook(component, calls, record, "channels", component.sample(CHANNEL_INPUTS))
     check_stats(inputs, component.name)
     check_stats(outputs, component.name)
     return inputs, outputs
@@ -102,14 +111,16 @@ def observe_histograms(
     calls: Sequence[LayerCall],
     normalize_input: Mapping[str, Tensor | None],
     normalize_output: Mapping[str, tuple[Tensor, Tensor]],
+    keep_input: KeepInput = lambda _layer, _x: None,
 ) -> tuple[dict[str, StreamingHistogram], dict[str, StreamingHistogram]]:
-    """Second pass: histograms of ``x / ratio`` and of ``(y - center) / ratio``."""
+    """Second run: histograms of ``x / ratio`` and of ``(y - center) / ratio``; ``keep_input`` sees each x."""
     inputs = {call.name: StreamingHistogram() for call in calls}
     outputs = {layer: StreamingHistogram() for layer in normalize_output}
 
     def record(call: LayerCall, x: Tensor, y: Tensor) -> None:
         ratio = normalize_input.get(call.name)
         x = select_quantized(call, x)
+        keep_input(call.name, x)
         inputs[call.name].add(x if ratio is None else x / broadcast_along(ratio, x, channel_axis(call.module, x)))
         if call.name in outputs:
             center, spread = normalize_output[call.name]
@@ -119,14 +130,20 @@ def observe_histograms(
     return inputs, outputs
 
 
-def run_with_hook(component: CalibratedComponent, calls: Sequence[LayerCall], hook: LayerHook, task: str) -> None:
-    """Run ``component`` over all its inputs and call ``hook`` on every call of ``calls``."""
-    done = 0
+def run_with_hook(
+    component: CalibratedComponent,
+    calls: Sequence[LayerCall],
+    hook: LayerHook,
+    task: str,
+    sample: Sequence[Feeds] | None = None,
+) -> None:
+    """Run ``component`` over ``sample``, or over all its inputs, and call ``hook`` on every call of ``calls``."""
+    done, count = 0, component.count if sample is None else sum(map(count_rows, sample))
     with hook_layers(calls, hook), torch.no_grad():
-        for feeds in component.batches():
+        for feeds in component.batches() if sample is None else sample:
             component.module(**feeds)
             done += count_rows(feeds)
-            component.report(task, done, component.count)
+            component.report(task, done, count)
 
 
 @contextmanager
@@ -177,6 +194,6 @@ def check_stats(stats: Mapping[str, ChannelStats], component: str) -> None:
             )
         if bool((channels.low == 0).all() and (channels.high == 0).all()):
             raise CalibrationError(
-                f"{component}: the activation of layer {layer} is zero in all calibration data, so it has no range; "
-                "keep the layer in float (--keep-float) or calibrate with more varied data"
+                f"{component}: the activation of layer {layer} is zero in all of {CHANNEL_INPUTS} calibration inputs, "
+                "so it has no range; keep the layer in float (--keep-float) or calibrate with more varied data"
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qdeploy.artifacts.table import LayerQuant
 from qdeploy.calibrate.rounding.adaround import LAMBDA, WARM_UP, SoftLayer, anneal_beta, regularizer
 from qdeploy.calibrate.rounding.cache import Call, CallCache, RowCache
-from qdeploy.calibrate.rounding.gptq import MAX_INPUTS, compute_gptq_codes, compute_hessian
+from qdeploy.calibrate.rounding.gptq import MAX_INPUTS, compute_gptq_codes, compute_hessian, factorize
 from qdeploy.calibrate.rounding.unit_calls import StopForward, first_tensor
 from qdeploy.calibrate.rounding.units import Unit
 from qdeploy.calibrate.spec import Reconstruction
@@ -115,7 +115,8 @@ def init_with_gptq(
             hessian, row_count = hessian + part, row_count + count
             if row_count >= ROWS_PER_INPUT * len(hessian):
                 break
-        codes = compute_gptq_codes(soft_layer.weight_in_steps().flatten(1), hessian, soft_layer.low, soft_layer.high)
+        steps = soft_layer.weight_in_steps().flatten(1)
+        codes = compute_gptq_codes(steps, factorize(hessian), soft_layer.low, soft_layer.high)
         soft_layer.init_from_codes(codes.view_as(soft_layer.floor))
     set_hard_rounding(softs, False)
 

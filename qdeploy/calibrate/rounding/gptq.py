@@ -1,10 +1,12 @@
 """GPTQ: round the weights one input after the other; the remaining inputs compensate for each error.
 
-Frantar et al. 2023, arXiv 2210.17323, Algorithm 1, with activation order. Here it is AdaRound's start:
-V ends 1 dB better from there than from nearest rounding (benchmarks/README.md).
+Frantar et al. 2023, arXiv 2210.17323, Algorithm 1, with activation order. V of AdaRound ends 1 dB better from there
+than from nearest rounding (benchmarks/README.md).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 DAMP = 0.01  # of the mean diagonal, Section 3.3 Step 3
 BLOCK = 128  # inputs whose errors are propagated together, Section 3.3 Step 2
-MAX_INPUTS = 12_288  # of a layer: its Hessian is that number squared, in float32 0.6 GB
+MAX_INPUTS = 12_288  # of one least squares: its Hessian is that number squared, in float32 0.6 GB
 
 
 def input_rows(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
@@ -29,13 +31,29 @@ def compute_hessian(layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple[Tensor, in
     return rows.T @ rows, len(rows)
 
 
-def compute_gptq_codes(steps: Tensor, hessian: Tensor, low: int, high: int) -> Tensor:
+@dataclass(frozen=True)
+class Factor:
+    """What rounding needs of X^T X; the same for all layers that read X and for all their ranges of codes.
+
+    order: ``int64[K]``, inputs by falling power. upper: ``float32[K, K]``, of the inverse in that order.
+    """
+
+    order: Tensor
+    upper: Tensor
+
+
+def factorize(hessian: Tensor) -> Factor:
+    """The factor of ``hessian float32[K, K]``, X^T X over the inputs."""
+    order = hessian.diagonal().argsort(descending=True)
+    return Factor(order, inverse_cholesky(hessian[order][:, order]))
+
+
+def compute_gptq_codes(steps: Tensor, factor: Factor, low: int, high: int) -> Tensor:
     """Integers in ``low..high`` for the weight ``steps float32[O, K]`` (in units of each row's scale), same shape.
 
-    ``hessian float32[K, K]`` is X^T X over the inputs; a row's scale factors out of its own least squares.
+    A row's scale factors out of its own least squares, so ``factor`` is that of the inputs only.
     """
-    order = hessian.diagonal().argsort(descending=True)
-    upper = inverse_cholesky(hessian[order][:, order])
+    order, upper = factor.order, factor.upper
     left, codes = steps[:, order].clone(), torch.empty_like(steps)
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))

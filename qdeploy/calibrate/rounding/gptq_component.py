@@ -7,8 +7,7 @@ Block reconstruction learns the rounding better still and starts from its own GP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,145 +17,86 @@ from torch import Tensor, nn
 
 from qdeploy.artifacts.table import LayerQuant
 from qdeploy.calibrate.component import CalibratedComponent
-from qdeploy.calibrate.dataset import Feeds
-from qdeploy.calibrate.ranges.observe import channel_axis, select_quantized
+from qdeploy.calibrate.ranges.observe import run_with_hook, select_quantized
 from qdeploy.calibrate.ranges.weights import CodeRange, weight_range
-from qdeploy.calibrate.rounding.gptq import MAX_INPUTS, compute_gptq_codes, input_rows
-from qdeploy.calibrate.rounding.unit_calls import StopForward
-from qdeploy.models.components import LayerCall, TorchComponent
-from qdeploy.simulate.layers import InputQuant
+from qdeploy.calibrate.rounding.gptq import Factor, compute_gptq_codes, factorize
+from qdeploy.calibrate.rounding.input_sample import InputSample, InputSamples
+from qdeploy.models.components import LayerCall
 from qdeploy.simulate.ops import broadcast_along
-from qdeploy.targets.base import CALIBRATION_NUMERICS
 
-SAMPLES = 64  # calibration inputs, spread over the timesteps
-ROWS_PER_INPUT = 8  # of a layer's least squares
-MAX_SIDE = 64  # of a map that a convolution's rows are taken from; larger ones are cropped
-HESSIAN_BYTES = 2e9  # held at once; a layer of the most inputs takes 0.6e9
+HELD_BYTES = 2.5e9  # of input samples at once
 
 
-class Hessian:
-    """X^T X ``float32[K, K]`` of one input tensor, for all layers that read it."""
-
-    def __init__(self, calls: Sequence[LayerCall], feeds: int) -> None:
-        self.calls = calls
-        self.total: Tensor | None = None
-        # rows of one feed, so that all feeds contribute
-        self._quota = -(-ROWS_PER_INPUT * count_inputs(calls) // feeds)
-        self._generator = torch.Generator().manual_seed(0)
-
-    def add(self, x: Tensor) -> None:
-        """Add the inputs that the layers' integer weights are multiplied with."""
-        rows = input_rows(self.calls[0].module, x)
-        if len(rows) > self._quota:
-            rows = rows[torch.randperm(len(rows), generator=self._generator)[: self._quota]]
-        part = rows.T @ rows
-        self.total = part if self.total is None else self.total.add_(part)
-
-
-def count_inputs(calls: Sequence[LayerCall]) -> int:
-    """K = in * kernel height * kernel width of layers that read one tensor."""
-    return calls[0].module.weight[0].numel()
+def start_samples(component: CalibratedComponent, groups: Sequence[Sequence[LayerCall]]) -> InputSamples:
+    """Empty samples of the inputs of ``groups``, layers that read one tensor, for one run over all feeds."""
+    return InputSamples(groups, sum(1 for _ in component.batches()), HELD_BYTES)
 
 
 @torch.no_grad()
-def round_by_gptq(
-    component: CalibratedComponent, layers: dict[str, LayerQuant], groups: Sequence[Sequence[LayerCall]]
-) -> None:
+def round_by_gptq(component: CalibratedComponent, layers: dict[str, LayerQuant], samples: InputSamples) -> None:
     """Choose the codes of ``layers`` anew at their scales, of both ranges where a layer has both; changed in place.
 
-    ``groups`` are layers that read one tensor. Layers of more than MAX_INPUTS inputs keep their codes.
+    ``samples`` are used up; inputs that they had no room for are taken in further runs.
     """
-    feeds = component.sample(SAMPLES)
-    selected = [group for group in groups if count_inputs(group) <= MAX_INPUTS]
-    count, done_count = sum(map(len, selected)), 0
-    for batch in split_by_memory(selected):
-        hessians = [Hessian(group, len(feeds)) for group in batch]
-        accumulate(component.module, hessians, layers, feeds)
-        for hessian in hessians:
-            for call in hessian.calls:
-                if hessian.total is not None:
-                    layers[call.name] = round_layer(call.module, layers[call.name], hessian.total)
-                done_count += 1
-                component.report("rounding by GPTQ", done_count, count)
-            hessian.total = None
+    count, done_count = len(layers), 0
+    while samples.held:
+        for sample in samples.held.values():
+            calls = [call for call in sample.calls if call.name in layers]
+            layers.update(round_group(calls, layers, sample))
+            sample.clear()
+            done_count += len(calls)
+            component.report("rounding by GPTQ", done_count, count)
+        samples = sample_again(component, samples.left)
 
 
-def split_by_memory(groups: Sequence[Sequence[LayerCall]]) -> Iterator[list[Sequence[LayerCall]]]:
-    """The groups in order, as many at a time as their Hessians fit into HESSIAN_BYTES; at least one."""
-    batch: list[Sequence[LayerCall]] = []
-    size = 0.0
-    for group in groups:
-        needed = 4.0 * count_inputs(group) ** 2
-        if batch and size + needed > HESSIAN_BYTES:
-            yield batch
-            batch, size = [], 0.0
-        batch.append(group)
-        size += needed
-    if batch:
-        yield batch
+def sample_again(component: CalibratedComponent, groups: Sequence[Sequence[LayerCall]]) -> InputSamples:
+    """Samples of what an earlier run had no room for."""
+    samples = start_samples(component, groups)
+
+    def record(call: LayerCall, x: Tensor, _: Tensor) -> None:
+        samples.add(call.name, select_quantized(call, x))
+
+    if groups:
+        run_with_hook(component, [group[0] for group in groups], record, "inputs")
+    return samples
 
 
-def accumulate(
-    component: TorchComponent, hessians: Sequence[Hessian], layers: Mapping[str, LayerQuant], feeds: Sequence[Feeds]
-) -> None:
-    """Run the float component on ``feeds``, each time up to the last observed layer."""
-    handles = []
-    for hessian in hessians:
-        first = hessian.calls[0]
-        quantizer = InputQuant(layers[first.name], CALIBRATION_NUMERICS)
-        hook = make_input_hook(hessian, quantizer, is_last=hessian is hessians[-1])
-        handles.append(first.module.register_forward_pre_hook(hook))
-    try:
-        for feed in feeds:
-            with suppress(StopForward):
-                component(**feed)
-    finally:
-        for handle in handles:
-            handle.remove()
+def round_group(
+    calls: Sequence[LayerCall], layers: Mapping[str, LayerQuant], sample: InputSample
+) -> dict[str, LayerQuant]:
+    """The layers of one group; they have one ratio, so one factor serves all of them and both ranges of codes."""
+    if not calls:
+        return {}
+    channels, ratio = calls[0].module.weight.shape[1], layers[calls[0].name].input_ratio
+    hessians = sample.compute_hessians(torch.ones(channels) if ratio is None else torch.from_numpy(ratio))
+    rounded = {call.name: layers[call.name] for call in calls}
+    for inputs, hessian in zip(sample.blocks, hessians, strict=False):
+        factor = factorize(hessian)
+        rounded = {call.name: round_inputs(call.module, rounded[call.name], slice(*inputs), factor) for call in calls}
+    return rounded
 
 
-def make_input_hook(
-    hessian: Hessian, quantize: InputQuant, is_last: bool
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds a layer's input, equalized and quantized; after the last layer it ends the run."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = crop_map(select_quantized(hessian.calls[0], args[0]), module)
-        values = [dequantize(codes) for codes, dequantize in quantize(x, channel_axis(module, x))]
-        hessian.add(sum(values[1:], values[0]))
-        if is_last:
-            raise StopForward
-
-    return hook
+def round_inputs(module: nn.Conv2d | nn.Linear, layer: LayerQuant, inputs: slice, factor: Factor) -> LayerQuant:
+    """``layer`` with GPTQ's codes in place of the nearest ones for some of its K ``inputs``."""
+    half, bits, steps = layer.half_weight, layer.weight_bits, compute_steps(module, layer)
+    if half is not None:
+        half = replace_codes(half, steps / 2, inputs, factor, weight_range(bits, half=True))
+    weight = replace_codes(layer.weight, steps, inputs, factor, weight_range(bits))
+    return replace(layer, weight=weight, half_weight=half)
 
 
-def crop_map(x: Tensor, module: nn.Module) -> Tensor:
-    """The middle of maps larger than MAX_SIDE: neighbours are alike, and unfolded maps of a decoder are large."""
-    if not isinstance(module, nn.Conv2d):
-        return x
-    top, left = (max(0, (side - MAX_SIDE) // 2) for side in x.shape[2:])
-    return x[:, :, top : top + MAX_SIDE, left : left + MAX_SIDE]
+def compute_steps(module: nn.Conv2d | nn.Linear, layer: LayerQuant) -> Tensor:
+    """The module's weight, the layer's ratio multiplied in, in units of its scale; ``float32[out, K]``."""
+    weight, ratio = module.weight.detach(), layer.input_ratio
+    if ratio is not None:
+        weight = weight * broadcast_along(torch.from_numpy(ratio), weight, 1)
+    return (weight / broadcast_along(torch.from_numpy(layer.weight_scale), weight, 0)).flatten(1)
 
 
-def round_layer(module: nn.Conv2d | nn.Linear, layer: LayerQuant, hessian: Tensor) -> LayerQuant:
-    """``layer`` with GPTQ's codes in place of the nearest ones."""
-    half_range = weight_range(layer.weight_bits, half=True)
-    half = (
-        None if layer.half_weight is None else compute_codes(module, layer, 2 * layer.weight_scale, hessian, half_range)
-    )
-    full = compute_codes(module, layer, layer.weight_scale, hessian, weight_range(layer.weight_bits))
-    return replace(layer, weight=full, half_weight=half)
-
-
-def compute_codes(
-    module: nn.Conv2d | nn.Linear,
-    layer: LayerQuant,
-    scale: NDArray[np.float32],
-    hessian: Tensor,
-    code_range: CodeRange,
+def replace_codes(
+    codes: NDArray[np.int8], steps: Tensor, inputs: slice, factor: Factor, code_range: CodeRange
 ) -> NDArray[np.int8]:
-    """``int8`` codes of the module's weight, the layer's ratio multiplied in, at ``scale float32[out]``."""
-    weight = module.weight.detach()
-    ratio = torch.ones(weight.shape[1]) if layer.input_ratio is None else torch.from_numpy(layer.input_ratio)
-    steps = weight * broadcast_along(ratio, weight, 1) / broadcast_along(torch.from_numpy(scale), weight, 0)
-    return compute_gptq_codes(steps.flatten(1), hessian, *code_range).view_as(weight).to(torch.int8).numpy()
+    """``codes`` in any shape ``[out, ...]`` with those of ``inputs`` chosen by GPTQ."""
+    replaced = codes.reshape(len(codes), -1).copy()
+    replaced[:, inputs] = compute_gptq_codes(steps[:, inputs], factor, *code_range).to(torch.int8).numpy()
+    return replaced.reshape(codes.shape)

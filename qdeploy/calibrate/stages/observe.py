@@ -15,6 +15,8 @@ from qdeploy.calibrate.ranges.equalize import search_ratio
 from qdeploy.calibrate.ranges.histogram import StreamingHistogram
 from qdeploy.calibrate.ranges.observe import ChannelStats, needs_output_range, observe_channels, observe_histograms
 from qdeploy.calibrate.ranges.weights import CodeRange, weight_range
+from qdeploy.calibrate.rounding.gptq_component import start_samples
+from qdeploy.calibrate.rounding.input_sample import InputSamples
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.calibrate.stages.prepare import Prepared
 from qdeploy.models.components import LayerCall
@@ -45,17 +47,27 @@ class LayerRanges:
 
 @dataclass(frozen=True)
 class Observed:
-    """Ranges of every quantized layer by weight width, on which the equalization ratios depend; and of attentions."""
+    """What a run of the float component has shown.
+
+    ranges: of every quantized layer by weight width, on which the equalization ratios depend.
+    samples: of the layers' inputs, for GPTQ; None where nothing is rounded by it.
+    """
 
     prepared: Prepared
     ranges: Mapping[int, Mapping[str, LayerRanges]]
     attention: Mapping[str, AttentionQuant]
+    samples: InputSamples | None
 
 
 def observe(prepared: Prepared, spec: QuantSpec) -> Observed:
     """Observe all layers, once for each weight width, and the attentions where ``spec`` quantizes them."""
-    ranges = {bits: observe_layers(prepared, label_width(prepared, bits), bits, spec) for bits in prepared.widths}
-    return Observed(prepared, ranges, observe_attention(prepared.component, spec) if spec.attention_bits else {})
+    samples = start_samples(prepared.component, prepared.groups) if spec.rounds_by_gptq else None
+    ranges = {
+        bits: observe_layers(prepared, bits, spec, samples if bits == prepared.widths[0] else None)
+        for bits in prepared.widths
+    }
+    attention = observe_attention(prepared.component, spec) if spec.attention_bits else {}
+    return Observed(prepared, ranges, attention, samples)
 
 
 def label_width(prepared: Prepared, bits: int) -> CalibratedComponent:
@@ -64,9 +76,10 @@ def label_width(prepared: Prepared, bits: int) -> CalibratedComponent:
 
 
 def observe_layers(
-    prepared: Prepared, component: CalibratedComponent, bits: int, spec: QuantSpec
+    prepared: Prepared, bits: int, spec: QuantSpec, samples: InputSamples | None
 ) -> dict[str, LayerRanges]:
-    """Two passes over the inputs: channels for the ratios, then histograms; a shared input is observed once."""
+    """Two runs: channels for the ratios, then histograms and ``samples``; a shared input is observed once."""
+    component = label_width(prepared, bits)
     leader = {call.name: group[0].name for group in prepared.groups for call in group}
     observed = [
         call for call in prepared.quantized_calls if leader[call.name] == call.name or needs_output_range(call.module)
@@ -75,7 +88,9 @@ def observe_layers(
     code_range = weight_range(bits, half=not spec.full_range)
     ratios = search_input_ratios(prepared.groups, in_stats, code_range) if spec.equalize else {}
     spreads = {layer: compute_output_spread(stats, spec.equalize) for layer, stats in out_stats.items()}
-    inputs, outputs = observe_histograms(component, observed, ratios, spreads)
+    inputs, outputs = observe_histograms(
+        component, observed, ratios, spreads, *([] if samples is None else [samples.add])
+    )
     return {
         call.name: LayerRanges(
             inputs[leader[call.name]],

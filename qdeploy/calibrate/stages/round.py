@@ -34,11 +34,10 @@ def round_weights(observed: Observed, spec: QuantSpec) -> Rounded:
     """Round every layer, then spend the budgets that ``spec`` gives (size, MACs in float) on the most sensitive."""
     prepared = observed.prepared
     quant = spend_budgets([round_to_width(observed, bits, spec) for bits in prepared.widths], spec)
-    if spec.gptq and spec.reconstruction is None:
-        groups = [[call for call in group if call.name in quant.layers] for group in prepared.groups]
+    if observed.samples is not None:
         layers = dict(quant.layers)
         quant = replace(quant, layers={})  # nothing else holds the codes, so that each goes when it is chosen anew
-        round_by_gptq(prepared.component, layers, [group for group in groups if group])
+        round_by_gptq(prepared.component, layers, observed.samples)
         quant = replace(quant, layers=layers)
     return Rounded(prepared, quant)
 

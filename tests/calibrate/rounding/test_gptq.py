@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.rounding.gptq import BLOCK, DAMP, compute_gptq_codes, compute_hessian
+from qdeploy.calibrate.rounding.gptq import BLOCK, DAMP, compute_gptq_codes, compute_hessian, factorize
 
 LOW, HIGH = -8, 7
 
@@ -41,7 +41,7 @@ def by_definition(steps: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 def test_codes_are_those_of_the_definition() -> None:
     x, steps = make_correlated(24), weight_in_steps(5, 24)
     hessian = x.T @ x
-    codes = compute_gptq_codes(steps, hessian, LOW, HIGH)
+    codes = compute_gptq_codes(steps, factorize(hessian), LOW, HIGH)
     assert np.array_equal(codes.numpy(), by_definition(steps.numpy(), hessian.double().numpy()))
 
 
@@ -49,7 +49,7 @@ def test_codes_are_those_of_the_definition() -> None:
 def test_correlated_inputs_lose_less_than_by_nearest_rounding(inputs: int) -> None:
     x, steps = make_correlated(inputs), weight_in_steps(8, inputs)
     nearest = steps.round().clamp(LOW, HIGH)
-    codes = compute_gptq_codes(steps, x.T @ x, LOW, HIGH)
+    codes = compute_gptq_codes(steps, factorize(x.T @ x), LOW, HIGH)
 
     def loss(codes: Tensor) -> float:
         return float(((codes - steps) @ x.T).square().mean())
@@ -60,14 +60,14 @@ def test_correlated_inputs_lose_less_than_by_nearest_rounding(inputs: int) -> No
 
 def test_independent_inputs_round_to_nearest() -> None:
     steps = weight_in_steps(4, 10)
-    assert torch.equal(compute_gptq_codes(steps, torch.eye(10), LOW, HIGH), steps.round().clamp(LOW, HIGH))
+    assert torch.equal(compute_gptq_codes(steps, factorize(torch.eye(10)), LOW, HIGH), steps.round().clamp(LOW, HIGH))
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
     x = make_correlated(12)
     x[:, 3] = 0
-    assert torch.isfinite(compute_gptq_codes(weight_in_steps(4, 12), x.T @ x, LOW, HIGH)).all()
-    assert torch.isfinite(compute_gptq_codes(weight_in_steps(4, 12), torch.zeros(12, 12), LOW, HIGH)).all()
+    assert torch.isfinite(compute_gptq_codes(weight_in_steps(4, 12), factorize(x.T @ x), LOW, HIGH)).all()
+    assert torch.isfinite(compute_gptq_codes(weight_in_steps(4, 12), factorize(torch.zeros(12, 12)), LOW, HIGH)).all()
 
 
 def test_a_convolution_multiplies_its_weight_with_what_the_hessian_is_of() -> None:

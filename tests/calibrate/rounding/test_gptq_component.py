@@ -12,8 +12,9 @@ from qdeploy.base.progress import ignore_progress
 from qdeploy.calibrate.dataset import CalibrationSet, sample_feeds
 from qdeploy.calibrate.quantize import quantize_component
 from qdeploy.calibrate.rounding import gptq_component as round_gptq
-from qdeploy.calibrate.rounding.gptq_component import crop_map, round_by_gptq, split_by_memory
+from qdeploy.calibrate.rounding.gptq_component import round_by_gptq, sample_again
 from qdeploy.calibrate.spec import QuantSpec
+from qdeploy.calibrate.stages.observe import observe
 from qdeploy.calibrate.stages.prepare import prepare
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
@@ -30,7 +31,7 @@ def nearest(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> Compone
 def round_component(model: LatentDiffusion, quant: ComponentQuant, calibration: CalibrationSet) -> ComponentQuant:
     ready = prepare(model, PART, calibration, QuantSpec())
     layers = dict(quant.layers)
-    round_by_gptq(ready.component, layers, ready.groups)
+    round_by_gptq(ready.component, layers, sample_again(ready.component, ready.groups))
     return ComponentQuant(layers, quant.float_layers, quant.macs)
 
 
@@ -72,24 +73,20 @@ def test_the_result_does_not_depend_on_how_many_layers_fit_into_memory(
     monkeypatch: pytest.MonkeyPatch, tiny_model: LatentDiffusion, calibration: CalibrationSet, nearest: ComponentQuant
 ) -> None:
     at_once = round_component(tiny_model, nearest, calibration)
-    monkeypatch.setattr(round_gptq, "HESSIAN_BYTES", 1.0)
-    assert len(list(split_by_memory(prepare(tiny_model, PART, calibration, QuantSpec()).groups))) > 1
+    monkeypatch.setattr(round_gptq, "HELD_BYTES", 1.0)
     one_by_one = round_component(tiny_model, nearest, calibration)
     for name, layer in at_once.layers.items():
         assert np.array_equal(layer.weight, one_by_one.layers[name].weight), name
 
 
-def test_layers_of_too_many_inputs_stay_nearest(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: LatentDiffusion, calibration: CalibrationSet, nearest: ComponentQuant
-) -> None:
-    monkeypatch.setattr(round_gptq, "MAX_INPUTS", 1)
-    for name, layer in round_component(tiny_model, nearest, calibration).layers.items():
-        assert np.array_equal(layer.weight, nearest.layers[name].weight), name
-
-
-def test_large_maps_are_cropped_to_their_middle() -> None:
-    x = torch.arange(200.0).repeat(100, 1)[None, None]
-    conv, linear = torch.nn.Conv2d(1, 1, 3), torch.nn.Linear(200, 1)
-    assert crop_map(x, conv).shape == (1, 1, 64, 64)
-    assert crop_map(x, conv)[0, 0, 0, 0] == 68
-    assert crop_map(x, linear) is x
+def test_inputs_are_sampled_while_ranges_are_observed(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> None:
+    """One run over the inputs serves both; the samples are those of a run of their own."""
+    ready = prepare(tiny_model, PART, calibration, QuantSpec())
+    samples = observe(ready, QuantSpec()).samples
+    assert samples is not None
+    again = sample_again(ready.component, ready.groups)
+    assert samples.held.keys() == again.held.keys()
+    for name, sample in samples.held.items():
+        ratio = torch.ones(sample.calls[0].module.weight.shape[1])
+        for one, other in zip(sample.compute_hessians(ratio), again.held[name].compute_hessians(ratio), strict=True):
+            assert torch.equal(one, other), name
