@@ -23,6 +23,7 @@ from benchmarks.fewer_rows import QUICK_WINDOWS, WINDOWS
 from benchmarks.fewer_times import time_bundles
 from qdeploy.base.errors import UsageError
 from qdeploy.base.progress import show_progress
+from qdeploy.demo import GUIDANCE
 
 HERE = Path(__file__).parent
 MODELS = ("builtin:emoji", "builtin:emoji-uncond")
@@ -37,13 +38,14 @@ STEPS = (25, 50)
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Default: both.")
 @click.option("--count", type=click.IntRange(2), default=256, show_default=True, help="Pictures a row.")
 @click.option("--quick", is_flag=True, help="fp32 and 25 steps only, no times.")
+@click.option("--guidance", default=GUIDANCE, show_default=True, help="Guidance scale of the pictures.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Rounds of timed pictures.")
 @click.option("--threads", type=click.IntRange(1), help="Of timed pictures. Default: all cores.")
 @click.option("--bundle", "others", multiple=True, metavar="PRECISION=FOLDER", help="With --times-only: these bundles.")
 @click.option("--times-only", is_flag=True, help="Times and memory of --bundle, such as one of SD's size.")
 def main(
-    work: Path, out: Path, reference: Path | None, models: tuple[str, ...], count: int, quick: bool, rounds: int,
-    threads: int | None, others: tuple[str, ...], times_only: bool,
+    work: Path, out: Path, reference: Path | None, models: tuple[str, ...], count: int, quick: bool,
+    guidance: float, rounds: int, threads: int | None, others: tuple[str, ...], times_only: bool,
 ) -> None:  # fmt: skip
     """Make what is missing, measure it, and write the report."""
     if times_only != bool(others):
@@ -57,7 +59,9 @@ def main(
             figures += time_bundles("other", bundles, steps, windows, rounds, threads, on_progress)
         for model in () if times_only else models or MODELS:
             folder = work / model.removeprefix("builtin:")
-            made, bundles = study_quality(model, folder, count, precisions, steps, windows, reference, on_progress)
+            made, bundles = study_quality(
+                model, folder, count, precisions, steps, windows, reference, guidance, on_progress
+            )
             if not quick:
                 times = time_bundles(model, bundles, steps, windows, rounds, threads, on_progress)
                 made = add_times(made, times)

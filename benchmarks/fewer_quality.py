@@ -40,11 +40,13 @@ MAX_PSNR_DB = 100.0  # of equal 8-bit pictures, whose true value, infinity, has 
 
 def study_quality(
     model: str, folder: Path, count: int, precisions: Sequence[str], steps: Sequence[int], windows: Sequence[str],
-    reference: Path | None, on_progress: OnProgress,
+    reference: Path | None, guidance_scale: float, on_progress: OnProgress,
 ) -> tuple[list[CallsFigures], dict[str, Path]]:  # fmt: skip
     """All rows of one model, and its bundles in ``folder``."""
     bundles = make_bundles(model, folder, precisions, on_progress)
-    study = QualityStudy(model, folder, bundles, choose_prompts(model, count), count, reference, on_progress)
+    study = QualityStudy(
+        model, folder, bundles, choose_prompts(model, count), count, reference, on_progress, guidance_scale
+    )
     with load(bundles[PRECISIONS[0]], low_memory=True) as pipe:
         config, reads_text = pipe.model.scheduler_config, pipe.reads_text
     converged = study.make_pictures(PRECISIONS[0], CallsRow(CONVERGED, CONVERGED_STEPS, BEST_SOLVER))
@@ -72,6 +74,7 @@ class QualityStudy:
     count: int
     reference: Path | None
     on_progress: OnProgress
+    guidance_scale: float = GUIDANCE
 
     def make_pictures(self, precision: str, row: CallsRow) -> Path:
         """The folder of the row's pictures, made where they are missing."""
@@ -80,7 +83,7 @@ class QualityStudy:
         folder = self.work / "pictures" / name
         job = SampleJob(
             bundle, hash_file(bundle / MANIFEST), self.prompts, steps=row.steps, scheduler=row.scheduler,
-            guidance_scale=GUIDANCE, calls=row.calls,
+            guidance_scale=self.guidance_scale, calls=row.calls,
         )  # fmt: skip
         sample_to_folder(job, self.count, folder, self.work / "receipts" / name, self._prefix(name))
         return folder

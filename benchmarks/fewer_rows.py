@@ -18,12 +18,13 @@ CONVERGED_STEPS = 100  # of the best solver: twice as many change the latents of
 BEST_SOLVER = "dpm++"
 BEST_SOLVER_METHODS = ("reuse", "damped")
 WINDOWS: Mapping[str, Mapping[str, float]] = {
-    "narrow": {},  # the defaults
-    "wide": {"warmup": 0.12, "last": 0.05, "window": 3, "growth": 3},
-    "widest": {"warmup": 0.12, "last": 0.05, "window": 5, "growth": 4},
+    "narrow": {"warmup": 0.2, "last": 0.1, "window": 2.0, "growth": 2.0},
+    "default": {},
+    "wide": {"warmup": 0.12, "last": 0.05, "window": 3.0, "growth": 3.0},
+    "widest": {"warmup": 0.12, "last": 0.05, "window": 5.0, "growth": 4.0},
 }  # which calls a forecast makes, from many to few
 INTERVALS = ((0.0, 0.8), (0.2, 0.8), (0.2, 1.0))
-QUICK_WINDOWS = ("narrow", "wide")
+QUICK_WINDOWS = ("narrow", "default", "wide")
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Forecast:
     """
 
     method: str = DEFAULT_METHOD
-    warmup: float = 0.2
-    last: float = 0.1
+    warmup: float = 0.12
+    last: float = 0.05
     window: float = 2.0
     growth: float = 2.0
 

@@ -17,7 +17,7 @@ def test_settings_notes_and_rows_name_the_calls() -> None:
     options = json.loads(json.dumps(options_to_json(settings)))
     assert options["guidance_interval"] == [0.2, 0.8]
     assert options["forecast"]["method"] == "linear"
-    words = "guidance on 0.2 to 0.8 of the schedule, calls forecast by linear:warmup=0.2"
+    words = "guidance on 0.2 to 0.8 of the schedule, calls forecast by linear:warmup=0.12"
     assert words in options["calls"]
     assert words in write_notes(settings, None, None, None)[0]
     assert words in str(dict(list_facts(EvaluationResult(options, {}, None, None, ())))["calls"])

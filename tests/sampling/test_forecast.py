@@ -147,9 +147,9 @@ def test_a_forecast_survives_its_text() -> None:
     schedule = CallSchedule.from_options(forecast="linear : window = 3")
     assert schedule.forecast == Forecast("linear", window=3)
     assert schedule.to_json() == {
-        "forecast": {"method": "linear", "warmup": 0.2, "last": 0.1, "window": 3, "growth": 2}
+        "forecast": {"method": "linear", "warmup": 0.12, "last": 0.05, "window": 3, "growth": 2}
     }
-    assert "forecast by linear:warmup=0.2" in schedule.text
+    assert "forecast by linear:warmup=0.12" in schedule.text
     assert CallSchedule.from_options(**schedule.request_options) == schedule
 
 
@@ -212,7 +212,7 @@ def test_a_line_is_forecast_exactly_by_every_scheduler(name: str, begin: int) ->
     assert fewer < every - 4
     np.testing.assert_allclose(final, exact, atol=EXACT, rtol=EXACT)
     reused, same = run(name, CallSchedule(forecast=Forecast("reuse", window=3, growth=0)), clean, begin=begin)
-    assert same == fewer
+    assert same <= fewer  # it needs less history
     assert np.abs(reused - exact).max() > 100 * EXACT
 
 
