@@ -48,7 +48,7 @@ class Protocol:
 
     pictures: int = 64
     steps: int = 25
-    guidance_scale: float = 5.0
+    guidance_scale: float = 2.0  # the demo's
     seed: int = 1234
     calibrated: int = 64
     calibrated_seed: int = 0

@@ -24,38 +24,47 @@ from qdeploy.simulate.ops import broadcast_along
 
 LayerHook = Callable[[LayerCall, Tensor, Tensor], None]  # (layer, its input, its output)
 KeepInput = Callable[[str, Tensor], None]  # (name of a layer, its input in float)
+FEW_VALUES = 16  # of a channel in one input
 CHANNEL_INPUTS = 16  # that channels are compared on; ranges are taken over all
 
 
 @dataclass
 class ChannelStats:
-    """Sums over inputs of each channel's extremes and power; float32[C] each once data has come.
+    """Each channel's extremes and power over inputs, rows of a batch; float32[C] each once data has come.
 
-    An input is a row of a batch, or a batch whose rows have one value a channel. The extremes over all inputs would be
-    those of a few outliers, which clipping cuts off anyway.
+    Extremes are means over inputs: those of all inputs would be a few outliers', which clipping cuts off anyway. Where
+    inputs have few values a channel, which say little of its extremes, they are those of all inputs after all.
     """
 
     low_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
     high_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
     power_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    least: Tensor = field(default_factory=lambda: torch.tensor(torch.inf))
+    greatest: Tensor = field(default_factory=lambda: torch.tensor(-torch.inf))
     count: int = 0
+    has_few: bool = False
 
     def add(self, values: Tensor, axis: int) -> None:
         """Add ``values``, inputs on axis 0 and channels on ``axis``."""
         low, high, power = reduce_channels(values, axis)
+        self.least, self.greatest = (
+            torch.minimum(self.least, low.amin(dim=0)),
+            torch.maximum(self.greatest, high.amax(dim=0)),
+        )
         self.low_sum, self.high_sum = self.low_sum + low.sum(dim=0), self.high_sum + high.sum(dim=0)
         self.power_sum = self.power_sum + power.sum(dim=0)
-        self.count += len(low)
+        self.count += len(values)
+        self.has_few |= values.numel() < FEW_VALUES * low.numel()
 
     @property
     def low(self) -> Tensor:
-        """Mean of the inputs' least values, ``float32[C]``."""
-        return self.low_sum / self.count
+        """The least values, ``float32[C]``."""
+        return self.least if self.has_few else self.low_sum / self.count
 
     @property
     def high(self) -> Tensor:
-        """Mean of the inputs' greatest values, ``float32[C]``."""
-        return self.high_sum / self.count
+        """The greatest values, ``float32[C]``."""
+        return self.greatest if self.has_few else self.high_sum / self.count
 
     @property
     def power(self) -> Tensor:
@@ -66,8 +75,7 @@ class ChannelStats:
 def reduce_channels(values: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Least, greatest and mean square of each input, ``[B, C]`` (amin and amax are 10 times faster than aminmax)."""
     if axis == values.dim() - 1:
-        inputs = len(values) if values.dim() > 2 else 1
-        flat, over = values.reshape(inputs, -1, values.shape[-1]), 1  # [B, T, C]
+        flat, over = values.reshape(len(values), -1, values.shape[-1]), 1  # [B, T, C]
     else:
         flat, over = values.flatten(2), 2  # [B, C, h*w]
     return flat.amin(dim=over), flat.amax(dim=over), (flat * flat).mean(dim=over)

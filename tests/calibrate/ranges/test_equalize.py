@@ -18,7 +18,7 @@ def compute_stats(x: torch.Tensor) -> ChannelStats:
 
 
 def test_stats_are_means_over_inputs() -> None:
-    x = torch.randn(50, 7, 5) * torch.tensor([1.0, 2, 3, 4, 5])
+    x = torch.randn(50, 20, 5) * torch.tensor([1.0, 2, 3, 4, 5])
     stats = compute_stats(x)
     torch.testing.assert_close(stats.low, x.amin(dim=1).mean(dim=0))
     torch.testing.assert_close(stats.high, x.amax(dim=1).mean(dim=0))
@@ -33,12 +33,17 @@ def test_stats_of_a_convolutions_channels() -> None:
     assert stats.count == 6
 
 
-def test_rows_of_one_value_a_channel_are_one_input() -> None:
-    x = torch.randn(30, 5)
+@pytest.mark.parametrize(("shape", "axis"), [((30, 5), 1), ((30, 1, 5), 2), ((30, 5, 1, 1), 1), ((30, 5, 2, 2), 1)])
+def test_few_values_a_channel_are_taken_over_all_inputs(shape: tuple[int, ...], axis: int) -> None:
+    """The extremes of one value would be the value itself, and the range empty."""
+    x = torch.randn(shape)
     stats = ChannelStats()
-    stats.add(x, 1)
-    assert torch.equal(stats.low, x.amin(dim=0))
-    assert stats.count == 1
+    for chunk in x.split(7):
+        stats.add(chunk, axis)
+    others = [dim for dim in range(x.dim()) if dim != axis]
+    assert torch.equal(stats.low, x.amin(dim=others))
+    assert torch.equal(stats.high, x.amax(dim=others))
+    torch.testing.assert_close(stats.power, x.square().mean(dim=others))
 
 
 def test_one_outlier_hardly_changes_a_ratio() -> None:
