@@ -10,9 +10,14 @@ from pathlib import Path
 from benchmarks.fewer_rows import EXACT
 from qdeploy.base.files import stage_file
 from qdeploy.reporting.environment import describe_environment
+from qdeploy.reporting.tables import Row, format_markdown
 
 TARGET = "ort-cpu"
 PRECISIONS = ("fp32", "w8a8")  # the float one first
+COLUMNS = (
+    "model", "precision", "steps", "row", "calls", "UNet rows", "PSNR to exact, dB", "to converged, dB", "KID", "FID",
+    "ms a picture",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,24 @@ class CallsFigures:
 
 def format_table(figures: Sequence[CallsFigures]) -> str:
     """The Markdown table."""
-    lines = [
-        "| model | precision | steps | row | calls | UNet rows | PSNR to exact, dB | to converged, dB | KID | FID "
-        "| ms a picture |",
-        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
-    for each in figures:
-        kid = "" if each.kid is None else f"{each.kid:.4f} ± {each.kid_std:.4f}"
-        numbers = (each.exact_psnr_db, each.converged_psnr_db)
-        psnrs = " | ".join("" if number is None else f"{number:.2f}" for number in numbers)
-        fid = "" if each.fid is None else f"{each.fid:.2f}"
-        spent = "" if each.picture_ms is None else f"{each.picture_ms:.0f}"
-        lines.append(
-            f"| {each.model} | {each.precision} | {each.steps} | {each.row} | {each.calls} | {each.unet_rows} | "
-            f"{psnrs} | {kid} | {fid} | {spent} |"
-        )
-    return "\n".join(lines) + "\n"
+    return format_markdown(COLUMNS, [format_row(each) for each in figures])
+
+
+def format_row(each: CallsFigures) -> Row:
+    """The cells of one row; empty where a figure was not measured."""
+    return (
+        each.model,
+        each.precision,
+        str(each.steps),
+        each.row,
+        str(each.calls),
+        str(each.unet_rows),
+        "" if each.exact_psnr_db is None else f"{each.exact_psnr_db:.2f}",
+        "" if each.converged_psnr_db is None else f"{each.converged_psnr_db:.2f}",
+        "" if each.kid is None else f"{each.kid:.4f} ± {each.kid_std:.4f}",
+        "" if each.fid is None else f"{each.fid:.2f}",
+        "" if each.picture_ms is None else f"{each.picture_ms:.0f}",
+    )
 
 
 def add_times(figures: Sequence[CallsFigures], times: Sequence[CallsFigures]) -> list[CallsFigures]:

@@ -45,17 +45,17 @@ def test_two_pictures_share_a_call_outside_the_interval(pipe: Pipeline, unet_row
     """At the batch of 2 that a static graph has: one run a step for both, where guidance takes one for each."""
     together = pipe("a cat", count=2, **REQUEST)
     assert unet_rows == [2] * (1 + 3 * 2 + 1)
-    alone = pipe("a cat", first=1, **REQUEST)
-    np.testing.assert_array_equal(together.pixels[1:], alone.pixels)
+    single = pipe("a cat", first=1, **REQUEST)
+    np.testing.assert_array_equal(together.pixels[1:], single.pixels)
     everywhere = pipe("a cat", first=1, **REQUEST | {"guidance_interval": None})
-    assert not np.array_equal(everywhere.latents, alone.latents)
+    assert not np.array_equal(everywhere.latents, single.latents)
 
 
 def test_an_open_batch_runs_one_row_outside_the_interval(open_pipe: Pipeline, unet_rows: list[int]) -> None:
     together = open_pipe("a cat", count=2, **REQUEST)
     assert unet_rows == [1, 1, *[2] * 6, 1, 1]
-    alone = open_pipe("a cat", first=1, **REQUEST)
-    np.testing.assert_array_equal(together.pixels[1:], alone.pixels)
+    single = open_pipe("a cat", first=1, **REQUEST)
+    np.testing.assert_array_equal(together.pixels[1:], single.pixels)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ than from nearest rounding (benchmarks/README.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,15 @@ BLOCK = 128  # inputs whose errors are propagated together, Section 3.3 Step 2
 MAX_INPUTS = 12_288  # of one least squares: its Hessian is that number squared, in float32 0.6 GB
 
 
-def input_rows(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-    """X ``float32[N, K]`` of the inputs ``x`` of ``layer``: a row for each output, K = in * kernel height * width."""
+def input_rows(layer: nn.Conv2d | nn.Linear, x: Tensor, *, is_padded: bool = False) -> Tensor:
+    """X ``float32[N, K]`` of the inputs ``x`` of ``layer``: a row for each output, K = in * kernel height * width.
+
+    is_padded: whether the maps of a convolution have its padding already.
+    """
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
-    columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    padding: Any = 0 if is_padded else layer.padding
+    columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 

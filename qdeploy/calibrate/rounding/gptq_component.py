@@ -70,15 +70,19 @@ def round_group(
     channels, ratio = calls[0].module.weight.shape[1], layers[calls[0].name].input_ratio
     hessians = sample.compute_hessians(torch.ones(channels) if ratio is None else torch.from_numpy(ratio))
     rounded = {call.name: layers[call.name] for call in calls}
+    steps = {call.name: compute_steps(call.module, layers[call.name]) for call in calls}
     for inputs, hessian in zip(sample.blocks, hessians, strict=False):
         factor = factorize(hessian)
-        rounded = {call.name: round_inputs(call.module, rounded[call.name], slice(*inputs), factor) for call in calls}
+        rounded = {name: round_inputs(layer, steps[name], slice(*inputs), factor) for name, layer in rounded.items()}
     return rounded
 
 
-def round_inputs(module: nn.Conv2d | nn.Linear, layer: LayerQuant, inputs: slice, factor: Factor) -> LayerQuant:
-    """``layer`` with GPTQ's codes in place of the nearest ones for some of its K ``inputs``."""
-    half, bits, steps = layer.half_weight, layer.weight_bits, compute_steps(module, layer)
+def round_inputs(layer: LayerQuant, steps: Tensor, inputs: slice, factor: Factor) -> LayerQuant:
+    """``layer`` with GPTQ's codes in place of the nearest ones for some of its K ``inputs``.
+
+    ``steps float32[out, K]`` is its weight as :func:`compute_steps` gives it.
+    """
+    half, bits = layer.half_weight, layer.weight_bits
     if half is not None:
         half = replace_codes(half, steps / 2, inputs, factor, weight_range(bits, half=True))
     weight = replace_codes(layer.weight, steps, inputs, factor, weight_range(bits))

@@ -55,7 +55,7 @@ class InputSample:
         """X^T X ``float32[K_b, K_b]`` by block, of inputs divided by ``ratio float32[in]``; empty without feeds."""
         hessians = self._hessians
         for window in self._windows:
-            hessians = self._add_rows(hessians, window_rows(self.calls[0].module, window.float()))
+            hessians = self._add_rows(hessians, input_rows(self.calls[0].module, window.float(), is_padded=True))
         inverse = (1 / ratio).repeat_interleave(self.blocks[-1][1] // len(ratio))
         parts = [inverse[first:last] for first, last in self.blocks]
         return [hessian * part * part[:, None] for hessian, part in zip(hessians, parts, strict=False)]
@@ -67,7 +67,7 @@ class InputSample:
     def _add_rows(self, hessians: list[Tensor], rows: Tensor) -> list[Tensor]:
         parts = [rows[:, first:last] for first, last in self.blocks]
         products = [part.T @ part for part in parts]
-        return [one + other for one, other in zip(hessians, products, strict=True)] if hessians else products
+        return [one.add_(other) for one, other in zip(hessians, products, strict=True)] if hessians else products
 
 
 def split_inputs(layer: nn.Conv2d | nn.Linear) -> list[tuple[int, int]]:
@@ -95,13 +95,6 @@ def cut_window(layer: nn.Conv2d, x: Tensor, rows: int, draw: torch.Generator) ->
         first = int(torch.randint(outputs - min(side, outputs) + 1, (), generator=draw))
         padded = padded.narrow(axis, first * stride, (min(side, outputs) - 1) * stride + reach)
     return padded
-
-
-def window_rows(layer: nn.Module, window: Tensor) -> Tensor:
-    """X ``float32[N, K]`` of a window, which has its padding."""
-    assert isinstance(layer, nn.Conv2d)
-    columns = F.unfold(window, layer.kernel_size, layer.dilation, 0, layer.stride)
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
 class InputSamples:

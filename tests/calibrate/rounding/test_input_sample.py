@@ -8,7 +8,7 @@ from torch import nn
 
 from qdeploy.calibrate.rounding import input_sample
 from qdeploy.calibrate.rounding.gptq import input_rows
-from qdeploy.calibrate.rounding.input_sample import InputSample, InputSamples, cut_window, split_inputs, window_rows
+from qdeploy.calibrate.rounding.input_sample import InputSample, InputSamples, cut_window, split_inputs
 from qdeploy.models.components import LayerCall
 
 CONVS = [
@@ -28,7 +28,7 @@ def draw(seed: int = 0) -> torch.Generator:
 def test_a_windows_rows_are_the_layers_own(conv: nn.Conv2d, rows: int) -> None:
     x = torch.randn(2, 3, 12, 9, generator=draw())
     every = {tuple(row.tolist()) for row in input_rows(conv, x)}
-    cut = window_rows(conv, cut_window(conv, x, rows, draw()))
+    cut = input_rows(conv, cut_window(conv, x, rows, draw()), is_padded=True)
     assert {tuple(row.tolist()) for row in cut} <= every
     assert len(cut) >= min(rows, len(input_rows(conv, x)) // 2)
     if rows == 10_000:
