@@ -24,11 +24,11 @@ from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.dataset_file import load_calibration, save_calibration
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.timestep_aware import TimestepAwareSettings, record_trajectories
-from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.models.components import TorchComponent
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.targets.base import load_target
+from qdeploy.targets.onnx_files.graph import save_graph
 
 MODEL = "builtin:emoji"
 TARGET = "ort-cpu"

@@ -95,9 +95,9 @@ def make_graphs(size: str, folder: Path) -> None:
     """Every row's graph in a folder of its name, and the inputs."""
     import torch
 
-    from qdeploy.export.exporter import GRAPH_FILE, save_graph
     from qdeploy.export.graph import graph_from_component
     from qdeploy.export.release import release_memory
+    from qdeploy.targets.onnx_files.graph import save_graph
 
     torch.set_grad_enabled(False)
     unet, feeds = load_unet(size)
@@ -108,7 +108,7 @@ def make_graphs(size: str, folder: Path) -> None:
             graph = graph_from_component(component, example, load_target(TARGET).opset)
             load_target(TARGET).lower(graph)
             (scratch / row.name).mkdir()
-            save_graph(graph, scratch / row.name / GRAPH_FILE)
+            save_graph(graph, scratch / row.name / "model.onnx")
             del component, graph
             release_memory()
         np.savez(scratch / "feeds.npz", **feeds)  # type: ignore[arg-type]

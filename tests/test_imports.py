@@ -25,6 +25,7 @@ TORCH_FREE = (
 IMPORTED_LATE = (
     PACKAGE / "engines" / "torch_graph",  # which its engine imports when it opens a session
     PACKAGE / "targets" / "nvidia" / "rules.py",  # of onnx-ir, which its target imports when it checks a file
+    PACKAGE / "targets" / "onnx_files",  # as these, when an export writes or reads one
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from qdeploy.artifacts.bundle_files import check_content, check_listed, check_names, read_graph
 from qdeploy.artifacts.components import get_kind, name_tokenizer
 from qdeploy.artifacts.graph_contract import find_mismatches
-from qdeploy.artifacts.graph_file import GraphFile, Signature
+from qdeploy.artifacts.graph_format import GraphFile, GraphFormat, Signature, load_format
 from qdeploy.artifacts.manifest import (
     MANIFEST,
     MODEL_KINDS,
@@ -63,6 +63,7 @@ def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:
     manifest, listed = document.manifest, {entry.path: entry for entry in document.files}
     check_names(folder / MANIFEST, [entry.path for entry in document.files])
     _check_kind(folder, manifest)
+    graph_format = _load_format(folder, manifest)
     needed = [SCHEDULER, *(component.file for component in manifest.components.values())]
     needed += [tokenizer_file(name) for name in manifest.text_encoders]
     for name in needed:
@@ -72,9 +73,16 @@ def open_bundle(folder: Path | str, verify: bool = True) -> Bundle:
     for entry in document.files:
         check_content(folder, entry, verify)
     for name, component in manifest.components.items():
-        _check_signature(folder, name, component, read_graph(folder, component.file, listed))
+        _check_signature(folder, name, component, read_graph(folder, component.file, graph_format, listed))
     _check_contract(folder, manifest)
     return Bundle(folder, manifest, {name: entry.bytes for name, entry in listed.items()})
+
+
+def _load_format(folder: Path, manifest: Manifest) -> GraphFormat:
+    try:
+        return load_format(manifest.format)
+    except ValueError as exc:
+        raise BundleError(f"{folder}: {exc}; was the bundle made by a newer qdeploy?") from exc
 
 
 def _check_signature(folder: Path, name: str, info: ComponentInfo, graph: GraphFile) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from qdeploy.artifacts.graph_file import GraphFile, read_graph_file
+from qdeploy.artifacts.graph_format import GraphFile, GraphFormat
 from qdeploy.base.errors import BundleError, join_names
 from qdeploy.base.files import hash_file
 
@@ -75,12 +75,12 @@ def check_content(folder: Path, entry: FileEntry, verify: bool) -> None:
         raise BundleError(f"{path} was changed: its SHA-256 is not the manifest's; {REMEDY}")
 
 
-def read_graph(folder: Path, name: str, listed: Mapping[str, FileEntry]) -> GraphFile:
+def read_graph(folder: Path, name: str, graph_format: GraphFormat, listed: Mapping[str, FileEntry]) -> GraphFile:
     """The graph in the file ``name``; BundleError for no graph, or one that reads what is not listed."""
     try:
-        graph = read_graph_file(folder / name, MAX_GRAPH_BYTES)
+        graph = graph_format.read(folder / name, MAX_GRAPH_BYTES)
     except (OSError, ValueError) as exc:
-        raise BundleError(f"{folder / name} is not a readable ONNX graph ({exc}); {REMEDY}") from exc
+        raise BundleError(f"{folder / name} is not a readable {graph_format.title} ({exc}); {REMEDY}") from exc
     for location in graph.external_files - {""}:
         # relative to the graph's own folder; a listed name never leads out of the bundle
         if (PurePosixPath(name).parent / location).as_posix() not in listed:

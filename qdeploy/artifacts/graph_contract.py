@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
 from qdeploy.artifacts.components import get_kind
-from qdeploy.artifacts.graph_file import OPEN, Signature
+from qdeploy.artifacts.graph_format import OPEN, Signature
 
 Pattern: TypeAlias = Mapping[str, tuple[str, tuple[str | int, ...]]]
 

@@ -13,6 +13,7 @@ from msgspec import Meta
 from qdeploy.artifacts.bundle_files import MAX_FILES, FileEntry, is_litter
 from qdeploy.artifacts.components import COMPONENTS, UNET, get_kind, list_text_encoders
 from qdeploy.artifacts.decibels import Decibels, limit_db
+from qdeploy.artifacts.graph_format import DEFAULT_FORMAT
 from qdeploy.base.documents import Positive, Share, ShortText, parse_json, read_bytes
 from qdeploy.base.errors import BundleError
 from qdeploy.base.files import hash_file
@@ -129,6 +130,7 @@ class Manifest:
     components: Mapping[str, ComponentInfo]
     latents: LatentInfo
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    format: ShortText = DEFAULT_FORMAT  # of the graphs' files
     zero_negative: bool = False  # an empty negative prompt is embedded as zeros, as Stable Diffusion XL was trained
 
     @property

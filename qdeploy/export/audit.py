@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
-
-from qdeploy.artifacts.graph_file import read_graph_file
+from qdeploy.artifacts.products import BY_CHOICE, Product
 from qdeploy.artifacts.table import ComponentQuant
 from qdeploy.base.arrays import Feeds
-from qdeploy.base.errors import AuditError, ExportError, join_names
+from qdeploy.base.errors import AuditError, join_names
 from qdeploy.engines.base import EngineOptions, Kernel, load_engine
-from qdeploy.export.open_dims import close_dims
-from qdeploy.passes.fuse_linear import INTEGER_MATMUL
-from qdeploy.passes.name_by_layer import FUSED_ATTENTION, PRODUCTS
+from qdeploy.passes.name_by_layer import PRODUCTS
 from qdeploy.passes.split_gate import GATE
+from qdeploy.targets.base import ONNX_FILES, GraphFiles
 
-PRODUCT_OPS = ("Conv", "MatMul", "Gemm", INTEGER_MATMUL, FUSED_ATTENTION)
-TRANSPARENT_OPS = ("Transpose", "Reshape", "Cast")  # between a constant in the file and the product that reads it
 QUANTIZE_OPS = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Quantize", "Convert")
 LAYOUT_OPS = ("Transpose", "Reorder", "ReorderInput", "ReorderOutput")
-
-
-@dataclass(frozen=True)
-class Product:
-    """One Conv, MatMul, Gemm or fused attention of an ONNX graph."""
-
-    name: str
-    output: str  # names that engines may give a node that computes a graph's output
-    macs: int
-    quantized: bool  # both factors come by DequantizeLinear, or are codes
-    constants: tuple[str, ...]  # that it reads through DequantizeLinear and the like
 
 
 @dataclass(frozen=True)
@@ -46,6 +28,7 @@ class Finding:
     macs: int
     quantized: bool
     integer: bool
+    float_reason: str = BY_CHOICE
 
     @property
     def reason(self) -> str:
@@ -53,7 +36,7 @@ class Finding:
         if self.integer:
             return ""
         if not self.quantized:
-            return "float in the graph, by choice"
+            return self.float_reason
         return f"quantized in the graph, but runs as {self.op_type or 'no node that was found'}"
 
 
@@ -106,7 +89,13 @@ class Audit:
             )
 
 
-def audit_graph(path: Path, engine: str, options: EngineOptions | None = None, feeds: Feeds | None = None) -> Audit:
+def audit_graph(
+    path: Path,
+    engine: str,
+    options: EngineOptions | None = None,
+    feeds: Feeds | None = None,
+    files: GraphFiles = ONNX_FILES,
+) -> Audit:
     """Load ``path`` in ``engine``, take its optimized graph, and look up each product.
 
     With ``feeds`` the kernels are timed on them. Raises EngineError and ExportError.
@@ -120,28 +109,18 @@ def audit_graph(path: Path, engine: str, options: EngineOptions | None = None, f
         for name in kernel.constants:
             by_constant.setdefault(name, []).append(kernel)
     findings = []
-    for product in find_products(load_graph(path)):
+    for product in files.find_products(path):
         ran = by_name.get(product.name) or by_name.get(product.output) or find_kernels(product, by_constant)
         slowest = next((kernel for kernel in ran if not kernel.integer), ran[0] if ran else None)
         op_type = "" if slowest is None else slowest.op_type
         integer = slowest is not None and slowest.integer
-        findings.append(Finding(product.name, op_type, product.macs, product.quantized, integer))
+        findings.append(Finding(product.name, op_type, product.macs, product.quantized, integer, product.float_reason))
     return Audit(tuple(findings), tuple(kernels))
 
 
-def load_graph(path: Path) -> ir.Model:
-    """The graph in the file at ``path``; ExportError where there is none."""
-    try:
-        read_graph_file(path)
-        return ir.load(path)
-    except Exception as exc:  # a garbage file may fail anywhere in protobuf or onnx-ir
-        reason = (str(exc) or type(exc).__name__).splitlines()[0]
-        raise ExportError(f"{path} is not a readable ONNX graph ({reason[:200]}); get the file again") from exc
-
-
-def audit_file(path: Path) -> Audit:
-    """The audit of the file at ``path`` without an engine: a product of two DequantizeLinear counts as integer."""
-    products = find_products(load_graph(path))
+def audit_file(path: Path, files: GraphFiles = ONNX_FILES) -> Audit:
+    """The audit of the file at ``path`` without an engine: a product of codes counts as integer."""
+    products = files.find_products(path)
     return Audit(
         tuple(Finding(product.name, "QDQ", product.macs, product.quantized, product.quantized) for product in products),
         (),
@@ -161,64 +140,3 @@ def find_kernels(product: Product, by_constant: Mapping[str, list[Kernel]]) -> l
         if name == constant or name.startswith((constant + "_", constant + "."))
         for kernel in kernels
     ]
-
-
-def find_products(model: ir.Model) -> list[Product]:
-    """Every Conv, matrix product and fused attention with its multiply-accumulates; ExportError on unknown shapes.
-
-    ``model`` is changed: open dimensions get the sizes that it was traced with.
-    """
-    close_dims(model)
-    nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
-    if any(
-        value is None or value.shape is None or not value.shape.is_static()
-        for node in nodes
-        for value in (*node.inputs[:2], node.outputs[0])
-    ):
-        model = ShapeInferencePass()(model).model
-        nodes = [node for node in model.graph if node.op_type in PRODUCT_OPS]
-    return [
-        Product(
-            node.name or str(node.outputs[0].name),
-            str(node.outputs[0].name),
-            count_macs(node),
-            node.op_type == INTEGER_MATMUL or all(trace_factor(value)[0] for value in node.inputs[:2]),
-            tuple(name for value in node.inputs[:2] for name in trace_factor(value)[1]),
-        )
-        for node in nodes
-    ]
-
-
-def count_macs(node: ir.Node) -> int:
-    """Multiply-accumulates of a Conv, a product over the first's rows, or both products of an attention.
-
-    The Conv's weight is ``[out, in / groups, ...]``; queries are ``[B, N, C]`` and keys ``[B, T, C]``.
-    """
-    first, second = (get_static_shape(value, node) for value in node.inputs[:2])
-    if node.op_type == FUSED_ATTENTION:
-        return 2 * prod(first) * second[1]
-    terms = prod(second[1:]) if node.op_type == "Conv" else first[-1]
-    if node.op_type == "Gemm" and node.attributes.get_int("transA"):
-        terms = first[0]
-    return prod(get_static_shape(node.outputs[0], node)) * terms
-
-
-def get_static_shape(value: ir.Value | None, node: ir.Node) -> tuple[int, ...]:
-    """ExportError where a side is open: the share of a product of unknown size is unknown."""
-    if value is None or value.shape is None or not value.shape.is_static():
-        raise ExportError(f"{node.name} ({node.op_type}) has no static shape, so its multiply-accumulates are unknown")
-    return tuple(value.shape.numpy())
-
-
-def trace_factor(value: ir.Value | None) -> tuple[bool, list[str]]:
-    """Whether a factor comes by DequantizeLinear; if it is constant, the names that it has on its way from the file."""
-    quantized, names = False, []
-    while value is not None and (node := value.producer()) is not None:
-        names.append(str(value.name))
-        if node.op_type == "DequantizeLinear":
-            quantized = True
-        elif node.op_type not in TRANSPARENT_OPS:
-            break
-        value = node.inputs[0]
-    constant = value is not None and value.is_initializer()
-    return quantized, [*names, str(value.name)] if constant and value is not None else []

@@ -9,9 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from qdeploy.artifacts.components import UNET, VAE_ENCODER, choose_graph_batch
+from qdeploy.artifacts.graph_format import Signature, load_format
 from qdeploy.artifacts.manifest import ComponentInfo, Manifest, TensorInfo, write_manifest
 from qdeploy.artifacts.noise_correction import BUNDLE_FILE, save_noise_correction
 from qdeploy.artifacts.outputs import BUNDLE
@@ -40,7 +39,6 @@ from qdeploy.sampling.few_steps import recognise_few_steps
 from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
 from qdeploy.targets.base import Target
 
-GRAPH_FILE = "model.onnx"
 BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "int8": 1.2}  # some layers of the last stay in float
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -107,6 +105,7 @@ def export_bundle(
             latents=replace(model.latents, side_multiple=model.size_multiple(UNET.name) if open_dims.size else 0),
             provenance=build_provenance(model, table),
             zero_negative=model.zero_negative,
+            format=target.files.format,
         )
         write_manifest(folder, manifest)
         check_opens(folder, out)
@@ -142,7 +141,8 @@ def export_component(
     if quant is not None:
         component = build_simulator(float_component, quant, target.numerics)
     # an open batch is traced at 2, since the exporter treats 1 as a constant
-    example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.is_guided))
+    rows = 2 if open_dims.batch else choose_graph_batch(name, model.is_guided)
+    example = model.make_example(name, 1 if target.by_rows else rows)
     feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes
     if target.numerics.float_type == "fp16":
         check_fp16_range(float_component, feeds, name)
@@ -150,14 +150,16 @@ def export_component(
     graph = graph_from_component(component, example, target.opset, open_dims, multiple)
     target.lower(graph)
     folder.mkdir(parents=True)
-    path = folder / GRAPH_FILE
-    save_graph(graph, path)
+    graph_format = load_format(target.files.format)
+    path = folder / graph_format.file
+    target.files.write(graph, path)
+    written = graph_format.read(path, path.stat().st_size + 1)
     if sizes is not None and target.plans is not None:
         target.plans.write_profile(path, sizes, grid_from_model(model))
     info = ComponentInfo(
-        file=f"{name}/{GRAPH_FILE}",
-        inputs=dict(map(tensor_info_from_value, graph.graph.inputs)),
-        outputs=dict(map(tensor_info_from_value, graph.graph.outputs)),
+        file=f"{name}/{path.name}",
+        inputs=tensor_infos_from_signature(written.inputs),
+        outputs=tensor_infos_from_signature(written.outputs),
         weight_bits=(() if quant is None else quant.weight_bits) or (target.numerics.float_bits,),  # () with attention
         act_bits=target.numerics.float_bits if quant is None else ACT_BITS,
         parity_engine=choose_stand_in(target),
@@ -209,7 +211,10 @@ def choose_stand_in(target: Target) -> str | None:
 def run_audit(info: ComponentInfo, path: Path, target: Target, quant: ComponentQuant) -> ComponentInfo:
     """``info`` with the share of MACs in integers; AuditError where a layer of ``quant`` is not."""
     options = EngineOptions(largest_weight_code=info.largest_weight_code)
-    audit = audit_graph(path, target.engine, options) if target.stand_in is None else audit_file(path)
+    if target.stand_in is None:
+        audit = audit_graph(path, target.engine, options, files=target.files)
+    else:
+        audit = audit_file(path, target.files)
     release_memory()
     audit.check(path.parent.name, quant)
     return replace(info, integer_mac_share=audit.integer_mac_share)
@@ -250,19 +255,9 @@ def check_parity(
     )
 
 
-def save_graph(graph: ir.Model, path: Path) -> None:
-    """Write the graph with its weights as external data next to it, which avoids the 2 GB limit."""
-    ir.save(graph, path, external_data=path.name + ".data")
-
-
-def tensor_info_from_value(value: ir.Value) -> tuple[str, TensorInfo]:
-    """Name, element type and shape of a graph input or output, -1 for what is open."""
-    assert value.name is not None  # the exporter sets all three
-    assert value.dtype is not None
-    assert value.shape is not None
-    return value.name, TensorInfo(
-        value.dtype.numpy().name, tuple(side if isinstance(side, int) else -1 for side in value.shape)
-    )
+def tensor_infos_from_signature(signature: Signature) -> dict[str, TensorInfo]:
+    """Inputs or outputs as the manifest has them."""
+    return {name: TensorInfo(dtype, shape) for name, (dtype, shape) in signature.items()}
 
 
 def build_provenance(model: LatentDiffusion, table: QuantTable | None) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from qdeploy.artifacts.bundle import open_bundle
+from qdeploy.artifacts.graph_format import OPEN
 from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import ExportError, UsageError
 from qdeploy.engines.base import EngineOptions, choose_engine
-from qdeploy.export.audit import LAYOUT_OPS, QUANTIZE_OPS, Audit, audit_graph, load_graph
-from qdeploy.export.open_dims import close_dims
+from qdeploy.export.audit import LAYOUT_OPS, QUANTIZE_OPS, Audit, audit_graph
 from qdeploy.inspection.table import FactRows
+from qdeploy.targets.base import ONNX_FILES, GraphFiles, load_graph_files
 
 DEFAULT_SHOWN = 12  # layers and op types listed unless all are wanted
 MAX_INPUT_VALUES = 2**28
@@ -34,14 +35,15 @@ def describe_audit(
         components = bundle.manifest.components
         graphs = {name: bundle.path(info.file) for name, info in components.items()}
         codes = {name: info.largest_weight_code for name, info in components.items()}
+        files = load_graph_files(bundle.manifest.format)
     elif path.suffix == ".onnx" and path.is_file():
-        engine_name, graphs, codes = engine or DEFAULT_ENGINE, {path.stem: path}, {}
+        engine_name, graphs, codes, files = engine or DEFAULT_ENGINE, {path.stem: path}, {}, ONNX_FILES
     else:
         raise UsageError(f"--audit reads a bundle or an .onnx file, and {path} is neither")
     facts: FactRows = [("audit", f"{path}, as {engine_name} runs it")]
     for name, graph in graphs.items():
         options = EngineOptions(threads=threads, largest_weight_code=codes.get(name))
-        audit = audit_graph(graph, engine_name, options, make_example_feeds(graph))
+        audit = audit_graph(graph, engine_name, options, make_example_feeds(graph, files), files)
         facts += [(name, f"{audit.integer_mac_share:.1%} of MACs in integers")]
         facts += list_float_products(audit, None if show_all else DEFAULT_SHOWN) + list_times(
             audit, None if show_all else DEFAULT_SHOWN
@@ -77,18 +79,16 @@ def list_times(audit: Audit, limit: int | None) -> FactRows:
     return facts
 
 
-def make_example_feeds(path: Path) -> dict[str, AnyArray]:
+def make_example_feeds(path: Path, files: GraphFiles = ONNX_FILES) -> dict[str, AnyArray]:
     """Something to run the graph on: normal noise for floats, zeros for integers; ExportError on unknown shapes."""
     noise = np.random.default_rng(0)
     feeds = {}
-    model = load_graph(path)
-    close_dims(model)
-    for value in model.graph.inputs:
-        if value.name is None or value.dtype is None or value.shape is None or not value.shape.is_static():
-            raise ExportError(f"{path}: input {value.name} has no static shape; export one to audit it")
-        dtype, shape = value.dtype.numpy(), tuple(value.shape.numpy())
+    for name, (dtype_name, shape) in files.read_example(path).items():
+        if OPEN in shape:
+            raise ExportError(f"{path}: input {name} has no static shape; export one to audit it")
+        dtype = np.dtype(dtype_name)
         if not (np.issubdtype(dtype, np.number) or dtype == np.bool_) or prod(shape) > MAX_INPUT_VALUES:
-            raise ExportError(f"{path}: input {value.name} is {dtype}{list(shape)}, which no audit runs")
+            raise ExportError(f"{path}: input {name} is {dtype}{list(shape)}, which no audit runs")
         is_float = np.issubdtype(dtype, np.floating)
-        feeds[value.name] = (noise.standard_normal(shape) if is_float else np.zeros(shape)).astype(dtype)
+        feeds[name] = (noise.standard_normal(shape) if is_float else np.zeros(shape)).astype(dtype)
     return feeds

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.components import TEXT_ENCODER, VAE_DECODER
 from qdeploy.artifacts.file_kind import CALIBRATION, TABLE, read_file_kind
-from qdeploy.artifacts.graph_file import read_graph_file
+from qdeploy.artifacts.graph_format import GraphFormat, find_format
 from qdeploy.artifacts.manifest import MANIFEST, ComponentInfo
 from qdeploy.artifacts.table import QuantTable, load_table
 from qdeploy.base.errors import UsageError
@@ -17,6 +17,8 @@ from qdeploy.inspection.table import FactRows, describe_table, format_widths
 
 if TYPE_CHECKING:
     from qdeploy.calibrate.dataset import CalibrationSet
+
+MAX_GRAPH_BYTES = 2**31  # of a lone file, whose weights may be in it
 
 
 def describe(path: str, show_all: bool = False) -> FactRows:
@@ -35,11 +37,12 @@ def describe(path: str, show_all: bool = False) -> FactRows:
         return describe_calibration(Path(path))
     if Path(path).is_file() and is_checkpoint(path):
         return describe_single_file(Path(path))
-    if Path(path).is_file() and Path(path).suffix == ".onnx":
-        return describe_graph(Path(path))
+    graph_format = find_format(Path(path))
+    if Path(path).is_file() and graph_format is not None:
+        return describe_graph(Path(path), graph_format)
     raise UsageError(
         f"{path} is neither a model folder or checkpoint file, builtin:NAME, a calibration set, a table, a bundle nor "
-        "an ONNX graph"
+        "a graph's file"
     )
 
 
@@ -102,12 +105,12 @@ def format_gate(info: ComponentInfo) -> list[str]:
     return texts + ([info.acceptance] if info.acceptance else [])
 
 
-def describe_graph(path: Path) -> FactRows:
-    """An ONNX file's signature; what it computes is for ``--audit``."""
+def describe_graph(path: Path, graph_format: GraphFormat) -> FactRows:
+    """A graph file's signature; what it computes is for ``--audit``."""
     try:
-        graph = read_graph_file(path)
+        graph = graph_format.read(path, MAX_GRAPH_BYTES)
     except (OSError, ValueError) as exc:
-        raise UsageError(f"{path} is not a readable ONNX graph ({exc}); get the file again") from exc
+        raise UsageError(f"{path} is not a readable {graph_format.title} ({exc}); get the file again") from exc
     tensors = {**graph.inputs, **graph.outputs}
     return [
         ("graph", str(path)),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qdeploy.artifacts.bundle import Bundle
 from qdeploy.artifacts.components import get_kind
-from qdeploy.artifacts.graph_file import OPEN
+from qdeploy.artifacts.graph_format import OPEN
 from qdeploy.artifacts.manifest import ComponentInfo, TensorInfo
 from qdeploy.base.arrays import Feeds
 from qdeploy.base.errors import BundleError, EngineError, NonFiniteError

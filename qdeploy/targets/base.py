@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.artifacts.graph_format import DEFAULT_FORMAT, Signature
+from qdeploy.artifacts.products import Product
 from qdeploy.base.errors import UsageError
 from qdeploy.base.progress import OnProgress
 
@@ -105,6 +107,43 @@ class Plans:
 
 
 @dataclass(frozen=True)
+class GraphFiles:
+    """How a target's graphs become files; the format that they have is one of ``qdeploy/artifacts/formats``.
+
+    format: its name.
+    write: a lowered graph to the file at a path, which engines open, and to files next to it.
+    find_products: of the file at a path, for the audit.
+    read_example: its inputs, without open dimensions.
+    """
+
+    format: str
+    write: Callable[[ir.Model, Path], None]
+    find_products: Callable[[Path], list[Product]]
+    read_example: Callable[[Path], Signature]
+
+
+def _write_onnx(graph: ir.Model, path: Path) -> None:
+    from qdeploy.targets.onnx_files.graph import save_graph
+
+    save_graph(graph, path)
+
+
+def _find_onnx_products(path: Path) -> list[Product]:
+    from qdeploy.targets.onnx_files.products import find_products
+
+    return find_products(path)
+
+
+def _read_onnx_example(path: Path) -> Signature:
+    from qdeploy.targets.onnx_files.graph import read_example
+
+    return read_example(path)
+
+
+ONNX_FILES = GraphFiles(DEFAULT_FORMAT, _write_onnx, _find_onnx_products, _read_onnx_example)
+
+
+@dataclass(frozen=True)
 class Target:
     """Everything about one target.
 
@@ -120,6 +159,8 @@ class Target:
     check: hold the written graph of a component to the engine's own rules, AuditError where it breaks one; a phrase on
         what was tried, "" when nothing was.
     plans: where the engine's files are built ahead of time.
+    files: how its graphs become files.
+    by_rows: its graphs have no batch: they are traced with one row, and the engine computes row after row.
     """
 
     name: str
@@ -133,6 +174,8 @@ class Target:
     stand_in: StandIn | None = None
     check: Callable[[Path, str], str] = lambda path, component: ""
     plans: Plans | None = None
+    files: GraphFiles = ONNX_FILES
+    by_rows: bool = False
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -143,6 +186,7 @@ class Target:
     def settings(self) -> Mapping[str, Any]:
         """All that its graphs depend on, as JSON values."""
         named = {"target": self.name, "engine": self.engine, "opset": self.opset, "passes": list(self.passes)}
+        named |= {"format": self.files.format}
         return named | asdict(self.numerics)
 
     def in_full_range(self) -> Target:
@@ -203,6 +247,15 @@ def load_target(name: str) -> Target:
         raise UsageError(f"unknown --target {name!r}; known targets: {', '.join(list_targets())}")
     target: Target = importlib.import_module(f"qdeploy.targets.{name.replace('-', '_')}").TARGET
     return target
+
+
+def load_graph_files(graph_format: str) -> GraphFiles:
+    """How some target makes files of ``graph_format``; UsageError where none does."""
+    files = (load_target(name).files for name in list_targets())
+    chosen = next((each for each in files if each.format == graph_format), None)
+    if chosen is None:
+        raise UsageError(f"no target writes graphs as {graph_format!r:.60}; known targets: {', '.join(list_targets())}")
+    return chosen
 
 
 def describe_targets() -> str:

@@ -21,12 +21,13 @@ from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.engines.base import EngineOptions, load_engine
 from qdeploy.export.audit import audit_graph
-from qdeploy.export.exporter import export_bundle, save_graph
+from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import compute_expected, measure_parities
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import Numerics, load_target
+from qdeploy.targets.onnx_files.graph import save_graph
 from tests.engines.test_contract import save_model, tensor
 
 # With Q after convolutions and codes up to +-127, unlike what its own target has: OpenVINO computes that as well

@@ -20,7 +20,7 @@ from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
 from qdeploy.calibrate.spec import QuantSpec
 from qdeploy.engines.base import EngineOptions, load_engine
-from qdeploy.export.audit import PRODUCT_OPS, audit_graph
+from qdeploy.export.audit import audit_graph
 from qdeploy.export.exporter import export_bundle
 from qdeploy.export.graph import graph_from_component
 from qdeploy.export.parity import Parity, compute_expected, measure_parities
@@ -29,6 +29,7 @@ from qdeploy.passes.fuse_linear import INTEGER_MATMUL
 from qdeploy.passes.split_gate import GATE
 from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import load_target
+from qdeploy.targets.onnx_files.products import PRODUCT_OPS
 from tests.shared_artifacts import build_once
 
 ORT_CPU = load_target("ort-cpu")

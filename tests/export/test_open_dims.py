@@ -17,10 +17,11 @@ from qdeploy.base.errors import ExportError, RequestError, UsageError
 from qdeploy.cli import main
 from qdeploy.export.audit import audit_file
 from qdeploy.export.exporter import export_bundle
-from qdeploy.export.open_dims import TRACED_WITH, OpenDims, close_dims, evaluate_expression
+from qdeploy.export.open_dims import OpenDims
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.runtime.request_size import resolve_size
 from qdeploy.targets.base import load_target
+from qdeploy.targets.onnx_files.traced_sizes import TRACED_WITH, close_dims, evaluate_expression
 
 
 def test_the_manifest_says_what_is_open(open_bundle: Path, tiny_model: LatentDiffusion) -> None:

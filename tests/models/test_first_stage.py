@@ -10,10 +10,10 @@ import onnxruntime
 import pytest
 import torch
 
-from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.models.components import VaeEncoder, VqDecoder, find_nearest_codes
 from qdeploy.targets.base import load_target
+from qdeploy.targets.onnx_files.graph import save_graph
 from tests.tiny import tiny_vq
 
 ROUND_OFF = 1e-5  # of values around 1 through a few convolutions in float32

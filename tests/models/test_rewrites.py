@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from qdeploy.base.errors import ModelError, TableError
 from qdeploy.base.numerics import sqnr_db
-from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.models.components import TorchComponent, UNet, trace_layers
 from qdeploy.models.rewrites import REWRITES, apply_rewrite
@@ -24,6 +23,7 @@ from qdeploy.models.rewrites.surgery import copy_module
 from qdeploy.models.rewrites.timestep_table import TimestepTable, timestep_table
 from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.targets.base import load_target
+from qdeploy.targets.onnx_files.graph import save_graph
 
 SPLIT_DB = 110  # float32 sums in another order, through a whole UNet
 TABLE_DB = 60  # float16 has 11 bits: 2**-11 of each entry's magnitude is 66 dB, and GroupNorms in between

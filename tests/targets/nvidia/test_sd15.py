@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from qdeploy.base.errors import EngineUnavailableError
-from qdeploy.export.exporter import save_graph
 from qdeploy.export.graph import graph_from_component
 from qdeploy.models.components import UNet
 from qdeploy.targets.base import load_target
 from qdeploy.targets.nvidia.rules import check_rules
 from qdeploy.targets.nvidia.trial_build import build_on_trial, find_library_folder
+from qdeploy.targets.onnx_files.graph import save_graph
 
 SD15 = dict(sample_size=64, cross_attention_dim=768)  # the rest are diffusers' defaults
 FP16_BYTES = 1.72e9  # 860 M parameters

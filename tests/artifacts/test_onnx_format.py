@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from onnx import NodeProto, StringStringEntryProto, TensorProto, helper
 
-from qdeploy.artifacts.graph_file import read_graph_file
+from qdeploy.artifacts.formats.onnx import read_graph_file
 
 MODEL_GRAPH, MODEL_FUNCTION, GRAPH_NODE, GRAPH_TENSOR, GRAPH_INPUT, NODE_OP_TYPE, TENSOR_EXTERNAL = (
     7,
@@ -111,7 +111,7 @@ def test_a_file_is_judged_before_it_is_read(tmp_path: Path) -> None:
 READ = """
 import resource, sys
 from pathlib import Path
-from qdeploy.artifacts.graph_file import read_graph_file
+from qdeploy.artifacts.formats.onnx import read_graph_file
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     read_graph_file(Path(sys.argv[1]))

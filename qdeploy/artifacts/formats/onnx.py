@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself, without the package ``onnx``: its signature, and the files that it reads.
+"""ONNX: what a file says of itself, without the package ``onnx``: its signature, and the files that it reads.
 
 The fields followed (onnx.proto3): ModelProto.graph 7 and .functions 25; GraphProto.node 1, .initializer 5, .input 11,
 .output 12 and .sparse_initializer 15; NodeProto.op_type 4 and .attribute 5; AttributeProto.t 5, .g 6, .tensors 10,
@@ -8,11 +8,10 @@ The fields followed (onnx.proto3): ModelProto.graph 7 and .functions 25; GraphPr
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from qdeploy.artifacts.graph_format import OPEN, GraphFile, GraphFormat, check_regular
 from qdeploy.base.protobuf import (
     Field,
     check_bytes,
@@ -29,7 +28,6 @@ INITIALIZER, INPUT, OUTPUT = 5, 11, 12
 NAME, TYPE, TENSOR_TYPE, ELEMENT, SHAPE, DIMENSION, VALUE = 1, 2, 1, 1, 2, 1, 1
 OP_TYPE, TENSOR_NAME, EXTERNAL, KEY, TEXT, LOCATION = 4, 8, 13, 1, 2, b"location"
 ENGINE_NODE = b"EPContext"
-OPEN = -1
 
 # Kind of message -> field -> kind of the messages in it, on every way to a tensor.
 WAYS: Mapping[str, Mapping[int, str]] = {
@@ -47,25 +45,10 @@ MAX_FIELDS = 2**21  # that are looked at: seconds; a UNet of 20,000 nodes has a 
 DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 8: "string", 9: "bool", 10: "float16",
           11: "float64", 16: "bfloat16"}  # TensorProto.DataType  # fmt: skip
 
-Signature = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> element type and shape, OPEN for an open dimension
-
-
-@dataclass(frozen=True)
-class GraphFile:
-    """One ONNX file; ``external_files`` are the names of the files next to it that its tensors are read from."""
-
-    inputs: Signature
-    outputs: Signature
-    external_files: frozenset[str]
-
 
 def read_graph_file(path: Path, max_bytes: int = MAX_BYTES) -> GraphFile:
     """Read ``path``; ValueError or OSError where it is no ONNX graph, or one of more than ``max_bytes``."""
-    state = path.stat()
-    if not stat.S_ISREG(state.st_mode):
-        raise ValueError("it is no regular file")
-    if not 0 < state.st_size < max_bytes:
-        raise ValueError(f"it has {state.st_size} bytes, expected 1 to {max_bytes}")
+    check_regular(path, max_bytes)
     with path.open("rb") as file:
         return _parse(memoryview(file.read(max_bytes)))
 
@@ -138,3 +121,6 @@ def _list_locations(entry: memoryview) -> list[str]:
     fields = [(number, check_bytes(value)) for number, value in iter_fields(entry) if number in (KEY, TEXT)]
     is_location = any(number == KEY and value == LOCATION for number, value in fields)
     return [decode_text(value) for number, value in fields if number == TEXT and is_location]
+
+
+FORMAT = GraphFormat("onnx", "ONNX graph", "model.onnx", read_graph_file)
