@@ -16,7 +16,6 @@ from qdeploy.base.errors import BundleError, join_names
 from qdeploy.base.files import hash_file
 
 MAX_FILES = 4096
-MAX_GRAPH_BYTES = 2**28  # weights are next to a graph, not in it
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # written by file managers into every folder that is looked at
 APPLE_DOUBLE = "._"  # begins the name of a file of Mac attributes, on disks that have no place for those
 REMEDY = "copy or export the bundle again"
@@ -78,7 +77,7 @@ def check_content(folder: Path, entry: FileEntry, verify: bool) -> None:
 def read_graph(folder: Path, name: str, graph_format: GraphFormat, listed: Mapping[str, FileEntry]) -> GraphFile:
     """The graph in the file ``name``; BundleError for no graph, or one that reads what is not listed."""
     try:
-        graph = graph_format.read(folder / name, MAX_GRAPH_BYTES)
+        graph = graph_format.read(folder / name, graph_format.max_bytes)
     except (OSError, ValueError) as exc:
         raise BundleError(f"{folder / name} is not a readable {graph_format.title} ({exc}); {REMEDY}") from exc
     for location in graph.external_files - {""}:

@@ -35,13 +35,15 @@ class GraphFormat:
     name: in the manifest.
     title: what messages call such a file.
     file: name of the file that an engine opens, in a component's folder.
-    read: a file of at most so many bytes, and the files next to it as far as the engine does not check them itself;
-        ValueError or OSError where they are no such graph.
+    max_bytes: that it may have in a bundle.
+    read: a file of less than so many bytes, with the files next to it that say more of it; ValueError or OSError where
+        they are no such graph. What the engine's library would not survive is refused here.
     """
 
     name: str
     title: str
     file: str
+    max_bytes: int
     read: Callable[[Path, int], GraphFile]
 
     @property
@@ -54,7 +56,7 @@ def list_formats() -> list[str]:
     """Names of all formats, found by their files."""
     import qdeploy.artifacts.formats as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
 
 
 def load_format(name: str) -> GraphFormat:

@@ -141,8 +141,7 @@ def export_component(
     if quant is not None:
         component = build_simulator(float_component, quant, target.numerics)
     # an open batch is traced at 2, since the exporter treats 1 as a constant
-    rows = 2 if open_dims.batch else choose_graph_batch(name, model.is_guided)
-    example = model.make_example(name, 1 if target.by_rows else rows)
+    example = model.make_example(name, 2 if open_dims.batch else choose_graph_batch(name, model.is_guided))
     feeds = [{key: x.numpy() for key, x in example.items()}] if quant is None else probes
     if target.numerics.float_type == "fp16":
         check_fp16_range(float_component, feeds, name)
@@ -153,7 +152,7 @@ def export_component(
     graph_format = load_format(target.files.format)
     path = folder / graph_format.file
     target.files.write(graph, path)
-    written = graph_format.read(path, path.stat().st_size + 1)
+    written = graph_format.read(path, graph_format.max_bytes)
     if sizes is not None and target.plans is not None:
         target.plans.write_profile(path, sizes, grid_from_model(model))
     info = ComponentInfo(

@@ -108,7 +108,7 @@ def format_gate(info: ComponentInfo) -> list[str]:
 def describe_graph(path: Path, graph_format: GraphFormat) -> FactRows:
     """A graph file's signature; what it computes is for ``--audit``."""
     try:
-        graph = graph_format.read(path, MAX_GRAPH_BYTES)
+        graph = graph_format.read(path, max(graph_format.max_bytes, MAX_GRAPH_BYTES))
     except (OSError, ValueError) as exc:
         raise UsageError(f"{path} is not a readable {graph_format.title} ({exc}); get the file again") from exc
     tensors = {**graph.inputs, **graph.outputs}

@@ -160,7 +160,6 @@ class Target:
         what was tried, "" when nothing was.
     plans: where the engine's files are built ahead of time.
     files: how its graphs become files.
-    by_rows: its graphs have no batch: they are traced with one row, and the engine computes row after row.
     """
 
     name: str
@@ -175,7 +174,6 @@ class Target:
     check: Callable[[Path, str], str] = lambda path, component: ""
     plans: Plans | None = None
     files: GraphFiles = ONNX_FILES
-    by_rows: bool = False
 
     @property
     def precisions(self) -> tuple[str, ...]:

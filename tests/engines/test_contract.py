@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qdeploy.artifacts.graph_format import load_format
 from qdeploy.base.errors import EngineError, EngineUnavailableError
 from qdeploy.engines.base import Engine, EngineOptions, Kernel, Session, list_engines, load_engine
+from qdeploy.targets.base import ONNX_FILES, GraphFiles, Target, list_targets, load_target
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4), np.float32)
 CODES = np.full((64, 16), 127, np.int8)  # the largest, so that an accumulator of 16 bits saturates
@@ -46,8 +50,36 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def session(engine: Engine, graph: Path) -> Session:
-    return engine.open_session(graph, EngineOptions())
+def file(engine: Engine, graph: Path, tmp_path: Path) -> Path:
+    """``graph`` as the file that the engine opens."""
+    return convert_graph(engine, graph, tmp_path)
+
+
+@pytest.fixture
+def session(engine: Engine, file: Path) -> Session:
+    return engine.open_session(file, EngineOptions())
+
+
+def convert_graph(engine: Engine, graph: Path, folder: Path) -> Path:
+    """An ONNX graph as the engine's own target writes it, if that is another format."""
+    files = find_files(engine)
+    if files.format == ONNX_FILES.format:
+        return graph
+    path = folder / f"{graph.stem}{load_format(files.format).suffix}"
+    files.write(ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(graph))), path)
+    return path
+
+
+def find_target(engine: Engine) -> Target | None:
+    """The target whose bundles ``engine`` runs; None for one that runs other targets' ONNX graphs."""
+    name = engine.__name__.rpartition(".")[2].replace("_", "-")  # type: ignore[attr-defined]
+    return next((target for target in map(load_target, list_targets()) if target.engine == name), None)
+
+
+def find_files(engine: Engine) -> GraphFiles:
+    """How graphs are written for ``engine``."""
+    target = find_target(engine)
+    return ONNX_FILES if target is None else target.files
 
 
 def tensor(name: str, kind: int, shape: list[int]) -> onnx.ValueInfoProto:
@@ -122,8 +154,8 @@ def test_a_closed_session_is_refused(session: Session) -> None:
         session.run(feeds())
 
 
-def test_the_number_of_threads_changes_no_result(engine: Engine, graph: Path) -> None:
-    one, two = (engine.open_session(graph, EngineOptions(threads=count)).run(feeds()) for count in (1, 2))
+def test_the_number_of_threads_changes_no_result(engine: Engine, file: Path) -> None:
+    one, two = (engine.open_session(file, EngineOptions(threads=count)).run(feeds()) for count in (1, 2))
     np.testing.assert_allclose(one["noise_pred"], two["noise_pred"], rtol=RTOL)
 
 
@@ -138,19 +170,35 @@ def test_concurrent_runs_equal_serial_runs(session: Session) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a graph"], ids=["empty", "text"])
 def test_what_is_no_graph_is_refused(engine: Engine, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "broken.onnx").write_bytes(content)
-    with pytest.raises(EngineError, match=r"broken\.onnx"):
-        engine.open_session(tmp_path / "broken.onnx", EngineOptions())
+    path = tmp_path / f"broken{load_format(find_files(engine).format).suffix}"
+    path.write_bytes(content)
+    with pytest.raises(EngineError, match=re.escape(path.name)):
+        engine.open_session(path, EngineOptions())
 
 
 def test_a_missing_file_is_refused(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"nowhere\.onnx"):
-        engine.open_session(tmp_path / "nowhere.onnx", EngineOptions())
+    path = tmp_path / f"nowhere{load_format(find_files(engine).format).suffix}"
+    with pytest.raises(EngineError, match=re.escape(path.name)):
+        engine.open_session(path, EngineOptions())
 
 
 @pytest.fixture
 def integer_graph(tmp_path: Path) -> Path:
     """u8 activation and s8 weight: 64 products of 255 x 127 need more than 16 bits."""
+    return save_integer_graph(np.uint8(255), tmp_path / "int8.onnx")
+
+
+@pytest.fixture
+def integer_file(engine: Engine, tmp_path: Path) -> Path:
+    """The same for the engine, with s8 activations where its own files know no others."""
+    target = find_target(engine)
+    only_signed = target is not None and target.files is not ONNX_FILES and target.numerics.signed_activations
+    highest = np.int8(127) if only_signed else np.uint8(255)
+    return convert_graph(engine, save_integer_graph(highest, tmp_path / "int8.onnx"), tmp_path)
+
+
+def save_integer_graph(highest: np.uint8 | np.int8, path: Path) -> Path:
+    """``y = x @ codes`` in integers; ``highest`` is the code of x = 1."""
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["x_codes"]),
         helper.make_node("DequantizeLinear", ["x_codes", "x_scale", "x_zero"], ["x_real"]),
@@ -158,17 +206,17 @@ def integer_graph(tmp_path: Path) -> Path:
         helper.make_node("MatMul", ["x_real", "weight"], ["y"], name="product"),
     ]
     constants = {
-        "x_scale": np.float32(1 / 255),
-        "x_zero": np.uint8(0),
+        "x_scale": np.float32(1 / highest),
+        "x_zero": type(highest)(0),
         "codes": CODES,
         "w_scale": np.full(16, 0.01, np.float32),
     }
     inputs, outputs = [tensor("x", TensorProto.FLOAT, [1, 4, 64])], [tensor("y", TensorProto.FLOAT, [1, 4, 16])]
-    return save_model(nodes, inputs, outputs, constants, tmp_path / "int8.onnx")
+    return save_model(nodes, inputs, outputs, constants, path)
 
 
-def test_the_largest_integer_codes_do_not_saturate(engine: Engine, integer_graph: Path) -> None:
-    actual = engine.open_session(integer_graph, EngineOptions()).run({"x": np.ones((1, 4, 64), np.float32)})["y"]
+def test_the_largest_integer_codes_do_not_saturate(engine: Engine, integer_file: Path) -> None:
+    actual = engine.open_session(integer_file, EngineOptions()).run({"x": np.ones((1, 4, 64), np.float32)})["y"]
     np.testing.assert_allclose(actual, np.full((1, 4, 16), 64 * 1.27, np.float32), rtol=RTOL)
 
 
@@ -180,17 +228,17 @@ def list_kernels(engine: Engine, path: Path, given: Feeds | None = None) -> list
         pytest.skip(str(exc))
 
 
-def test_it_names_its_kernels(engine: Engine, integer_graph: Path, graph: Path) -> None:
-    integer = [kernel for kernel in list_kernels(engine, integer_graph) if kernel.integer]
+def test_it_names_its_kernels(engine: Engine, integer_file: Path, file: Path) -> None:
+    integer = [kernel for kernel in list_kernels(engine, integer_file) if kernel.integer]
     assert len(integer) == 1
     assert integer[0].seconds is None
     known = {"product", "y"} & set(integer[0].names)  # by its own name or its output's
     assert known or any(name.startswith("codes") for name in integer[0].constants)
-    assert not any(kernel.integer for kernel in list_kernels(engine, graph))
+    assert not any(kernel.integer for kernel in list_kernels(engine, file))
 
 
-def test_it_times_its_kernels(engine: Engine, graph: Path) -> None:
-    kernels = list_kernels(engine, graph, feeds())
+def test_it_times_its_kernels(engine: Engine, file: Path) -> None:
+    kernels = list_kernels(engine, file, feeds())
     assert any(kernel.seconds is not None for kernel in kernels)
 
 

@@ -39,6 +39,7 @@ WAYS: Mapping[str, Mapping[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 MAX_BYTES = 2**31  # what one message can have
+MAX_BUNDLED_BYTES = 2**28  # in a bundle weights are next to a graph, not in it
 MAX_DEPTH = 64  # messages in one another: a graph in a graph takes three
 MAX_VALUES = 1024  # inputs and outputs; a UNet has five
 MAX_FIELDS = 2**21  # that are looked at: seconds; a UNet of 20,000 nodes has a third
@@ -123,4 +124,4 @@ def _list_locations(entry: memoryview) -> list[str]:
     return [decode_text(value) for number, value in fields if number == TEXT and is_location]
 
 
-FORMAT = GraphFormat("onnx", "ONNX graph", "model.onnx", read_graph_file)
+FORMAT = GraphFormat("onnx", "ONNX graph", "model.onnx", MAX_BUNDLED_BYTES, read_graph_file)
