@@ -1,1 +1,0 @@
-"""What ncnn's files hold, read without ncnn: it crashes the process on a file that it does not expect."""
