@@ -17,9 +17,13 @@ from qdeploy.base.errors import (
     ParityError,
     PictureError,
     QdeployError,
+    QueueFullError,
     RegressionError,
     RequestError,
+    ServiceError,
+    StoppingError,
     TableError,
+    UnknownBundleError,
     UsageError,
 )
 
@@ -38,8 +42,12 @@ __all__ = [
     "ParityError",
     "PictureError",
     "QdeployError",
+    "QueueFullError",
     "RegressionError",
     "RequestError",
+    "ServiceError",
+    "StoppingError",
     "TableError",
+    "UnknownBundleError",
     "UsageError",
 ]

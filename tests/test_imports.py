@@ -21,6 +21,7 @@ TORCH_FREE = (
     "bench",
     "sample",
     "evaluate",
+    "serve",
 )
 IMPORTED_LATE = (
     PACKAGE / "engines" / "torch_graph",  # which its engine imports when it opens a session

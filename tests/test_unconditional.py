@@ -68,6 +68,7 @@ def test_one_unet_call_a_step_and_seeds(unconditional_made: Path) -> None:
         assert np.array_equal(several.pixels[:1], pipe(steps=3, seed=7).pixels)
         assert not np.array_equal(several.pixels[0], several.pixels[1])
         assert np.array_equal(several.pixels, pipe(count=3, steps=3, seed=7, guidance_scale=1.0).pixels)
+        assert np.array_equal(pipe(steps=3, seed=[9, 7]).pixels[1:], several.pixels[:1])
         with pytest.raises(UsageError, match="no text encoder"):
             pipe.encode([""])
 

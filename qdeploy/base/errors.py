@@ -19,6 +19,10 @@
     ├── PackageMissingError          an option needs a package that is not installed
     ├── RegressionError              a figure is worse than before, by more than noise
     ├── RequestError (ValueError)    a prompt, size, step count … that cannot be served
+    │   └── UnknownBundleError       a service has no bundle of that name
+    ├── ServiceError                 a service cannot take a request now
+    │   ├── QueueFullError           too many wait; it says when to come back
+    │   └── StoppingError            it is being stopped
     └── CancelledError               a request was stopped by its callback or its `cancel` event
         └── DeadlineError            its deadline passed
 """
@@ -98,6 +102,26 @@ class RegressionError(QdeployError):
 
 class RequestError(QdeployError, ValueError):
     """A prompt, size or step count that cannot be served."""
+
+
+class UnknownBundleError(RequestError):
+    """A service has no bundle of that name."""
+
+
+class ServiceError(QdeployError):
+    """A service cannot take a request now; the same one can be served later or elsewhere."""
+
+
+class QueueFullError(ServiceError):
+    """Too many requests wait; ``retry_after_s`` is about when there will be room."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoppingError(ServiceError):
+    """A service is being stopped and makes no more pictures."""
 
 
 class CancelledError(QdeployError):

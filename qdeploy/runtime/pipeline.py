@@ -61,7 +61,7 @@ class Pipeline:
         guidance_interval: tuple[float, float] | None = None,
         forecast: Forecast | str | None = None,
         weighting: bool = False,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         count: int = 1,
         first: int = 0,
         width: int | None = None,
@@ -76,6 +76,7 @@ class Pipeline:
         cancel: Event | None = None,
         deadline_s: float | None = None,
         allow_large: bool = False,
+        pictures_at_once: int = 1,
     ) -> Result:
         """Generate ``count`` pictures for each prompt, or ``count`` pictures with an unconditional bundle.
 
@@ -90,6 +91,7 @@ class Pipeline:
         With ``mask`` (PIL, ``uint8[H, W]`` or bool) white is repainted and black kept, ``strength`` 1 by default.
         The encoder's mean is taken, so equal pictures give equal results.
 
+        ``seed`` is one for all prompts, or one a prompt; an unconditional bundle makes ``count`` pictures of each.
         Picture ``i`` of a prompt, from ``first`` on, takes all its noise from streams of (seed, i), so it is the
         same whatever is in the batch or runs concurrently; ``latents`` (``float32[B, C, h, w]``, unit noise) replaces
         the noise that it starts from. ``scheduler`` swaps the bundle's own (pndm, ddim, ...); ``eta`` 0..1 is
@@ -103,6 +105,9 @@ class Pipeline:
 
         ``forecast`` leaves UNet calls out and forecasts their outputs: a method, ``reuse``, with settings, as in
         ``linear:window=3,warmup=0.1``, or a ``qdeploy.sampling.forecast.Forecast``.
+
+        ``pictures_at_once`` share a UNet call where the bundle was exported with its batch open; with more than 1,
+        the last bits of a picture depend on the others.
 
         ``callback`` is called after every step and may return False to cancel; ``cancel`` (a ``threading.Event``)
         cancels from another thread; ``deadline_s`` is seconds from now. All three are checked between steps.
@@ -119,10 +124,11 @@ class Pipeline:
         prompts = negatives = None
         if prompt is not None:
             prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        pictures = check_integer("count", count, 1) * len(prompts or [""])
+        row_seeds = checks.check_seeds(seed, None if prompts is None else len(prompts))
+        pictures = check_integer("count", count, 1) * len(row_seeds)
         size = resolve_size(width, height, self.latents, pictures, allow_large)
-        source = checks.build_source(image, mask, strength, len(prompts or [""]), size, self.model.reads_mask)
-        seeds = checks.build_seeds(seed, first, count, len(prompts or [""]))
+        source = checks.build_source(image, mask, strength, len(row_seeds), size, self.model.reads_mask)
+        seeds = checks.build_seeds(row_seeds, first, count)
         request = checks.GenerationRequest(
             prompts=prompts,
             negative_prompts=negatives,
@@ -136,9 +142,11 @@ class Pipeline:
             latents=checks.check_latents(latents, len(seeds), size.shape),
             size=size,
             source=source,
+            per_prompt=count,
             reads_guidance=self.model.guidance_channels is not None,
             sizes=build_sizes(original_size, crop, target_size, size, self.model.reads_sizes),
             calls=calls,
+            pictures_at_once=check_integer("pictures_at_once", pictures_at_once, 1),
         )
         return Run(self.model, request, stop, callback).run()
 

@@ -28,9 +28,11 @@ class GenerationRequest:
 
     prompts, negative_prompts: None for an unconditional bundle; as many of the second as of the first.
     size: the bundle's latents at the height and width that the pictures are to have.
+    per_prompt: pictures of each prompt; of an unconditional bundle, of each seed.
     reads_guidance: whether the bundle's UNet reads the guidance scale.
     sizes: six numbers that a UNet of Stable Diffusion XL reads: (height, width) of the original, (top, left) of its
         crop and (height, width) wanted.
+    pictures_at_once: in one UNet call where the graph's batch is open.
     """
 
     prompts: tuple[str, ...] | None
@@ -45,19 +47,16 @@ class GenerationRequest:
     latents: Array | None
     size: LatentInfo
     source: SourcePicture | None
+    per_prompt: int = 1
     reads_guidance: bool = False
     sizes: tuple[float, ...] = ()
     calls: CallSchedule = EVERY_CALL
+    pictures_at_once: int = 1
 
     @property
     def is_guided(self) -> bool:
         """Whether the UNet runs twice a picture and step, which one that reads the guidance scale never does."""
         return self.prompts is not None and needs_guidance(self.guidance_scale) and not self.reads_guidance
-
-    @property
-    def per_prompt(self) -> int:
-        """Pictures of each prompt."""
-        return len(self.seeds) // len(self.prompts or [""])
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,20 @@ def check_prompts(
     return prompts, negatives
 
 
-def build_seeds(seed: int, first: int, count: int, prompts: int) -> tuple[tuple[int, int], ...]:
+def check_seeds(seed: int | Sequence[int], prompts: int | None) -> tuple[int, ...]:
+    """One seed a prompt, of one for all or as many as prompts; without prompts as many as are given."""
+    seeds = tuple(seed) if isinstance(seed, list | tuple) else (seed,)
+    if len(seeds) != prompts and (len(seeds) != 1 if prompts is not None else not seeds):
+        raise RequestError(f"seed: got {len(seeds)}, expected one, or {prompts or 'more'}, one a prompt")
+    checked = tuple(check_integer("seed", one, 0) for one in seeds)
+    return checked if len(checked) > 1 else checked * (prompts or 1)
+
+
+def build_seeds(seeds: Sequence[int], first: int, count: int) -> tuple[tuple[int, int], ...]:
     """(seed, number) of each picture, prompt by prompt."""
-    seed, first = check_integer("seed", seed, 0), check_integer("first", first, 0)
+    first = check_integer("first", first, 0)
     numbers = range(first, first + check_integer("count", count, 1))
-    return tuple((seed, number) for _ in range(prompts) for number in numbers)
+    return tuple((seed, number) for seed in seeds for number in numbers)
 
 
 def check_latents(latents: Array | None, count: int, shape: tuple[int, int, int]) -> Array | None:

@@ -144,9 +144,11 @@ class Run:
             for values in (context or {}).values():
                 values.flags.writeable = False  # the same at every step: an engine may keep it on its device
             position = f"in step {next(made)} of {count} (timestep {t})"
-            halves = len(x) // len(noise)
+            at_once = len(x) // len(noise) * request.pictures_at_once
             try:
-                return self._model.predict(self._unet_input(x), t, context, self._clock, halves, request.guidance_scale)
+                return self._model.predict(
+                    self._unet_input(x), t, context, self._clock, at_once, request.guidance_scale
+                )
             except NonFiniteError as exc:
                 raise NonFiniteError(
                     f"the output of unet holds NaN or infinity {position}; the bundle is broken or guidance_scale "

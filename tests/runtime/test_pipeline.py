@@ -61,6 +61,42 @@ def test_equal_seed_equal_picture_whatever_else_is_in_the_batch(pipe: Pipeline) 
     assert not np.array_equal(single.pixels, pipe("a cat", steps=4, seed=10).pixels)
 
 
+def test_a_seed_for_each_prompt(encoder_bundle: Path, picture: np.ndarray) -> None:
+    """What a service joins into one call gives each the picture that it had been given by itself."""
+    prompts, seeds, images = ["a cat", "a dog", "a cat"], [3, 8, 4], [picture, picture[::-1], picture[:, ::-1]]
+    with qdeploy.load(encoder_bundle) as pipe:
+        for more in ({}, {"scheduler": "euler-a"}, {"guidance_scale": 1.0}):
+            together = pipe(prompts, seed=seeds, steps=3, image=images, count=2, **more)
+            assert together.seeds == ((3, 0), (3, 1), (8, 0), (8, 1), (4, 0), (4, 1))
+            for row, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):
+                by_itself = pipe(prompt, seed=seed, steps=3, image=image, count=2, **more)
+                assert np.array_equal(together.latents[2 * row : 2 * row + 2], by_itself.latents)
+        with pytest.raises(RequestError, match="seed: got 2, expected one, or 3, one a prompt"):
+            pipe(prompts, seed=[1, 2])
+        with pytest.raises(RequestError, match="seed: got -1"):
+            pipe(prompts, seed=[1, -1, 2])
+
+
+def test_an_open_graph_takes_several_pictures_a_call(open_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qdeploy.engines.ort_cpu import OrtSession
+
+    rows: list[int] = []
+    whole_run = OrtSession.run
+
+    def run(session: OrtSession, feeds: dict) -> dict:
+        rows.append(max(len(value) for value in feeds.values() if np.ndim(value)))
+        return whole_run(session, feeds)
+
+    with qdeploy.load(open_bundle) as opened:
+        expected = opened(["a cat", "a dog"], seed=[1, 2], steps=2, scheduler="ddim")
+        monkeypatch.setattr(OrtSession, "run", run)
+        together = opened(["a cat", "a dog"], seed=[1, 2], steps=2, scheduler="ddim", pictures_at_once=2)
+        assert max(rows) == 4  # two pictures, two guidance halves
+        assert np.abs(together.pixels.astype(int) - expected.pixels).max() <= 2  # rounding differs with the batch
+        with pytest.raises(RequestError, match="pictures_at_once: got 0"):
+            opened("a cat", pictures_at_once=0)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"scheduler": "ddim", "eta": 1.0}, *({"scheduler": name} for name in ("dpm++", "euler-a", "unipc", "lcm"))],
