@@ -50,7 +50,7 @@ def render_tickets(
     pictures_at_once: int = 1,
     on_step: OnStep = lambda _: None,
 ) -> None:
-    """Make the pictures of tickets with equal settings, at ``size`` (width, height); each ends, if with an error.
+    """Make the pictures of tickets with equal settings, at ``size`` (width, height); each ticket ends.
 
     Where joined ones fail, each is made by itself, so that nobody gets another's error.
     """
