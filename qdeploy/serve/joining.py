@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qdeploy.artifacts.components import GUIDANCE_INPUT
-from qdeploy.artifacts.graph_file import OPEN
+from qdeploy.artifacts.graph_format import OPEN
 from qdeploy.artifacts.manifest import Manifest
 from qdeploy.sampling.guidance import needs_guidance
 from qdeploy.serve.order import PictureSettings
