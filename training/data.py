@@ -37,6 +37,9 @@ EXCLUDED = {
 MIN_DISTANCE = (
     38  # root mean square difference, in grey levels of 255, below which the later of two pictures is left out
 )
+# What the unconditional model draws: one subject, as LSUN's and CelebA's models have it, whose pictures are few enough
+# to be learnt by heart without a caption.
+CREATURES = ("face-", "cat-face", "monkey-face", "animal-")
 SHARED = 2  # a tag that more pictures carry names none of them
 
 # What a visitor types, where emojibase's label is longer: the name belongs to this picture and to no other.
@@ -88,6 +91,11 @@ def load(folder: Path) -> list[Emoji]:
     plainest = sorted(selected, key=lambda item: (item.label not in SHORT, len(item.label.split())))
     kept = {plainest[i].hexcode for i in select_distinct(np.stack([item.pixels for item in plainest]), MIN_DISTANCE)}
     return keep_own_tags([item for item in selected if item.hexcode in kept])
+
+
+def select_creatures(emoji: list[Emoji]) -> list[Emoji]:
+    """Faces and animals, those of ``load`` that the unconditional model learns."""
+    return [item for item in emoji if item.subgroup.startswith(CREATURES)]
 
 
 def load_all(folder: Path) -> list[Emoji]:

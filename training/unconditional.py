@@ -1,4 +1,4 @@
-"""Train the built-in unconditional UNet on cached latents of the VQ model (v-prediction).
+"""Train the built-in unconditional UNet on the VQ model's latents of faces and animals (v-prediction).
 
     python -m training.unconditional --work DIR --samples 150000
 
@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
-from training.data import load_for
+from training.data import load_for, select_creatures
 from training.denoising import (
     AVERAGE_DECAY,
     AVERAGE_FROM,
@@ -65,9 +65,9 @@ def new_unet() -> UNet2DModel:
 
 
 def probe_loss(unet: UNet2DModel, alphas_cumprod: torch.Tensor, latents: torch.Tensor) -> float:
-    """Loss for 200 pictures with the same noise and timesteps on every call."""
+    """Loss for at most 200 pictures with the same noise and timesteps on every call."""
     torch.manual_seed(7)
-    chosen = latents[torch.linspace(0, len(latents) - 1, 200).long()]
+    chosen = latents[torch.linspace(0, len(latents) - 1, min(200, len(latents))).long()]
     t = draw_timesteps(len(chosen), rising=False)
     return velocity_loss(lambda noisy, t: unet(noisy, t).sample, alphas_cumprod, chosen, t).item()
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="pipeline folder whose weights to begin with")
     parser.add_argument("--average", type=float, default=AVERAGE_DECAY, help="decay of the averaged weights, a step")
     args = parser.parse_args()
-    x = pixels_from_emoji(load_for(args.work))
+    x = pixels_from_emoji(select_creatures(load_for(args.work)))
     vqvae, unet = begun(args.work) if args.start is None else begun_from(args.start)
     latents = encode_latents(vqvae, x)
     averaged = make_averaged_copy(unet, args.average)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from qdeploy.artifacts.table import LayerQuant
 from qdeploy.calibrate.rounding.adaround import LAMBDA, WARM_UP, SoftLayer, anneal_beta, regularizer
 from qdeploy.calibrate.rounding.cache import Call, CallCache, RowCache
-from qdeploy.calibrate.rounding.gptq import MAX_INPUTS, compute_gptq_codes, compute_hessian, factorize
+from qdeploy.calibrate.rounding.gptq import (
+    add_to_hessians,
+    compute_gptq_codes,
+    factorize,
+    input_rows,
+    measure_largest,
+    split_inputs,
+)
 from qdeploy.calibrate.rounding.unit_calls import StopForward, first_tensor
 from qdeploy.calibrate.rounding.units import Unit
 from qdeploy.calibrate.spec import Reconstruction
@@ -104,20 +111,19 @@ def init_with_gptq(
     """Round each layer by GPTQ on its input after the unit's preceding rounded layers, as a start for V."""
     set_hard_rounding(softs, True)
     for soft_layer in softs.values():
-        if soft_layer.floor[0].numel() > MAX_INPUTS:
-            continue
-        hessian, row_count = torch.zeros((), device=settings.device), 0
+        blocks, hessians, row_count = split_inputs(soft_layer.layer), list[Tensor](), 0
         for chunk in np.array_split(rows, -(-len(rows) // settings.batch)):
-            part, count = compute_hessian(
-                soft_layer.layer,
-                soft_layer.effective_input(capture_input(soft_layer, soft, inputs.read(chunk, settings.device))),
-            )
-            hessian, row_count = hessian + part, row_count + count
-            if row_count >= ROWS_PER_INPUT * len(hessian):
+            x = capture_input(soft_layer, soft, inputs.read(chunk, settings.device))
+            part = input_rows(soft_layer.layer, soft_layer.effective_input(x))
+            hessians, row_count = add_to_hessians(hessians, part, blocks), row_count + len(part)
+            if row_count >= ROWS_PER_INPUT * measure_largest(blocks):
                 break
         steps = soft_layer.weight_in_steps().flatten(1)
-        codes = compute_gptq_codes(steps, factorize(hessian), soft_layer.low, soft_layer.high)
-        soft_layer.init_from_codes(codes.view_as(soft_layer.floor))
+        codes = [
+            compute_gptq_codes(steps[:, slice(*block)], factorize(hessian), soft_layer.low, soft_layer.high)
+            for block, hessian in zip(blocks, hessians, strict=True)
+        ]
+        soft_layer.init_from_codes(torch.cat(codes, dim=1).view_as(soft_layer.floor))
     set_hard_rounding(softs, False)
 
 

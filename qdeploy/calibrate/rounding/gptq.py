@@ -6,7 +6,9 @@ than from nearest rounding (benchmarks/README.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 DAMP = 0.01  # of the mean diagonal, Section 3.3 Step 3
 BLOCK = 128  # inputs whose errors are propagated together, Section 3.3 Step 2
-MAX_INPUTS = 12_288  # of one least squares: its Hessian is that number squared, in float32 0.6 GB
+MAX_SIDE = 1_152  # inputs that compensate for one another: of a layer with more, equal parts are rounded separately
 
 
 def input_rows(layer: nn.Conv2d | nn.Linear, x: Tensor, *, is_padded: bool = False) -> Tensor:
@@ -30,10 +32,24 @@ def input_rows(layer: nn.Conv2d | nn.Linear, x: Tensor, *, is_padded: bool = Fal
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-def compute_hessian(layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple[Tensor, int]:
-    """``(X^T X float32[K, K], rows of X)`` of the inputs ``x`` of ``layer``."""
-    rows = input_rows(layer, x)
-    return rows.T @ rows, len(rows)
+def split_inputs(layer: nn.Conv2d | nn.Linear) -> list[tuple[int, int]]:
+    """``(first, last)`` of the K inputs in as few parts of whole channels as MAX_SIDE allows, all of about one size."""
+    channels, taps = layer.weight.shape[1], layer.weight[0, 0].numel()
+    count = min(channels, -(-channels * taps // MAX_SIDE))
+    ends = [taps * (channels * part // count) for part in range(count + 1)]
+    return list(pairwise(ends))
+
+
+def measure_largest(blocks: Sequence[tuple[int, int]]) -> int:
+    """How many inputs the largest of ``blocks`` has."""
+    return max(last - first for first, last in blocks)
+
+
+def add_to_hessians(hessians: list[Tensor], rows: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """X^T X ``float32[K_b, K_b]`` by block, ``rows float32[N, K]`` added in place; ``hessians`` is empty at first."""
+    parts = [rows[:, first:last] for first, last in blocks]
+    products = [part.T @ part for part in parts]
+    return [one.add_(other) for one, other in zip(hessians, products, strict=True)] if hessians else products
 
 
 @dataclass(frozen=True)
@@ -59,17 +75,26 @@ def compute_gptq_codes(steps: Tensor, factor: Factor, low: int, high: int) -> Te
     A row's scale factors out of its own least squares, so ``factor`` is that of the inputs only.
     """
     order, upper = factor.order, factor.upper
-    left, codes = steps[:, order].clone(), torch.empty_like(steps)
+    left = steps.T[order].contiguous()  # an input's weights side by side, so that each step reads one run of memory
+    codes = torch.empty_like(left)
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))
-        block, errors = left[:, first:last], torch.empty_like(left[:, first:last])
-        for j in range(last - first):
-            row = upper[first + j, first + j : last]
-            codes[:, first + j] = block[:, j].round().clamp(low, high)
-            errors[:, j] = (block[:, j] - codes[:, first + j]) / row[0]
-            block[:, j:] -= errors[:, j, None] * row
-        left[:, last:] -= errors @ upper[first:last, last:]
-    return codes[:, order.argsort()]
+        errors = round_block(left[first:last], codes[first:last], upper[first:last, first:last], low, high)
+        left[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+    return codes[order.argsort()].T
+
+
+def round_block(left: Tensor, codes: Tensor, upper: Tensor, low: int, high: int) -> Tensor:
+    """Round the inputs ``left float32[B, O]`` one after the other into ``codes``; their errors, same shape.
+
+    ``upper float32[B, B]`` is the block's part of the factor; ``left`` is used up.
+    """
+    errors = torch.empty_like(left)
+    for j, row in enumerate(upper):
+        torch.round(left[j], out=codes[j]).clamp_(low, high)
+        torch.sub(left[j], codes[j], out=errors[j]).div_(row[j])
+        left[j + 1 :].addr_(row[j + 1 :], errors[j], alpha=-1)
+    return errors
 
 
 def inverse_cholesky(hessian: Tensor) -> Tensor:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdeploy.calibrate.rounding.gptq import input_rows
+from qdeploy.calibrate.rounding.gptq import add_to_hessians, input_rows, measure_largest, split_inputs
 from qdeploy.models.components import LayerCall
 
 ROWS_PER_INPUT = 4  # of a layer's least squares
-MAX_SIDE = 3_072  # inputs that compensate for one another: of a layer with more, equal parts are rounded separately
 
 
 class InputSample:
@@ -30,7 +28,7 @@ class InputSample:
     def __init__(self, calls: Sequence[LayerCall], feeds: int) -> None:
         self.calls, self._feeds = calls, feeds
         self.blocks = split_inputs(calls[0].module)
-        self._quota = -(-ROWS_PER_INPUT * max(last - first for first, last in self.blocks) // feeds)
+        self._quota = -(-ROWS_PER_INPUT * measure_largest(self.blocks) // feeds)
         self._draw = torch.Generator().manual_seed(0)
         self._windows: list[Tensor] = []
         self._hessians: list[Tensor] = []
@@ -43,7 +41,9 @@ class InputSample:
         else:
             rows = input_rows(layer, x)
             chosen = torch.randperm(len(rows), generator=self._draw)[: self._quota]
-            self._hessians = self._add_rows(self._hessians, rows[chosen] if len(rows) > self._quota else rows)
+            self._hessians = add_to_hessians(
+                self._hessians, rows[chosen] if len(rows) > self._quota else rows, self.blocks
+            )
 
     @property
     def expected_bytes(self) -> int:
@@ -55,7 +55,8 @@ class InputSample:
         """X^T X ``float32[K_b, K_b]`` by block, of inputs divided by ``ratio float32[in]``; empty without feeds."""
         hessians = self._hessians
         for window in self._windows:
-            hessians = self._add_rows(hessians, input_rows(self.calls[0].module, window.float(), is_padded=True))
+            rows = input_rows(self.calls[0].module, window.float(), is_padded=True)
+            hessians = add_to_hessians(hessians, rows, self.blocks)
         inverse = (1 / ratio).repeat_interleave(self.blocks[-1][1] // len(ratio))
         parts = [inverse[first:last] for first, last in self.blocks]
         return [hessian * part * part[:, None] for hessian, part in zip(hessians, parts, strict=False)]
@@ -63,19 +64,6 @@ class InputSample:
     def clear(self) -> None:
         """Forget all inputs."""
         self._windows, self._hessians = [], []
-
-    def _add_rows(self, hessians: list[Tensor], rows: Tensor) -> list[Tensor]:
-        parts = [rows[:, first:last] for first, last in self.blocks]
-        products = [part.T @ part for part in parts]
-        return [one.add_(other) for one, other in zip(hessians, products, strict=True)] if hessians else products
-
-
-def split_inputs(layer: nn.Conv2d | nn.Linear) -> list[tuple[int, int]]:
-    """The K inputs in as few parts of whole channels as MAX_SIDE allows, all of about one size."""
-    channels, taps = layer.weight.shape[1], layer.weight[0, 0].numel()
-    count = min(channels, -(-channels * taps // MAX_SIDE))
-    ends = [taps * (channels * part // count) for part in range(count + 1)]
-    return list(pairwise(ends))
 
 
 def cut_window(layer: nn.Conv2d, x: Tensor, rows: int, draw: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qdeploy.base.errors import CalibrationError
 from qdeploy.base.numerics import affine_from_range, dequantize_linear, quantize_linear
-from qdeploy.calibrate.ranges.histogram import MSE_POWER, StreamingHistogram, affine_from_histogram
+from qdeploy.calibrate.ranges.histogram import COUNTED, MSE_POWER, StreamingHistogram, affine_from_histogram
 from qdeploy.calibrate.ranges.weights import mse_scale, round_to_nearest, weight_range
 
 
@@ -30,6 +30,25 @@ def test_the_order_of_the_data_does_not_matter(sizes: list[float]) -> None:
     # a value within float round-off of a bin's edge may fall to either side
     assert np.abs(first.counts - second.counts).sum() <= 8
     assert first.counts.sum() == second.counts.sum() == 2000
+
+
+def test_of_large_inputs_every_channel_is_counted_alike() -> None:
+    rows, channels = 3, 40
+    x = torch.arange(channels).expand(rows, 9_973, channels) / channels  # a value tells its channel
+    histogram = fill_histogram(x)
+    counted = histogram.counts[histogram.counts > 0]
+    assert len(counted) == channels
+    assert COUNTED * 0.8 < histogram.counts.sum() / rows <= COUNTED * 1.3
+    assert np.ptp(counted) <= 2
+
+
+def test_extremes_are_those_of_all_values() -> None:
+    x = torch.randn(1, 3 * COUNTED, generator=torch.Generator().manual_seed(2))
+    x[0, 1] = 50.0  # whatever the spacing, two neighbours are not both counted
+    x[0, 2] = -60.0
+    histogram = fill_histogram(x)
+    assert (histogram.low, histogram.high) == (-60.0, 50.0)
+    assert histogram.counts.sum() < x.numel() / 2
 
 
 def loss(x: np.ndarray, scale: float, zero_point: int) -> float:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibrate.rounding.gptq import BLOCK, DAMP, compute_gptq_codes, compute_hessian, factorize
+from qdeploy.calibrate.rounding.gptq import (
+    BLOCK,
+    DAMP,
+    add_to_hessians,
+    compute_gptq_codes,
+    factorize,
+    input_rows,
+    split_inputs,
+)
 
 LOW, HIGH = -8, 7
 
@@ -72,14 +80,22 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 
 def test_a_convolution_multiplies_its_weight_with_what_the_hessian_is_of() -> None:
     conv, x = nn.Conv2d(3, 2, 3, stride=2, padding=1, bias=False), torch.randn(2, 3, 9, 9)
-    hessian, rows = compute_hessian(conv, x)
-    assert rows == 2 * 5 * 5
+    rows = input_rows(conv, x)
+    assert len(rows) == 2 * 5 * 5
+    [hessian] = add_to_hessians([], rows, split_inputs(conv))
     weight = conv.weight.detach().flatten(1)
     energy = torch.einsum("ok,kl,ol->", weight, hessian, weight)
     assert float(energy) == pytest.approx(float(conv(x).detach().square().sum()), rel=1e-4)
 
 
 def test_a_linear_layer_is_counted_over_all_tokens() -> None:
-    hessian, rows = compute_hessian(nn.Linear(4, 2), torch.ones(3, 5, 4))
-    assert rows == 15
-    assert torch.equal(hessian, torch.full((4, 4), 15.0))
+    rows = input_rows(nn.Linear(4, 2), torch.ones(3, 5, 4))
+    assert torch.equal(rows, torch.ones(15, 4))
+
+
+def test_least_squares_add_up_by_block() -> None:
+    first, second = torch.randn(7, 5), torch.randn(3, 5)
+    blocks = [(0, 2), (2, 5)]
+    parts = add_to_hessians(add_to_hessians([], first, blocks), second, blocks)
+    whole = torch.cat([first, second]).T @ torch.cat([first, second])
+    torch.testing.assert_close(parts, [whole[:2, :2], whole[2:, 2:]])

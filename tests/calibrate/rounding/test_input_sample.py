@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from qdeploy.calibrate.rounding import input_sample
-from qdeploy.calibrate.rounding.gptq import input_rows
-from qdeploy.calibrate.rounding.input_sample import InputSample, InputSamples, cut_window, split_inputs
+from qdeploy.calibrate.rounding import gptq, input_sample
+from qdeploy.calibrate.rounding.gptq import input_rows, split_inputs
+from qdeploy.calibrate.rounding.input_sample import InputSample, InputSamples, cut_window
 from qdeploy.models.components import LayerCall
 
 CONVS = [
@@ -42,14 +42,14 @@ def test_windows_move() -> None:
 
 def test_inputs_are_split_by_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert split_inputs(nn.Conv2d(4, 1, 3)) == [(0, 36)]
-    monkeypatch.setattr(input_sample, "MAX_SIDE", 20)
+    monkeypatch.setattr(gptq, "MAX_SIDE", 20)
     assert split_inputs(nn.Conv2d(5, 1, 3)) == [(0, 9), (9, 27), (27, 45)]
     assert split_inputs(nn.Linear(50, 1)) == [(0, 16), (16, 33), (33, 50)]
     assert split_inputs(nn.Conv2d(2, 1, 5)) == [(0, 25), (25, 50)]  # a channel is never cut
 
 
 def test_a_linear_layers_least_squares_are_those_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(input_sample, "MAX_SIDE", 4)
+    monkeypatch.setattr(gptq, "MAX_SIDE", 4)
     sample = InputSample([LayerCall("layer", nn.Linear(6, 2), 0)], feeds=2)
     first, second = torch.randn(1, 3, 6, generator=draw()), torch.randn(1, 3, 6, generator=draw(1))
     sample.add(first)
