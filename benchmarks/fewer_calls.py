@@ -7,6 +7,7 @@ figures stay in the work folder, so that an interrupted run resumes where it sto
 
     python -m training.reference --work DIR -o PICTURES               the training pictures, for KID and FID
     python -m benchmarks.fewer_calls --reference PICTURES
+    python -m benchmarks.fewer_calls --speeds --reference PICTURES    only the rows of `--speed`
     python -m benchmarks.fewer_calls --quick --reference PICTURES     a small run: fp32, 25 steps, no times
     python -m benchmarks.fewer_calls --bundle fp32=A --bundle w8a8=B --times-only    other bundles: times and memory
 """
@@ -38,20 +39,21 @@ STEPS = (25, 50)
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Default: both.")
 @click.option("--count", type=click.IntRange(2), default=256, show_default=True, help="Pictures a row.")
 @click.option("--quick", is_flag=True, help="fp32 and 25 steps only, no times.")
+@click.option("--speeds", is_flag=True, help="Only the rows of --speed: exact, balanced and fast.")
 @click.option("--guidance", default=GUIDANCE, show_default=True, help="Guidance scale of the pictures.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Rounds of timed pictures.")
 @click.option("--threads", type=click.IntRange(1), help="Of timed pictures. Default: all cores.")
 @click.option("--bundle", "others", multiple=True, metavar="PRECISION=FOLDER", help="With --times-only: these bundles.")
 @click.option("--times-only", is_flag=True, help="Times and memory of --bundle, such as one of SD's size.")
 def main(
-    work: Path, out: Path, reference: Path | None, models: tuple[str, ...], count: int, quick: bool,
+    work: Path, out: Path, reference: Path | None, models: tuple[str, ...], count: int, quick: bool, speeds: bool,
     guidance: float, rounds: int, threads: int | None, others: tuple[str, ...], times_only: bool,
 ) -> None:  # fmt: skip
     """Make what is missing, measure it, and write the report."""
     if times_only != bool(others):
         raise UsageError("--bundle and --times-only go together: give both, or neither")
     precisions, steps = (PRECISIONS[:1], STEPS[:1]) if quick else (PRECISIONS, STEPS)
-    windows = QUICK_WINDOWS if quick else tuple(WINDOWS)
+    windows = () if speeds else QUICK_WINDOWS if quick else tuple(WINDOWS)
     figures: list[CallsFigures] = []
     with show_progress() as on_progress:
         if times_only:

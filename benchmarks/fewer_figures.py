@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.fewer_rows import EXACT
 from qdeploy.base.files import stage_file
 from qdeploy.reporting.environment import describe_environment
 from qdeploy.reporting.tables import Row, format_markdown
+from qdeploy.sampling.speed import EXACT
 
 TARGET = "ort-cpu"
 PRECISIONS = ("fp32", "w8a8")  # the float one first

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.sampling import make_scheduler, replace_scheduler
+from qdeploy.sampling import make_scheduler
 from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule, ModelCall
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 from qdeploy.sampling.forecast import Forecast
 from qdeploy.sampling.forecast_weights import METHODS
+from qdeploy.sampling.speed import SPEEDS
 
-EXACT, CONVERGED = "exact", "converged"
+CONVERGED = "converged"
 CONVERGED_STEPS = 100  # of the best solver: twice as many change the latents of builtin:emoji by less than 8 bits show
 BEST_SOLVER = "dpm++"
 BEST_SOLVER_METHODS = ("reuse", "damped")
@@ -41,7 +43,7 @@ class CallsRow:
 
     def plan(self, config: Mapping[str, Any], has_guidance: bool) -> tuple[ModelCall, ...]:
         """The steps of a picture, for a bundle with the scheduler settings ``config``."""
-        settings = config if self.scheduler is None else replace_scheduler(config, self.scheduler)
+        settings = choose_scheduler_settings(config, self.scheduler, self.calls)
         scheduler = make_scheduler(settings, self.steps, rng=np.random.default_rng(0))
         return self.calls.plan(len(scheduler.timesteps), 0, has_guidance, scheduler.start_calls)
 
@@ -54,14 +56,17 @@ class CallsRow:
 def list_rows(
     config: Mapping[str, Any], steps: int, has_guidance: bool, windows: Sequence[str] = tuple(WINDOWS)
 ) -> list[CallsRow]:
-    """Rows at ``steps`` steps: every call, forecasts, intervals, and for each budget of calls that many plain steps."""
-    rows = [CallsRow(EXACT, steps)]
+    """Rows at ``steps`` steps: the speeds, forecasts, intervals, and for each budget of calls that many plain steps.
+
+    Without ``windows`` only the speeds.
+    """
+    rows = [CallsRow(name, steps, calls=CallSchedule(speed=name)) for name in SPEEDS]
     for window in windows:
         forecasts = list(list_forecasts(steps, window))
         rows += forecasts
         calls, _ = forecasts[0].count(config, has_guidance)
         rows += list_fewer_steps(config, calls, has_guidance)
-    if has_guidance:
+    if has_guidance and windows:
         for interval in INTERVALS:
             rows.append(CallsRow(name_interval(interval), steps, calls=CallSchedule(interval)))
         both = CallSchedule(INTERVALS[0], Forecast())

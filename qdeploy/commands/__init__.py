@@ -146,6 +146,11 @@ GUIDANCE_INTERVAL = click.option(
     help="Shares of the schedule between which guidance is on, such as 0.2 0.8. Default: everywhere.",
 )  # fmt: skip
 
+SPEED = click.option(
+    "--speed", default="exact", show_default=True, metavar="NAME",
+    help="exact, balanced or fast: half or two fifths of the UNet calls at 25 steps, by DPM-Solver++ and a forecast.",
+)  # fmt: skip
+
 FORECAST = click.option(
     "--forecast", metavar="METHOD[:NAME=NUMBER,...]",
     help="Leave UNet calls out and forecast their outputs: reuse, damped, linear, quadratic, taylorseer or spectrum.",
@@ -155,13 +160,16 @@ FORECAST = click.option(
 def add_call_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which model calls are made, alike in every command that samples; it gets ``calls``."""
 
+    @SPEED
     @GUIDANCE_INTERVAL
     @FORECAST
     @functools.wraps(command)
-    def wrapper(*args: Any, guidance_interval: tuple[float, float] | None, forecast: str | None, **kwargs: Any) -> None:
+    def wrapper(
+        *args: Any, guidance_interval: tuple[float, float] | None, forecast: str | None, speed: str, **kwargs: Any
+    ) -> None:
         from qdeploy.sampling.call_schedule import CallSchedule
 
-        command(*args, calls=CallSchedule.from_options(guidance_interval, forecast), **kwargs)
+        command(*args, calls=CallSchedule.from_options(guidance_interval, forecast, speed), **kwargs)
 
     return wrapper
 

@@ -16,6 +16,7 @@ from qdeploy.commands import (
     SEED,
     SHARE,
     SPACED,
+    SPEED,
     STEPS,
     Whole,
     add_model_options,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Guidance scale; 1 for few-step models that run without guidance.",
 )
+@SPEED
 @GUIDANCE_INTERVAL
 @FORECAST
 @click.option("--scheduler", help=f"{SCHEDULERS}{SPACED}. Default: the model's own.")

@@ -21,6 +21,7 @@ from qdeploy.models.options import ModelOptions
 from qdeploy.sample.job import SampleJob
 from qdeploy.sampling import split_scheduler
 from qdeploy.sampling.call_schedule import CallSchedule
+from qdeploy.sampling.speed import EXACT
 from qdeploy.targets.base import DEFAULT_TARGET, Target, load_target
 
 MAX_BYTES = 2**16
@@ -66,6 +67,7 @@ class SampleSettings:
     batch: int = 8
     guidance_interval: tuple[float, float] | None = None
     forecast: str | None = None
+    speed: str = EXACT
 
     def __post_init__(self) -> None:
         for name, minimum in (("steps", 1), ("count", 1), ("batch", 1), ("seed", 0)):
@@ -73,10 +75,15 @@ class SampleSettings:
                 raise UsageError(f"[sample] {name}: got {getattr(self, name)}, expected at least {minimum}")
         if self.count > MAX_PICTURES:
             raise UsageError(f"[sample] count: got {self.count}, expected at most {MAX_PICTURES}")
-        CallSchedule.from_options(self.guidance_interval, self.forecast)
+        _ = self.calls
         takes_eta = self.scheduler is None or split_scheduler(self.scheduler)[0] == "ddim"
         if not 0 <= self.eta <= 1 or (self.eta != 0 and not takes_eta):
             raise UsageError(f"[sample] eta: got {self.eta}, expected 0, or with the scheduler ddim up to 1")
+
+    @property
+    def calls(self) -> CallSchedule:
+        """Which model calls a picture takes; UsageError for settings that say none."""
+        return CallSchedule.from_options(self.guidance_interval, self.forecast, self.speed)
 
     def job(self, bundle: Path, bundle_sha256: str) -> SampleJob:
         """The same, of this bundle."""
@@ -90,7 +97,7 @@ class SampleSettings:
             self.eta,
             self.guidance,
             self.seed,
-            calls=CallSchedule.from_options(self.guidance_interval, self.forecast),
+            calls=self.calls,
         )
 
 

@@ -20,7 +20,6 @@ from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import checkpoint_folder
 from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import estimate_table_bytes, quantize_model
-from qdeploy.calibrate.record.conditioning import choose_scheduler_config
 from qdeploy.calibrate.record.modes import calibrate_to_file, check_text_options
 from qdeploy.export.exporter import export_bundle
 from qdeploy.models.architectures import check_architecture
@@ -29,6 +28,7 @@ from qdeploy.recipe.read import CALIBRATION, Recipe
 from qdeploy.sample.folder import check_pictures, sample_to_folder
 from qdeploy.sample.work import STEP_NAME
 from qdeploy.sampling import make_scheduler
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 
 TABLE, BUNDLE, PICTURES, RECEIPTS = "table.safetensors", "bundle", "pictures", "receipts"
 FILES = ("data", "prompts", "from_qdiffusion")  # options of `calibrate` that name files
@@ -140,7 +140,7 @@ def check_model(model: LatentDiffusion, recipe: Recipe) -> None:
     if model.reads_text != (sample.prompt is not None):
         problem = "needs a prompt" if model.reads_text else "has a prompt, and its model reads no text"
         raise UsageError(f"{recipe.name}: [sample] {problem}")
-    config = choose_scheduler_config(model, sample.scheduler)
+    config = choose_scheduler_settings(model.scheduler_config, sample.scheduler, sample.calls)
     make_scheduler(config, sample.steps, eta=sample.eta, rng=np.random.default_rng(0))
 
 

@@ -12,8 +12,9 @@ from qdeploy.artifacts.bundle import SCHEDULER
 from qdeploy.base.errors import BundleError
 from qdeploy.base.numerics import psnr_db, sqnr_db
 from qdeploy.runtime.pipeline import Pipeline
-from qdeploy.sampling import make_scheduler, replace_scheduler
+from qdeploy.sampling import make_scheduler
 from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 from qdeploy.sampling.config_file import read_scheduler_file
 from qdeploy.sampling.guidance import needs_guidance
 from qdeploy.sampling.loop import PictureStreams, denoise
@@ -67,7 +68,7 @@ def measure_fidelity(
     seeds = [(0, 0 if reference.reads_text else number) for number in range(len(prompts))]
     path = reference.bundle.path(SCHEDULER)
     config = read_scheduler_file(path, error=BundleError, remedy="export the bundle again")
-    config = config if scheduler_name is None else replace_scheduler(config, scheduler_name)
+    config = choose_scheduler_settings(config, scheduler_name, calls)
     scheduler = make_scheduler(config, steps, rng=PictureStreams(seeds))
     curve: list[float] = []
     timesteps: list[int] = []

@@ -29,6 +29,7 @@ from qdeploy.runtime.run import Run
 from qdeploy.runtime.stopping import Event, StopCondition
 from qdeploy.sampling.call_schedule import CallSchedule
 from qdeploy.sampling.forecast import Forecast
+from qdeploy.sampling.speed import EXACT
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
@@ -60,6 +61,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         forecast: Forecast | str | None = None,
+        speed: str = EXACT,
         weighting: bool = False,
         seed: int | Sequence[int] = 0,
         count: int = 1,
@@ -104,7 +106,8 @@ class Pipeline:
         it is uncut, of the size that it is made in.
 
         ``forecast`` leaves UNet calls out and forecasts their outputs: a method, ``reuse``, with settings, as in
-        ``linear:window=3,warmup=0.1``, or a ``qdeploy.sampling.forecast.Forecast``.
+        ``linear:window=3,warmup=0.1``, or a ``qdeploy.sampling.forecast.Forecast``. ``speed``, ``balanced`` or
+        ``fast``, stands for a forecast and, where no ``scheduler`` is given, for DPM-Solver++; ``exact`` for neither.
 
         ``pictures_at_once`` share a UNet call where the bundle was exported with its batch open; with more than 1,
         the last bits of a picture depend on the others.
@@ -118,7 +121,7 @@ class Pipeline:
         """
         self.check_open()
         stop = StopCondition(self.check_open, cancel, deadline_s)
-        calls = CallSchedule.from_options(guidance_interval, forecast)
+        calls = CallSchedule.from_options(guidance_interval, forecast, speed)
         text_options = [*(["negative_prompt"] if negative_prompt else []), *calls.text_options]
         checks.check_text(self.bundle.manifest, prompt, text_options)
         prompts = negatives = None

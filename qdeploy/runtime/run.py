@@ -18,8 +18,9 @@ from qdeploy.runtime.request import GenerationRequest, SourcePicture
 from qdeploy.runtime.results import Clock, Result, Step
 from qdeploy.runtime.stopping import StopCondition
 from qdeploy.runtime.weighting import WeightedText, apply_weights, parse_weights
-from qdeploy.sampling import Scheduler, make_scheduler, replace_scheduler
+from qdeploy.sampling import Scheduler, make_scheduler
 from qdeploy.sampling.call_schedule import ModelCall
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 from qdeploy.sampling.loop import PictureStreams, SourceLatents, denoise, draw_unit_noise
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,7 @@ class Run:
     def run(self) -> Result:
         """Make the pictures."""
         request, model = self._request, self._model
-        config = model.scheduler_config
-        config = config if request.scheduler is None else replace_scheduler(config, request.scheduler)
+        config = choose_scheduler_settings(model.scheduler_config, request.scheduler, request.calls)
         scheduler = make_scheduler(config, request.steps, eta=request.eta, rng=PictureStreams(request.seeds))
         begin = None if request.source is None else choose_first_call(request.source, request.steps)
         plan = request.calls.plan(len(scheduler.timesteps), begin or 0, request.is_guided, scheduler.start_calls)

@@ -13,6 +13,7 @@ from typing import Any
 from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.base.schemas import format_value
 from qdeploy.sampling.forecast import ROUNDING, Forecast
+from qdeploy.sampling.speed import EXACT, find_speed
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,32 @@ class CallSchedule:
     guidance_interval: shares (from, to) of the schedule; calls outside it are made only with the text, without
         classifier-free guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724). 0 is the noisy end.
     forecast: which calls are not made, and how their outputs are forecast; None makes all.
+    speed: a name of ``speed.SPEEDS``, which stands for a forecast and a scheduler; "exact" leaves both to the caller.
     """
 
     guidance_interval: tuple[float, float] | None = None
     forecast: Forecast | None = None
+    speed: str = EXACT
 
     def __post_init__(self) -> None:
+        forecast = find_speed(self.speed).forecast
+        if self.speed != EXACT and self.forecast not in (None, forecast):
+            raise UsageError(
+                f"speed: got {self.speed} and the forecast {self.forecast}: both say which calls are made; give one"
+            )
+        object.__setattr__(self, "forecast", self.forecast if forecast is None else forecast)
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
 
     @classmethod
     def from_options(
-        cls, guidance_interval: tuple[float, float] | None = None, forecast: Forecast | str | None = None
+        cls,
+        guidance_interval: tuple[float, float] | None = None,
+        forecast: Forecast | str | None = None,
+        speed: str = EXACT,
     ) -> CallSchedule:
         """The same with a forecast that may be a text, as ``Forecast.from_text`` reads it."""
-        return cls(guidance_interval, Forecast.from_text(forecast) if isinstance(forecast, str) else forecast)
+        return cls(guidance_interval, Forecast.from_text(forecast) if isinstance(forecast, str) else forecast, speed)
 
     def plan(
         self, calls: int, begin: int = 0, has_guidance: bool = True, start_calls: int = 0
@@ -97,13 +109,18 @@ class CallSchedule:
         if self.guidance_interval is not None:
             parts.append("guidance on {:g} to {:g} of the schedule".format(*self.guidance_interval))
         if self.forecast is not None:
-            parts.append(f"calls forecast by {self.forecast}")
+            speed = "" if self.speed == EXACT else f"speed {self.speed}: "
+            parts.append(f"{speed}calls forecast by {self.forecast}")
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """What is set, as JSON values: nothing where every call is made with guidance, as files without it mean."""
-        interval = {} if self.guidance_interval is None else {"guidance_interval": list(self.guidance_interval)}
-        return interval if self.forecast is None else {**interval, "forecast": asdict(self.forecast)}
+        values: dict[str, Any] = {}
+        if self.guidance_interval is not None:
+            values["guidance_interval"] = list(self.guidance_interval)
+        if self.forecast is not None:
+            values["forecast"] = asdict(self.forecast)
+        return values if self.speed == EXACT else {**values, "speed": self.speed}
 
 
 EVERY_CALL = CallSchedule()

@@ -12,13 +12,14 @@ from click.testing import CliRunner
 from benchmarks.fewer_calls import main
 from benchmarks.fewer_figures import CallsFigures, add_times, compare_losses, format_table, write_report
 from benchmarks.fewer_quality import MAX_PSNR_DB, QualityStudy
-from benchmarks.fewer_rows import EXACT, WINDOWS, CallsRow, list_rows
+from benchmarks.fewer_rows import WINDOWS, CallsRow, list_rows
 from benchmarks.fewer_times import time_bundles
 from qdeploy.base.errors import UsageError
 from qdeploy.base.progress import ignore_progress
 from qdeploy.sampling.call_schedule import CallSchedule
 from qdeploy.sampling.forecast import Forecast
 from qdeploy.sampling.forecast_weights import METHODS
+from qdeploy.sampling.speed import EXACT, SPEEDS
 
 CONFIG = {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
 FIGURES = CallsFigures("builtin:emoji", "fp32", 25, EXACT, 26, 52, 24, 100.0, 40.0, 0.01, 0.002, 90.0)
@@ -81,3 +82,7 @@ def test_misuse(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, arguments)
     assert isinstance(result.exception, UsageError)
     assert "give both, or neither" in str(result.exception)
+
+
+def test_without_windows_the_rows_are_the_speeds() -> None:
+    assert [row.name for row in list_rows(CONFIG, 25, has_guidance=True, windows=())] == list(SPEEDS)

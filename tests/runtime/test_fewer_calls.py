@@ -137,3 +137,12 @@ def test_a_failing_call_is_named_by_its_step(pipe: Pipeline, monkeypatch: pytest
     monkeypatch.setattr(BundleModel, "predict", predict)
     with pytest.raises(NonFiniteError, match="in step 6 of 8"):
         pipe("a cat", **FORECAST)
+
+
+def test_a_speed_is_its_scheduler_and_forecast(pipe: Pipeline) -> None:
+    fast = pipe("a cat", steps=12, speed="fast")
+    spelled = pipe("a cat", steps=12, scheduler="dpm++", forecast="reuse:window=3,growth=3")
+    np.testing.assert_array_equal(fast.latents, spelled.latents)
+    assert not np.array_equal(fast.latents, pipe("a cat", steps=12).latents)
+    with pytest.raises(RequestError, match="none can be forecast"):
+        pipe("a cat", steps=2, speed="fast")

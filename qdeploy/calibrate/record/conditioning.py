@@ -14,7 +14,6 @@ from torch import Tensor
 from qdeploy.artifacts.components import CONTEXT_INPUT, POOLED_INPUT, SIZES_INPUT
 from qdeploy.base.errors import CalibrationError, UsageError
 from qdeploy.models.source import LatentDiffusion
-from qdeploy.sampling import replace_scheduler
 from qdeploy.sampling.guidance import Array
 
 TEXT_BATCH = 16
@@ -83,11 +82,6 @@ def encode_prompts(model: LatentDiffusion, prompts: Sequence[str], count: int) -
         tables.get(POOLED_INPUT),
         model.latents.default_sizes,
     )
-
-
-def choose_scheduler_config(model: LatentDiffusion, name: str | None) -> Mapping[str, Any]:
-    """Config of the scheduler called ``name``; None is the model's own."""
-    return model.scheduler_config if name is None else replace_scheduler(model.scheduler_config, name)
 
 
 def half_from_float(values: Tensor | Array, description: str) -> Tensor:

@@ -13,7 +13,6 @@ from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.checkpoint import checkpoint_folder
 from qdeploy.calibrate.dataset import CalibrationSet, check_shapes
 from qdeploy.calibrate.dataset_file import save_calibration
-from qdeploy.calibrate.record.conditioning import choose_scheduler_config
 from qdeploy.calibrate.record.noise_data import NoiseDataSettings, calibration_from_noise
 from qdeploy.calibrate.record.prompts import draw_prompts, read_prompts
 from qdeploy.calibrate.record.qdiffusion import calibration_from_qdiffusion, save_qdiffusion
@@ -24,12 +23,14 @@ from qdeploy.models.options import ModelOptions
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import split_scheduler
 from qdeploy.sampling.call_schedule import CallSchedule
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 from qdeploy.sampling.few_steps import advise_few_steps
+from qdeploy.sampling.speed import EXACT
 
 QDIFFUSION_SUFFIX = ".pt"
 COMMON = frozenset(["mode", "prompts", "samples", "steps", "scheduler", "seed"])
 OPTIONS: Mapping[str, frozenset[str]] = {
-    "timestep_aware": COMMON | {"record", "guidance", "guidance_interval", "forecast", "batch", "eta"},
+    "timestep_aware": COMMON | {"record", "guidance", "guidance_interval", "forecast", "speed", "batch", "eta"},
     "noise_data": COMMON,
     "raw_data": COMMON | {"data", "batch"},
     "from_qdiffusion": frozenset(["from_qdiffusion", "cali_st", "cali_n"]),
@@ -59,6 +60,12 @@ class CalibrationRequest:
     cali_n: int | None = None
     guidance_interval: tuple[float, float] | None = None
     forecast: str | None = None
+    speed: str = EXACT
+
+    @property
+    def calls(self) -> CallSchedule:
+        """Which model calls a trajectory makes."""
+        return CallSchedule.from_options(self.guidance_interval, self.forecast, self.speed)
 
 
 def check_request(request: CalibrationRequest, typed: Set[str], out: Path) -> None:
@@ -101,7 +108,7 @@ def list_notes(
     """Hints where a few-step model or LoRA is recorded with settings that it was not made for."""
     if request.mode != MODES[0] or request.from_qdiffusion is not None:
         return ()
-    config = choose_scheduler_config(model, request.scheduler)
+    config = choose_scheduler_settings(model.scheduler_config, request.scheduler, request.calls)
     guidance = request.guidance if model.is_guided and "guidance" not in typed else None
     hint = advise_few_steps(config, None if "steps" in typed else request.steps, guidance)
     return (*advise_loras(options.loras, config), *([hint] if hint else []))
@@ -179,7 +186,7 @@ def settings_from_request(request: CalibrationRequest) -> TimestepAwareSettings 
     if request.mode == "timestep_aware":
         return TimestepAwareSettings(
             samples, steps, request.record, request.guidance, scheduler, seed, request.batch, request.eta,
-            CallSchedule.from_options(request.guidance_interval, request.forecast),
+            request.calls,
         )  # fmt: skip
     if request.mode == "noise_data":
         return NoiseDataSettings(samples, steps, scheduler, seed)

@@ -18,12 +18,12 @@ import torch
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.record.conditioning import (
     check_positive,
-    choose_scheduler_config,
     encode_prompts,
     half_from_float,
 )
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import make_scheduler
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 from qdeploy.sampling.loop import draw_unit_noise
 
 
@@ -49,7 +49,9 @@ def calibration_from_noise(
 ) -> CalibrationSet:
     """The inputs of the first call of ``samples`` trajectories; an unconditional model takes no ``prompts``."""
     rng = np.random.default_rng(settings.seed)  # a stochastic scheduler requires one; no step is taken
-    scheduler = make_scheduler(choose_scheduler_config(model, settings.scheduler), settings.steps, rng=rng)
+    scheduler = make_scheduler(
+        choose_scheduler_settings(model.scheduler_config, settings.scheduler), settings.steps, rng=rng
+    )
     conditioning = encode_prompts(model, prompts, settings.samples)
     noise = draw_unit_noise(model.latents.shape, [(settings.seed, i) for i in range(2 * settings.samples)])
     start, latents = np.split(noise, 2)

@@ -20,13 +20,13 @@ from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.record.conditioning import (
     check_positive,
-    choose_scheduler_config,
     encode_prompts,
     half_from_float,
 )
 from qdeploy.calibrate.record.pictures import read_pictures
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import NoiseSchedule, make_scheduler
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 from qdeploy.sampling.guidance import Array
 from qdeploy.sampling.loop import draw_unit_noise
 
@@ -57,7 +57,7 @@ def calibration_from_pictures(
     model: LatentDiffusion, prompts: Sequence[str], settings: RawDataSettings, on_progress: OnProgress = ignore_progress
 ) -> CalibrationSet:
     """``samples`` noised pictures; an unconditional model takes no ``prompts``."""
-    config = choose_scheduler_config(model, settings.scheduler)
+    config = choose_scheduler_settings(model.scheduler_config, settings.scheduler)
     rng = np.random.default_rng([settings.seed, 0, TIMESTEP_STREAM])
     timesteps = rng.choice(make_scheduler(config, settings.steps, rng=rng).timesteps, settings.samples)
     conditioning = encode_prompts(model, prompts, settings.samples)

@@ -25,13 +25,13 @@ from qdeploy.calibrate.dataset import CalibrationSet
 from qdeploy.calibrate.record.conditioning import (
     Conditioning,
     check_positive,
-    choose_scheduler_config,
     encode_prompts,
     half_from_float,
 )
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.sampling import CLASS_NAMES, make_scheduler
 from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
+from qdeploy.sampling.choose_settings import choose_scheduler_settings
 from qdeploy.sampling.guidance import Array, needs_guidance
 from qdeploy.sampling.guidance_embedding import embed_guidance_scale
 from qdeploy.sampling.loop import PictureStreams, denoise, draw_unit_noise
@@ -80,7 +80,7 @@ def record_trajectories(
     the scale, the set holds no unconditional half. Finished batches are kept in ``checkpoint``, a
     folder; a second run with the same settings, prompts and model resumes there and gives the same set.
     """
-    config = choose_scheduler_config(model, settings.scheduler)
+    config = choose_scheduler_settings(model.scheduler_config, settings.scheduler, settings.calls)
     if settings.eta != 0 and config.get("_class_name") != CLASS_NAMES["ddim"]:
         raise UsageError(
             f"--eta: only ddim takes noise this way, not {config.get('_class_name')}; add --scheduler ddim"
