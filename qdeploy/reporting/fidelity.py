@@ -67,8 +67,8 @@ def measure_fidelity(
     # the streams that ``candidate`` draws from below: picture 0 of each prompt, or as many as there are prompts
     seeds = [(0, 0 if reference.reads_text else number) for number in range(len(prompts))]
     path = reference.bundle.path(SCHEDULER)
-    config = read_scheduler_file(path, error=BundleError, remedy="export the bundle again")
-    config = choose_scheduler_settings(config, scheduler_name, calls)
+    own = read_scheduler_file(path, error=BundleError, remedy="export the bundle again")
+    config = choose_scheduler_settings(own, scheduler_name, calls)
     scheduler = make_scheduler(config, steps, rng=PictureStreams(seeds))
     curve: list[float] = []
     timesteps: list[int] = []
