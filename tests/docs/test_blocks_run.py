@@ -116,7 +116,7 @@ def in_place(word: str, request: pytest.FixtureRequest) -> str:
 
 def keep_or_run(argv: list[str], command: Command, out: Path | None) -> None:
     """Run the command, unless the very same one has made ``out`` before."""
-    takes_own_sizes = {"--from-qdiffusion", "--forecast"} & set(argv)  # so few steps are none to forecast
+    takes_own_sizes = {"--from-qdiffusion", "--forecast", "--speed"} & set(argv)  # so few steps are none to forecast
     small = [] if takes_own_sizes else SMALL.get(argv[0], [])
     key = " ".join(digest(word) for word in [*argv, *small] if out is None or word != str(out))
     if out is not None and key in MADE and MADE[key].suffix == out.suffix:
