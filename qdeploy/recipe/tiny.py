@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,6 @@ from qdeploy.sampling.call_schedule import EVERY_CALL
 
 SAMPLES, STEPS, ITERATIONS, PICTURES = 2, 2, 2, 2
 PICTURE_SIDE = 40
-EVERY_CALL_MADE: dict[str, Any] = dict.fromkeys(EVERY_CALL.request_options)
 
 
 def run_tiny(recipe: Recipe, folder: Path, on_progress: OnProgress = ignore_progress) -> Path:
@@ -50,14 +48,17 @@ def run_tiny(recipe: Recipe, folder: Path, on_progress: OnProgress = ignore_prog
 
 def shrink(recipe: Recipe) -> Recipe:
     """The recipe with every size that costs time cut down."""
-    request, sample = recipe.calibrate, recipe.sample
+    request, sample, every_call = recipe.calibrate, recipe.sample, EVERY_CALL.request_options
     return replace(
         recipe,
         calibrate=replace(
-            request, samples=min(request.samples, SAMPLES), steps=min(request.steps, STEPS), **EVERY_CALL_MADE
+            request,
+            samples=min(request.samples, SAMPLES),
+            steps=min(request.steps, STEPS),
+            **every_call,
         ),
         quantize=shrink_spec(recipe.quantize),
-        sample=replace(sample, steps=min(sample.steps, STEPS), count=min(sample.count, PICTURES), **EVERY_CALL_MADE),
+        sample=replace(sample, steps=min(sample.steps, STEPS), count=min(sample.count, PICTURES), **every_call),
     )
 
 
