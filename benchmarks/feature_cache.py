@@ -61,7 +61,8 @@ class CachedUNet:
     """A UNet whose blocks below the ``kept`` upper resolutions can give their last outputs again."""
 
     def __init__(self, model: LatentDiffusion, kept: int) -> None:
-        self._model, inner = model, model.unet.inner
+        inner: Any = model.unet.inner  # diffusers' class, of several
+        self._model = model
         down, up = list(inner.down_blocks), list(inner.up_blocks)
         self._deep: list[nn.Module] = [*down[kept:], inner.mid_block, *up[: len(up) - kept]]
         self._outputs: dict[nn.Module, Any] = {}
@@ -108,7 +109,8 @@ def measure_ways(
     model: LatentDiffusion, run: Callable[[Predict, CallSchedule], Array], guidance_scale: float
 ) -> Iterator[CacheFigures]:
     """Every interval by reuse and by features of each depth."""
-    depths = {kept: CachedUNet(model, kept) for kept in range(1, len(model.unet.inner.down_blocks))}
+    inner: Any = model.unet.inner
+    depths = {kept: CachedUNet(model, kept) for kept in range(1, len(inner.down_blocks))}
     whole = depths[1]
 
     def predict_whole(x: Array, t: int, context: Mapping[str, Array]) -> Array:
@@ -157,7 +159,7 @@ def main(source: str, count: int, steps: int, out: Path) -> None:
     cond = conditioning.select(conditioning.rows[:count])
     uncond = conditioning.select(np.zeros(count, np.int64))
     noise = draw_unit_noise(model.latents.shape, [(0, number) for number in range(count)])
-    figures = []
+    figures: list[CacheFigures] = []
     for guidance_scale in (GUIDANCE, 7.5):
 
         def run(predict: Predict, calls: CallSchedule, guidance_scale: float = guidance_scale) -> Array:
