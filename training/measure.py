@@ -5,7 +5,8 @@
 Pictures are made by the exported fp32 bundle on the torch-free runtime and compared with the training
 pictures by their RGB values and by an extractor's features. Text-to-image: one for each of 200 seen captions, drawn
 evenly over the training set (the demo's guidance, steps and seed); how near each is to its caption's own picture, and
-KID of all. Unconditional: 200 (50 steps, seed 0) as a set, compared with 200 training pictures and 200 decoded noises.
+KID of all. Unconditional: 200 (50 steps, seed 0) as a set, next to 200 draws from the training pictures and 200 decoded
+noises; each set is compared with all pictures that the model learned, faces and animals.
 The card's column "first weights" is what this script said of the weights that training began with, on the same
 pictures: run it on their folder with ``--json``, and give that file as ``--first``.
 """
@@ -36,7 +37,7 @@ from qdeploy.runtime.pipeline import Pipeline
 from qdeploy.runtime.pipeline import load as load_bundle
 from qdeploy.sampling.loop import draw_unit_noise
 from qdeploy.targets.base import load_target
-from training.data import CAPTIONS, PICTURES, Emoji, load_for
+from training.data import CAPTIONS, PICTURES, Emoji, load_for, select_creatures
 from training.figures import (
     compute_features,
     frechet,
@@ -106,30 +107,28 @@ def measure_text_model(
 def measure_unconditional_model(
     model: LatentDiffusion, pictures: np.ndarray, extractor: Extractor
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Made pictures as a set, as many training pictures, and as many noises decoded without a UNet; the sheet.
+    """Made pictures as a set, as many draws from the training pictures, and as many noises decoded without a UNet.
 
-    All three are compared with the other training pictures, so that equal numbers are compared.
+    All three are compared with all training ``pictures``; and the sheet.
     """
-    is_selected = np.zeros(len(pictures), bool)
-    is_selected[space_evenly(len(pictures), COUNT)] = True
-    others = pictures[~is_selected]
+    drawn = pictures[np.random.default_rng(0).integers(len(pictures), size=COUNT)]  # some of them several times
     with open_float_bundle(model) as pipe:
         noise = draw_unit_noise(model.latents.shape, [(0, i) for i in range(COUNT)])
         sets = {
             "made": pipe(count=COUNT, steps=50, seed=0).pixels,
-            "real": pictures[is_selected],
+            "real": drawn,
             "noise": pipe.decode(noise * np.float32(model.latents.scaling_factor)),
         }
     mean = pictures.mean(axis=0, keepdims=True).round()
-    figures = {"codes_used": count_codes(model, pictures), "mean_nearest": nearest(mean, others)}
-    reference = compute_features(others, extractor)
+    figures = {"codes_used": count_codes(model, pictures), "mean_nearest": nearest(mean, pictures)}
+    reference = compute_features(pictures, extractor)
     for name, chosen in sets.items():
         features = compute_features(chosen, extractor)
         figures |= {
             f"{name}_fid": frechet_from_features(features, reference),
             f"{name}_kid": kernel_distance(features, reference),
-            f"{name}_frechet": frechet(chosen, others),
-            f"{name}_nearest": nearest(chosen, others),
+            f"{name}_frechet": frechet(chosen, pictures),
+            f"{name}_nearest": nearest(chosen, pictures),
             f"{name}_spread": spread(chosen),
             f"{name}_white": white_corners(chosen) * 100,
         }
@@ -214,6 +213,7 @@ def main() -> None:
         parser.error("--card needs --first FIGURES.json, for its column of the first weights")
 
     model, emoji = load_model(args.model), load_for(args.work)
+    emoji = emoji if model.reads_text else select_creatures(emoji)
     if args.prompts is not None:
         args.prompts.write_text("".join(f"{item.label}\n" for item in emoji), encoding="utf-8")
     extractor = open_extractor(args.extractor, ExtractorOptions())
