@@ -222,6 +222,16 @@ def fp16_tensorrt(out: Path, tiny_folder: Path) -> None:
     export_tiny(out, tiny_folder, None, "tensorrt")
 
 
+@build_once("ncnn-int8", traces=True)
+def int8_ncnn(out: Path, tiny_folder: Path, table_file: Path) -> None:
+    export_tiny(out, tiny_folder, table_file, "ncnn")
+
+
+@build_once("ncnn-fp16", traces=True)
+def fp16_ncnn(out: Path, tiny_folder: Path) -> None:
+    export_tiny(out, tiny_folder, None, "ncnn", with_encoder=True)
+
+
 @build_once("codebook", traces=True)
 def codebook_tensorrt(out: Path, unconditional_folder: Path) -> None:
     """A VQ first stage's."""

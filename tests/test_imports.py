@@ -27,6 +27,7 @@ IMPORTED_LATE = (
     PACKAGE / "engines" / "torch_graph",  # which its engine imports when it opens a session
     PACKAGE / "targets" / "nvidia" / "rules.py",  # of onnx-ir, which its target imports when it checks a file
     PACKAGE / "targets" / "onnx_files",  # as these, when an export writes or reads one
+    PACKAGE / "targets" / "ncnn_files",
 )
 
 

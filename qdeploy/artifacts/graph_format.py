@@ -73,11 +73,11 @@ def find_format(path: Path) -> GraphFormat | None:
     return next((graph_format for graph_format in formats if path.name.endswith(graph_format.suffix)), None)
 
 
-def check_regular(path: Path, max_bytes: int) -> int:
-    """Bytes of the file at ``path``; ValueError unless it is a regular file of 1 to ``max_bytes``, not included."""
+def check_regular(path: Path, max_bytes: int, min_bytes: int = 1) -> int:
+    """Bytes of a regular file; ValueError unless they are ``min_bytes`` to ``max_bytes``, the last not included."""
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
         raise ValueError("it is no regular file")
-    if not 0 < state.st_size < max_bytes:
-        raise ValueError(f"it has {state.st_size} bytes, expected 1 to {max_bytes}")
+    if not min_bytes <= state.st_size < max_bytes:
+        raise ValueError(f"it has {state.st_size} bytes, expected {min_bytes} to {max_bytes}")
     return state.st_size

@@ -28,7 +28,7 @@ DEFAULT_TARGET = "ort-cpu"
 FLOAT_BITS = {"fp32": 32, "fp16": 16}
 PRECISIONS = (*FLOAT_BITS, "int8")
 OPENABLE = ("batch", "size")  # dimensions that a graph may leave open; size is height and width
-HALF_PASS = "to_fp16"
+HALF_PASSES = ("to_fp16", "halve_weights")
 LAST_PASS = "strip_metadata"  # of every lowering: nothing of the exporting machine stays in a file
 
 
@@ -193,7 +193,7 @@ class Target:
 
     def in_float32(self) -> Target:
         """The target with float32 where it would take fp16, for a component whose activations fp16 cannot hold."""
-        passes = tuple(name for name in self.passes if name != HALF_PASS)
+        passes = tuple(name for name in self.passes if name not in HALF_PASSES)
         return replace(self, numerics=replace(self.numerics, float_type="fp32"), passes=passes)
 
     def choose_precision(self, is_quantized: bool) -> str:

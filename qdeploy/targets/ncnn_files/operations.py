@@ -1,0 +1,260 @@
+"""Every ONNX operation but products as ncnn's layers; ``OPERATIONS`` names all that are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from qdeploy.artifacts.formats.ncnn_files.layers import BINARY_OPS, PERMUTE_ORDERS, UNARY_OPS, Shape
+from qdeploy.artifacts.formats.ncnn_files.param import Value
+from qdeploy.passes.edit import get_array
+from qdeploy.passes.fuse_group_norm import GROUP_NORM
+from qdeploy.passes.fuse_swish import SWISH
+from qdeploy.targets.ncnn_files.builder import Builder, UnsupportedError, read_constant
+from qdeploy.targets.ncnn_files.products import convert_conv, convert_gemm, convert_mat_mul, is_read_transposed
+
+Converter = Callable[[Builder, ir.Node], None]
+
+COMMUTATIVE = ("Add", "Mul", "Max", "Min")
+ACTIVATIONS = {"Sigmoid": "Sigmoid", "Relu": "ReLU", SWISH: "Swish"}
+NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+LARGEST = 3.4e38  # a Clip without an end: near float32's
+
+
+def convert_binary(build: Builder, node: ir.Node) -> None:
+    """Of two blobs of one rank, or of a blob and a number."""
+    op = BINARY_OPS[node.op_type]
+    arrays = [read_constant(value) for value in node.inputs]
+    for index in (1, 0) if node.op_type in COMMUTATIVE else (1,):
+        array, other = arrays[index], node.inputs[1 - index]
+        if array is not None and array.size == 1 and build.get_row(other, node) == build.get_row(node.outputs[0], node):
+            build.add_for(node, "BinaryOp", [build.get_blob(other, node)], {0: op, 1: 1, 2: float(array.reshape(()))})
+            return
+    build.add_for(node, "BinaryOp", [align(build, value, node) for value in node.inputs], {0: op})
+
+
+def align(build: Builder, value: ir.Value | None, node: ir.Node) -> str:
+    """The blob of an input in its output's rank, by ONNX's rule: missing axes are in front."""
+    assert value is not None
+    assert value.shape is not None
+    rank = len(build.get_row(node.outputs[0], node))
+    output_rank = len(node.outputs[0].shape or ())
+    shape = (1,) * (output_rank - len(value.shape)) + tuple(value.shape.numpy())
+    row = (shape[1:] or (1,))[-rank:]
+    array = read_constant(value)
+    if array is not None:
+        return build.add_constant(build.take_row(array.reshape(shape), node).reshape(row), str(value.name))
+    return build.reshape(build.get_blob(value, node), row, f"{value.name}_aligned")
+
+
+def convert_unary(build: Builder, node: ir.Node) -> None:
+    """Sine, cosine and the like."""
+    build.add_for(node, "UnaryOp", [build.get_blob(node.inputs[0], node)], {0: UNARY_OPS[node.op_type]})
+
+
+def convert_activation(build: Builder, node: ir.Node) -> None:
+    """A function of each value, without settings."""
+    build.add_for(node, ACTIVATIONS[node.op_type], [build.get_blob(node.inputs[0], node)])
+
+
+def convert_gelu(build: Builder, node: ir.Node) -> None:
+    """GELU by the error function, or by tanh."""
+    approximate = node.attributes.get_string("approximate", "none") != "none"
+    build.add_for(node, "GELU", [build.get_blob(node.inputs[0], node)], {0: int(approximate)})
+
+
+def convert_clip(build: Builder, node: ir.Node) -> None:
+    """Ends that are constants, or missing."""
+    ends = []
+    for index, missing in ((1, -LARGEST), (2, LARGEST)):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        array = get_array(value)
+        if value is not None and array is None:
+            raise UnsupportedError(node, "its ends are computed")
+        ends.append(missing if array is None else float(array.reshape(())))
+    build.add_for(node, "Clip", [build.get_blob(node.inputs[0], node)], {0: ends[0], 1: ends[1]})
+
+
+def convert_softmax(build: Builder, node: ir.Node) -> None:
+    """Over one axis."""
+    axis = find_axis(build, node, node.attributes.get_int("axis", -1))
+    build.add_for(node, "Softmax", [build.get_blob(node.inputs[0], node)], {0: axis, 1: 1})
+
+
+def find_axis(build: Builder, node: ir.Node, axis: int | None) -> int:
+    """An axis of ONNX's as one of a row; UnsupportedError for the batch's."""
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    assert shape is not None
+    assert axis is not None
+    row = axis % len(shape) - 1
+    if row < 0:
+        raise UnsupportedError(node, "it works along the batch")
+    return row
+
+
+def convert_view(build: Builder, node: ir.Node) -> None:
+    """Reshape, Unsqueeze, a Cast to float and the like: the same values in the same order."""
+    build.set_output(node, build.get_blob(node.inputs[0], node))
+
+
+def convert_expand(build: Builder, node: ir.Node) -> None:
+    """Only of the batch, which ncnn does not have."""
+    if build.get_row(node.inputs[0], node) != build.get_row(node.outputs[0], node):
+        raise UnsupportedError(node, "it repeats values along another axis than the batch")
+    convert_view(build, node)
+
+
+def convert_transpose(build: Builder, node: ir.Node) -> None:
+    """A Permute, or a Reshape where only sides of 1 move."""
+    if is_read_transposed(node):
+        return
+    perm = list(node.attributes.get_ints("perm") or ())
+    if not perm or perm[0] != 0:
+        raise UnsupportedError(node, "it moves the batch")
+    row, order = build.get_row(node.inputs[0], node), tuple(axis - 1 for axis in perm[1:])
+    blob = build.get_blob(node.inputs[0], node)
+    if is_view(row, order):
+        build.set_output(node, blob)
+        return
+    if len(row) not in PERMUTE_ORDERS:
+        raise UnsupportedError(node, f"rows of {len(row)} axes")
+    build.add_for(node, "Permute", [blob], {0: PERMUTE_ORDERS[len(row)].index(order)})
+
+
+def is_view(shape: Shape, order: tuple[int, ...]) -> bool:
+    """Whether the axes longer than 1 keep their order."""
+    moved = [axis for axis in order if shape[axis] > 1]
+    return moved == sorted(moved)
+
+
+def convert_concat(build: Builder, node: ir.Node) -> None:
+    """Along an axis of the row."""
+    axis = find_axis(build, node, node.attributes.get_int("axis"))
+    build.add_for(node, "Concat", [build.get_blob(value, node) for value in node.inputs], {0: axis})
+
+
+def convert_split(build: Builder, node: ir.Node) -> None:
+    """Ncnn's Slice, with a size for each output."""
+    axis = find_axis(build, node, node.attributes.get_int("axis", 0))
+    sizes = tuple(build.get_row(output, node)[axis] for output in node.outputs)
+    tops = build.add_layer(
+        "Slice", str(node.name or node.outputs[0].name), [build.get_blob(node.inputs[0], node)],
+        {0: sizes, 1: axis}, tops=[str(output.name) for output in node.outputs],
+    )  # fmt: skip
+    for output, blob in zip(node.outputs, tops, strict=True):
+        build.set_blob(output, blob)
+
+
+def convert_slice(build: Builder, node: ir.Node) -> None:
+    """Of one axis, in steps of 1."""
+    starts, ends, axes, *steps = (get_array(value) for value in node.inputs[1:])
+    if starts is None or ends is None or axes is None or starts.size != 1 or (steps and not is_one(steps[0])):
+        raise UnsupportedError(node, "only a slice of one axis in steps of 1 is written")
+    axis = find_axis(build, node, int(axes.reshape(())))
+    side = build.get_row(node.inputs[0], node)[axis]
+    start, end, _ = slice(int(starts.reshape(())), int(ends.reshape(()))).indices(side)
+    params: dict[int, Value] = {9: (start,), 10: (end,), 11: (axis,)}
+    build.add_for(node, "Crop", [build.get_blob(node.inputs[0], node)], params)
+
+
+def is_one(array: np.ndarray | None) -> bool:
+    """Whether every number is 1."""
+    return array is not None and bool((array == 1).all())
+
+
+def convert_gather(build: Builder, node: ir.Node) -> None:
+    """Rows of a constant table: an Embed, which reads the graph's input as int32."""
+    table = read_constant(node.inputs[0])
+    if table is None or table.ndim != 2 or node.attributes.get_int("axis", 0) != 0:
+        raise UnsupportedError(node, "only rows of a constant table are looked up")
+    rows, outputs = table.shape
+    params: dict[int, Value] = {0: outputs, 1: rows, 2: 0, 3: table.size}
+    build.add_for(node, "Embed", [build.get_blob(node.inputs[1], node)], params, [(table, True)])
+
+
+def convert_layer_norm(build: Builder, node: ir.Node) -> None:
+    """Over the last axis."""
+    scale = read_constant(node.inputs[1])
+    shift = read_constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    axis = find_axis(build, node, node.attributes.get_int("axis", -1))
+    row = build.get_row(node.inputs[0], node)
+    if scale is None or axis != len(row) - 1 or scale.size != row[-1]:
+        raise UnsupportedError(node, "only a constant scale over the last axis is written")
+    shift = np.zeros_like(scale) if shift is None else shift
+    epsilon = float(node.attributes.get_float("epsilon", 1e-5) or 0)
+    weights = [(array.reshape(-1).astype(np.float32), False) for array in (scale, shift)]
+    build.add_for(node, "LayerNorm", [build.get_blob(node.inputs[0], node)], {0: row[-1], 1: epsilon, 2: 1}, weights)
+
+
+def convert_group_norm(build: Builder, node: ir.Node) -> None:
+    """The node that ``fuse_group_norm`` makes."""
+    scale, shift = (read_constant(value) for value in node.inputs[1:3])
+    assert scale is not None
+    assert shift is not None
+    groups, epsilon = node.attributes.get_int("num_groups"), node.attributes.get_float("epsilon")
+    assert groups is not None
+    assert epsilon is not None
+    weights = [(array.astype(np.float32), False) for array in (scale, shift)]
+    params: dict[int, Value] = {0: groups, 1: scale.size, 2: float(epsilon), 3: 1}
+    build.add_for(node, "GroupNorm", [build.get_blob(node.inputs[0], node)], params, weights)
+
+
+def convert_resize(build: Builder, node: ir.Node) -> None:
+    """Each pixel repeated."""
+    for name, expected in NEAREST.items():
+        if node.attributes.get_string(name) != expected:
+            raise UnsupportedError(node, f"{name} is not {expected}")
+    (_, *before), (_, *after) = (build.get_row(value, node) for value in (node.inputs[0], node.outputs[0]))
+    factors = [float(new / old) for old, new in zip(before, after, strict=True)]
+    params: dict[int, Value] = {0: 1, 1: factors[0], 2: factors[1]}
+    build.add_for(node, "Interp", [build.get_blob(node.inputs[0], node)], params)
+
+
+def convert_pad(build: Builder, node: ir.Node) -> None:
+    """Zeros around height and width."""
+    pads = get_array(node.inputs[1])
+    value = get_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if (
+        pads is None
+        or pads.size != 8
+        or len(node.inputs) > 3
+        or node.attributes.get_string("mode", "constant") != "constant"
+    ):
+        raise UnsupportedError(node, "only constant padding of height and width is written")
+    first, last = pads[:4].tolist(), pads[4:].tolist()
+    if any(first[:2] + last[:2]) or min(first + last) < 0 or (value is not None and value.any()):
+        raise UnsupportedError(node, "only zeros around height and width are written")
+    params: dict[int, Value] = {0: first[2], 1: last[2], 2: first[3], 3: last[3], 4: 0, 5: 0.0}
+    build.add_for(node, "Padding", [build.get_blob(node.inputs[0], node)], params)
+
+
+def skip(build: Builder, node: ir.Node) -> None:
+    """Nothing: Q and DQ are read by the product that follows, which quantizes by itself."""
+
+
+OPERATIONS: dict[str, Converter] = {
+    "Conv": convert_conv,
+    "Gemm": convert_gemm,
+    "MatMul": convert_mat_mul,
+    **dict.fromkeys(BINARY_OPS, convert_binary),
+    **dict.fromkeys(UNARY_OPS, convert_unary),
+    **dict.fromkeys(ACTIVATIONS, convert_activation),
+    "Gelu": convert_gelu,
+    "Clip": convert_clip,
+    "Softmax": convert_softmax,
+    **dict.fromkeys(("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"), convert_view),
+    "Expand": convert_expand,
+    "Transpose": convert_transpose,
+    "Concat": convert_concat,
+    "Split": convert_split,
+    "Slice": convert_slice,
+    "Gather": convert_gather,
+    "LayerNormalization": convert_layer_norm,
+    GROUP_NORM: convert_group_norm,
+    "Resize": convert_resize,
+    "Pad": convert_pad,
+    "QuantizeLinear": skip,
+    "DequantizeLinear": skip,
+}

@@ -1,0 +1,1 @@
+"""The engine ncnn and the check of its files."""
