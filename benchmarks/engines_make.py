@@ -21,6 +21,7 @@ import torch
 from benchmarks.inputs import export_unet
 from benchmarks.peer_nncf import NncfSettings, quantize_with_nncf
 from benchmarks.peer_ort import LAYER_OPS
+from qdeploy.artifacts.graph_format import load_format
 from qdeploy.artifacts.table import ComponentQuant, LayerQuant, load_table
 from qdeploy.base.arrays import Feeds
 from qdeploy.bench.memory import read_peak_bytes
@@ -78,8 +79,14 @@ def make_float_graph(source: ModelFiles, folder: Path, target: str) -> Path:
     """The float UNet, lowered for ``target``."""
     folder.mkdir(parents=True, exist_ok=True)
     model = source.load()
-    export_unet(model.unet, model, folder / GRAPH, target)
-    return folder / GRAPH
+    path = folder / name_graph(target)
+    export_unet(model.unet, model, path, target)
+    return path
+
+
+def name_graph(target: str) -> str:
+    """The file that the target's engine opens."""
+    return load_format(load_target(target).files.format).file
 
 
 def make_our_graph(source: ModelFiles, folder: Path, target: str, weight_bits: int = 8) -> Path:
@@ -88,8 +95,9 @@ def make_our_graph(source: ModelFiles, folder: Path, target: str, weight_bits: i
     if weight_bits != 8:
         quant = change_bits(model, quant, weight_bits)
     simulator = build_simulator(model.unet, quant, load_target(target).numerics)
-    export_unet(simulator, model, folder / GRAPH, target)
-    return folder / GRAPH
+    path = folder / name_graph(target)
+    export_unet(simulator, model, path, target)
+    return path
 
 
 def change_bits(model: LatentDiffusion, quant: ComponentQuant, bits: int) -> ComponentQuant:
@@ -205,6 +213,8 @@ ROWS = [
     EngineRow(
         "qdeploy-w4a8-openvino", "openvino", partial(make_our_graph, target="openvino", weight_bits=4), "INT4 on disk",
     ),
+    EngineRow("fp16-ncnn", "ncnn", partial(make_float_graph, target="ncnn"), "fp16 on disk, computed in fp32"),
+    EngineRow("qdeploy-w8a8-ncnn", "ncnn", partial(make_our_graph, target="ncnn"), "--target ncnn"),
 ]  # fmt: skip
 
 
@@ -214,7 +224,7 @@ def make_in_process(row: EngineRow, source: ModelFiles, folder: Path) -> None:
     start = time.perf_counter()
     path = row.make(source, folder)
     seconds, peak = time.perf_counter() - start, read_peak_bytes()
-    size = sum(file.stat().st_size for file in path.parent.glob(path.stem + ".*"))
+    size = sum(file.stat().st_size for file in path.parent.glob(path.name.partition(".")[0] + ".*"))
     made = MadeGraph(str(path.relative_to(folder)), seconds, peak, size)
     (folder / "made.json").write_text(json.dumps(asdict(made), indent=1) + "\n")
 

@@ -28,7 +28,6 @@ from qdeploy.export.graph import graph_from_component
 from qdeploy.models.components import TorchComponent
 from qdeploy.models.source import LatentDiffusion
 from qdeploy.targets.base import load_target
-from qdeploy.targets.onnx_files.graph import save_graph
 
 MODEL = "builtin:emoji"
 TARGET = "ort-cpu"
@@ -97,7 +96,7 @@ def export_unet(unet: TorchComponent, model: LatentDiffusion, path: Path, target
     example = model.make_example("unet", choose_graph_batch("unet", model.reads_text))
     graph = graph_from_component(unet, example, load_target(target).opset)
     load_target(target).lower(graph)
-    save_graph(graph, path)
+    load_target(target).files.write(graph, path)
 
 
 def list_unet_feeds(calibration: CalibrationSet) -> list[Feeds]:

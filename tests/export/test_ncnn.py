@@ -33,6 +33,7 @@ from tests.shared_artifacts import build_once
 
 NCNN = load_target("ncnn")
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+BENCH = ["--rounds", "1", "--pictures", "1", "--steps", "2", "--concurrency", "none", "--fresh-starts", "0"]
 FILES = {"model.ncnn.param", "model.ncnn.bin", "model.ports.json"}
 NEAR_DB = 1.5  # that ncnn may be further from the float model than ort-cpu
 PICTURES_DB = 15.0  # two roundings of a tiny random model; unrelated pictures are below 5
@@ -148,8 +149,8 @@ def test_a_picture_from_a_picture(fp16_ncnn: Path) -> None:
 
 @build_once("ncnn-w4a8", traces=True)
 def w4a8_ncnn(out: Path, tiny_folder: Path, calibration_file: Path) -> None:
-    """4 bits, with the rewrites that a table may have."""
-    spec = QuantSpec(weight_bits=4, rewrites=("split_skips", "timestep_table"))
+    """4 bits, with each skip connection quantized by itself."""
+    spec = QuantSpec(weight_bits=4, rewrites=("split_skips",))
     model = load_model(str(tiny_folder))
     export_bundle(model, quantize_model(model, load_calibration(calibration_file), spec), NCNN, out)
 
@@ -177,6 +178,16 @@ def test_a_model_with_an_operation_that_it_lacks_is_refused_by_name(unconditiona
     assert not (tmp_path / "b").exists()
 
 
+def test_a_table_of_timesteps_is_refused_by_name(
+    tiny_model: LatentDiffusion, calibration_file: Path, tmp_path: Path
+) -> None:
+    """It looks rows up by a computed number."""
+    spec = QuantSpec(components=("unet",), rewrites=("timestep_table",))
+    table = quantize_model(tiny_model, load_calibration(calibration_file), spec)
+    with pytest.raises(ExportError, match=r"ncnn cannot compute the operation \w+ \(.+at the module .+\)"):
+        export_bundle(tiny_model, table, NCNN, tmp_path / "b")
+
+
 def test_every_command_takes_the_bundle(int8_ncnn: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     shown = run(main, ["inspect", str(int8_ncnn)])
@@ -186,7 +197,7 @@ def test_every_command_takes_the_bundle(int8_ncnn: Path, tmp_path: Path) -> None
     shown = run(main, ["inspect", str(int8_ncnn / "unet" / "model.ncnn.param")])
     assert "encoder_hidden_states" in shown.output, shown.output
     out = tmp_path / "bench.json"
-    shown = run(main, ["--quiet", "bench", str(int8_ncnn), "--threads", "1", "--runs", "1", "--json", str(out)])
+    shown = run(main, ["--quiet", "bench", str(int8_ncnn), "--threads", "1", *BENCH, "--json", str(out)])
     assert shown.exit_code == 0, shown.output
 
 

@@ -29,8 +29,8 @@ class UnsupportedError(ExportError):
     """A node that ncnn has no layer for."""
 
     def __init__(self, node: ir.Node, reason: str) -> None:
-        module = find_module(node)
-        place = f"{node.name or node.outputs[0].name}" + (f" in the module {module}" if module else "")
+        module = find_nearest_module(node)
+        place = f"{node.name or node.outputs[0].name}" + (f", at the module {module}" if module else "")
         super().__init__(
             f"ncnn cannot compute the operation {node.op_type} ({place}): {reason}; export the model for another "
             "--target, or report it with this message"
@@ -99,7 +99,8 @@ class Builder:
     ) -> list[str]:
         """The blobs of a new layer; ``weights`` with whether each begins with a tag, in the file's order."""
         name = self._make_name(name)
-        layer = Layer(kind, name, tuple(bottoms), tuple(tops or [name]), params or {})
+        unique = [name] if tops is None else [self._make_name(top) for top in tops]
+        layer = Layer(kind, name, tuple(bottoms), tuple(unique), params or {})
         result = apply_rule(layer, [self.shapes[blob] for blob in bottoms])
         assert [weight.count for weight in result.weights] == [array.size for array, _ in weights], layer
         self.layers.append(layer)
@@ -184,6 +185,18 @@ class Builder:
                 if blob in pending
             ]
         return layers
+
+
+def find_nearest_module(node: ir.Node) -> str:
+    """The torch module of ``node``, or of what reads it where the exporter made it outside of any; "" without one."""
+    near, seen = [node], {node}
+    while near:
+        for one in near:
+            if module := find_module(one):
+                return module
+        near = [use.node for one in near for output in one.outputs for use in output.uses() if use.node not in seen]
+        seen.update(near)
+    return ""
 
 
 def read_rows(graph: ir.Graph) -> int:

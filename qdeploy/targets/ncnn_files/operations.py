@@ -136,15 +136,21 @@ def convert_concat(build: Builder, node: ir.Node) -> None:
 
 
 def convert_split(build: Builder, node: ir.Node) -> None:
-    """Ncnn's Slice, with a size for each output."""
+    """Ncnn's Slice, with a size for each output; a Crop for each where one is not read."""
     axis = find_axis(build, node, node.attributes.get_int("axis", 0))
-    sizes = tuple(build.get_row(output, node)[axis] for output in node.outputs)
-    tops = build.add_layer(
-        "Slice", str(node.name or node.outputs[0].name), [build.get_blob(node.inputs[0], node)],
-        {0: sizes, 1: axis}, tops=[str(output.name) for output in node.outputs],
-    )  # fmt: skip
-    for output, blob in zip(node.outputs, tops, strict=True):
-        build.set_blob(output, blob)
+    sizes = [build.get_row(output, node)[axis] for output in node.outputs]
+    blob = build.get_blob(node.inputs[0], node)
+    if all(output.uses() or output.is_graph_output() for output in node.outputs):
+        names = [str(output.name) for output in node.outputs]
+        tops = build.add_layer("Slice", f"{names[0]}_slice", [blob], {0: tuple(sizes), 1: axis}, tops=names)
+        for output, top in zip(node.outputs, tops, strict=True):
+            build.set_blob(output, top)
+        return
+    ends = np.cumsum(sizes).tolist()
+    for output, size, end in zip(node.outputs, sizes, ends, strict=True):
+        if output.uses() or output.is_graph_output():
+            params: dict[int, Value] = {9: (end - size,), 10: (end,), 11: (axis,)}
+            build.set_blob(output, build.add_layer("Crop", str(output.name), [blob], params)[0])
 
 
 def convert_slice(build: Builder, node: ir.Node) -> None:
