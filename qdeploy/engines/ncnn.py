@@ -124,7 +124,7 @@ def list_ports(ports: Ports) -> list[Port]:
 
 def cut_row(ports: Ports, index_inputs: set[str], feeds: Feeds, row: int) -> dict[str, AnyArray]:
     """One row of each feed in the element type that ncnn's layers read: int32 for tokens, else float32."""
-    arrays = {}
+    arrays: dict[str, AnyArray] = {}
     for name, port in ports.inputs.items():
         feed = np.asarray(feeds[name])
         part = feed[min(row, port.shape[0] - 1)] if port.shape else feed

@@ -76,7 +76,8 @@ class Builder:
             return array.reshape(-1)
         if not (array == array[:1]).all():
             raise UnsupportedError(node, "a constant differs between the rows of the batch")
-        return array[0]
+        row: AnyArray = array[0]
+        return row
 
     def has_blob(self, value: ir.Value) -> bool:
         """Whether ``value`` was computed before."""
