@@ -16,7 +16,7 @@ bundle = open_bundle(sys.argv[1])
 latents, step = bundle.manifest.latents, int(sys.argv[4]) if len(sys.argv) > 4 else 0
 scheduler = make_scheduler(json.loads(bundle.path(SCHEDULER).read_text()) | {"_class_name": "DDIMScheduler"}, STEPS)
 alpha, sigma = scheduler.alpha_sigma(step)
-negative, prompt = Tokenizer(bundle.path(tokenizer_file("text_encoder")), latents.tokens)(["", sys.argv[2]]).ids
+negative, prompt = Tokenizer(bundle.path(tokenizer_file("text_encoder")), latents.tokens)(["", sys.argv[2]])
 noise = np.random.default_rng(SEED).standard_normal(latents.shape, np.float32)
 lines = [
     [len(prompt), *negative, *prompt],

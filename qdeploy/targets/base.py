@@ -29,7 +29,7 @@ FLOAT_BITS = {"fp32": 32, "fp16": 16}
 PRECISIONS = (*FLOAT_BITS, "int8")
 OPENABLE = ("batch", "size")  # dimensions that a graph may leave open; size is height and width
 HALF_PASSES = ("to_fp16", "halve_weights")
-LAST_PASS = "strip_metadata"  # of every lowering: nothing of the exporting machine stays in a file
+LAST_PASS = "strip_metadata"  # of lowerings to ONNX
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,14 @@ class GraphFiles:
     write: a lowered graph to the file at a path, which engines open, and to files next to it.
     find_products: of the file at a path, for the audit.
     read_example: its inputs, without open dimensions.
+    last_passes: after a target's own: nothing of the exporting machine stays in a file.
     """
 
     format: str
     write: Callable[[ir.Model, Path], None]
     find_products: Callable[[Path], list[Product]]
     read_example: Callable[[Path], Signature]
+    last_passes: tuple[str, ...] = (LAST_PASS,)
 
 
 def _write_onnx(graph: ir.Model, path: Path) -> None:
@@ -151,7 +153,7 @@ class Target:
     engine: that runs the bundle.
     opset: of ONNX, that the graphs are traced in.
     numerics: what the engine computes.
-    passes: names of graph passes, which are files of ``qdeploy/passes``, in order; ``strip_metadata`` follows.
+    passes: names of graph passes, which are files of ``qdeploy/passes``, in order.
     parity: how far the engine may be from the simulator.
     missing_precisions: those that its graphs do not come in, with the reason, which the user reads.
     fixed_dims: those of ``OPENABLE`` that its graphs cannot leave open, with the reason, which the user reads.
@@ -221,7 +223,7 @@ class Target:
 
     def lower(self, model: ir.Model) -> None:
         """Turn the traced graph into the form that the engine runs fastest, in place."""
-        for name in (*self.passes, LAST_PASS):
+        for name in (*self.passes, *self.files.last_passes):
             load_pass(name)(model)
 
 

@@ -1,7 +1,7 @@
 """A graph of ncnn's in the making: layers in order, blobs with their shapes, weights as they go into the ``.bin``.
 
 ncnn has no batch: every blob is one row's. An ONNX value ``[B, ...]`` is a blob of the other axes; a number is a vector
-of one.
+of one. Where B is 1 a graph may join it with another axis (heads), and the blob has all axes of the value.
 """
 
 from __future__ import annotations
@@ -56,9 +56,13 @@ class Builder:
         if shape is None or not shape.is_static():
             raise UnsupportedError(node, "a value's shape is open or unknown")
         sides = tuple(shape.numpy())
-        if sides and sides[0] not in (1, self.rows):
+        return sides[self.count_batch_axes(sides, node) :] or (1,)
+
+    def count_batch_axes(self, sides: Shape, node: ir.Node) -> int:
+        """1 where an ONNX shape begins with the batch; 0 where a batch of 1 was joined with another axis."""
+        if sides and sides[0] not in (1, self.rows) and self.rows != 1:
             raise UnsupportedError(node, f"{list(sides)} does not begin with the batch {self.rows}")
-        return sides[1:] or (1,)
+        return int(bool(sides) and sides[0] in (1, self.rows))
 
     def get_blob(self, value: ir.Value | None, node: ir.Node) -> str:
         """The blob of a value that was computed before; a constant becomes one."""
@@ -71,9 +75,11 @@ class Builder:
         return self.add_constant(self.take_row(array, node), str(value.name))
 
     def take_row(self, array: AnyArray, node: ir.Node) -> AnyArray:
-        """One row of a constant that begins with a batch, the same for all."""
+        """One row of a constant that begins with a batch, the same for all; itself where it does not."""
         if array.ndim < 2:
             return array.reshape(-1)
+        if self.count_batch_axes(array.shape, node) == 0:
+            return array
         if not (array == array[:1]).all():
             raise UnsupportedError(node, "a constant differs between the rows of the batch")
         row: AnyArray = array[0]

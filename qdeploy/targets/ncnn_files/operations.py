@@ -39,13 +39,14 @@ def align(build: Builder, value: ir.Value | None, node: ir.Node) -> str:
     """The blob of an input in its output's rank, by ONNX's rule: missing axes are in front."""
     assert value is not None
     assert value.shape is not None
-    rank = len(build.get_row(node.outputs[0], node))
-    output_rank = len(node.outputs[0].shape or ())
-    shape = (1,) * (output_rank - len(value.shape)) + tuple(value.shape.numpy())
-    row = (shape[1:] or (1,))[-rank:]
+    output = read_sides(node.outputs[0])
+    batch_axes = build.count_batch_axes(output, node)
+    shape = (1,) * (len(output) - len(value.shape)) + read_sides(value)
+    row = shape[batch_axes:] or (1,)
     array = read_constant(value)
     if array is not None:
-        return build.add_constant(build.take_row(array.reshape(shape), node).reshape(row), str(value.name))
+        whole = array.reshape(shape)
+        return build.add_constant((build.take_row(whole, node) if batch_axes else whole).reshape(row), str(value.name))
     return build.reshape(build.get_blob(value, node), row, f"{value.name}_aligned")
 
 
@@ -85,13 +86,19 @@ def convert_softmax(build: Builder, node: ir.Node) -> None:
 
 def find_axis(build: Builder, node: ir.Node, axis: int | None) -> int:
     """An axis of ONNX's as one of a row; UnsupportedError for the batch's."""
-    shape = None if node.inputs[0] is None else node.inputs[0].shape
-    assert shape is not None
+    sides = read_sides(node.inputs[0])
     assert axis is not None
-    row = axis % len(shape) - 1
+    row = axis % len(sides) - build.count_batch_axes(sides, node)
     if row < 0:
         raise UnsupportedError(node, "it works along the batch")
     return row
+
+
+def read_sides(value: ir.Value | None) -> Shape:
+    """The shape of a value that ``get_row`` has looked at, or the size of a constant."""
+    assert value is not None
+    assert value.shape is not None
+    return tuple(value.shape.numpy())
 
 
 def convert_view(build: Builder, node: ir.Node) -> None:
@@ -111,9 +118,11 @@ def convert_transpose(build: Builder, node: ir.Node) -> None:
     if is_read_transposed(node):
         return
     perm = list(node.attributes.get_ints("perm") or ())
-    if not perm or perm[0] != 0:
+    row = build.get_row(node.inputs[0], node)
+    batch_axes = build.count_batch_axes(read_sides(node.inputs[0]), node)
+    if perm[:batch_axes] != [0] * batch_axes or not perm:
         raise UnsupportedError(node, "it moves the batch")
-    row, order = build.get_row(node.inputs[0], node), tuple(axis - 1 for axis in perm[1:])
+    order = tuple(axis - batch_axes for axis in perm[batch_axes:])
     blob = build.get_blob(node.inputs[0], node)
     if is_view(row, order):
         build.set_output(node, blob)
