@@ -20,6 +20,7 @@ FOLDERS = {
     "bundle-encoder": "encoder_bundle",
     "bundle-any-size": "open_bundle",
     "bundle-tensorrt": "int8_tensorrt",
+    "bundle-ncnn": "int8_ncnn",
 }  # name in the documentation -> fixture
 RANK = 2
 
