@@ -22,6 +22,9 @@ from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, Port, check_
 if TYPE_CHECKING:
     import ncnn
 
+# ncnn's int8 Winograd F(4, 3) holds 576 times a convolution's sum in 32 bits: sums beyond 3.7 million are wrong, and no
+# error tells. 64 channels of the largest codes have 9.3. F(2, 3) holds 4 times the sum, enough for 3,698 channels.
+OVERFLOWS = "use_winograd43_convolution"
 NOT_COMPUTED = ("Input", "Split", "MemoryData")
 # Half precision is what the processor has, and the simulator computes none; int8 has no other form.
 DISABLED = (
@@ -154,7 +157,7 @@ def read_checked(path: Path) -> NcnnGraph:
 def load_net(module: ModuleType, path: Path, options: EngineOptions) -> ncnn.Net:
     """The net of a checked graph; EngineError where ncnn refuses it."""
     net: ncnn.Net = module.Net()
-    for name in DISABLED:
+    for name in (*DISABLED, OVERFLOWS):
         setattr(net.opt, name, False)
     if options.threads is not None:
         net.opt.num_threads = options.threads
