@@ -1,4 +1,4 @@
-"""Integer layers are exact for the largest codes: sums that leave 16 and 24 bits, in every form of kernel that ncnn has."""
+"""Integer layers are exact for the largest codes: sums that leave 16 and 24 bits, in each form of kernel."""
 
 from __future__ import annotations
 
