@@ -24,6 +24,7 @@ MAX_FILE_BYTES = 256 * 2**20
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 DIRECT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # PIL converts them to RGB itself
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # mode -> the one that PIL converts it to
+HALF_OPAQUE = 127
 ORIENTATION_TAG = 0x0112
 TRANSPOSITIONS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
@@ -47,14 +48,29 @@ def read_encoded_file(path: Path) -> bytes:
         return file.read(MAX_FILE_BYTES + 1)
 
 
-def decode_picture(encoded: bytes, name: str) -> Image:
+def decode_picture(encoded: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image:
     """The picture in mode RGB, upright; PictureError calls it ``name``."""
-    return rgb_from_picture(_decode(encoded, name), name)
+    return rgb_from_picture(_decode(encoded, name, max_pixels), name)
 
 
-def decode_mask(encoded: bytes, name: str) -> Image:
+def decode_mask(encoded: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image:
     """The picture in mode L (grey), upright; PictureError calls it ``name``."""
-    return grey_from_picture(_decode(encoded, name), name)
+    return grey_from_picture(_decode(encoded, name, max_pixels), name)
+
+
+def decode_transparency(encoded: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image | None:
+    """White where the picture is more transparent than not, else black, in mode L, upright; None where all is opaque.
+
+    PictureError calls it ``name``.
+    """
+    from PIL import Image as PilImage
+
+    picture = turn_upright(_decode(encoded, name, max_pixels), name)
+    values = _eight_bits_from_picture(picture, name)
+    if not values.has_transparency_data:
+        return None
+    is_opaque = np.asarray(values.convert("RGBA").getchannel("A")) > HALF_OPAQUE
+    return None if is_opaque.all() else PilImage.fromarray(np.where(is_opaque, 0, 255).astype(np.uint8))
 
 
 def rgb_from_picture(picture: Image, name: str) -> Image:
@@ -85,7 +101,7 @@ def turn_upright(picture: Image, name: str = "the picture") -> Image:
     return upright
 
 
-def _decode(encoded: bytes, name: str) -> Image:
+def _decode(encoded: bytes, name: str, max_pixels: int) -> Image:
     """The whole picture, its first frame, in the file's own mode."""
     from PIL import Image as PilImage
 
@@ -95,7 +111,7 @@ def _decode(encoded: bytes, name: str) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PilImage.DecompressionBombWarning)  # its limit is above MAX_PIXELS
             picture = PilImage.open(io.BytesIO(encoded), formats=FORMATS)
-        _check_size(picture, name)
+        _check_size(picture, name, max_pixels)
         picture.load()
         # Pillow before 11.3 reads 16-bit grey PNGs as 32-bit integers
         return picture.convert("I;16") if picture.mode == "I" else picture
@@ -107,11 +123,11 @@ def _decode(encoded: bytes, name: str) -> Image:
         raise PictureError(_explain_unreadable(encoded, name, exc)) from exc
 
 
-def _check_size(picture: Image, name: str) -> None:
+def _check_size(picture: Image, name: str, max_pixels: int) -> None:
     width, height = picture.size
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise PictureError(
-            f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS // 10**6} million allowed; shrink it"
+            f"{name} has {width} x {height} pixels, more than the {max_pixels / 1e6:g} million allowed; shrink it"
         )
 
 

@@ -27,9 +27,9 @@ def name_bundles(texts: Iterable[str]) -> dict[str, Path]:
     """Folders by the names of ``NAME=FOLDER``, or by their own; UsageError for a name twice or of other characters."""
     folders: dict[str, Path] = {}
     for text in texts:
-        given, equals, place = text.rpartition("=")
-        folder = Path(place) if equals and not Path(text).exists() else Path(text)
-        name = given if folder == Path(place) and equals else folder.resolve().name
+        given, equals, place = text.partition("=")
+        is_named = bool(equals) and not Path(text).exists()
+        folder, name = (Path(place), given) if is_named else (Path(text), Path(text).resolve().name)
         if not NAME.fullmatch(name):
             raise UsageError(
                 f"{text}: got the name {name!r}, expected letters, digits and any of . : @ + - _; give NAME={folder}"

@@ -26,7 +26,7 @@ from qdeploy.serve.ticket import OnEvent, Ticket
 log = logging.getLogger(__name__)
 FIRST_GUESS_S = 1.0  # of a picture, before one was made
 MEMORY = 0.8  # share of the earlier average in the new one
-TICK_S = 0.25  # at most, until a deadline in the queue is noticed
+TICK_S = 0.25  # at most, until a deadline is noticed
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,12 @@ class EngineRoom:
             self._observer.on_ended(ticket)
 
     def _take_care(self) -> None:
-        """What the caretaker does: ends waiting tickets at their deadline, and reloads bundles that have changed."""
+        """What the caretaker does: ends tickets at their deadlines, and reloads bundles that have changed."""
         looked = time.monotonic()
         while not self._is_stopped:
             self._drop_ended()
+            for ticket in self.list_running():
+                ticket.check_deadline()
             if self.settings.reload_s is not None and time.monotonic() - looked >= self.settings.reload_s:
                 for name, error in self.shelf.reload_changed():
                     self._observer.on_reloaded(name, error)

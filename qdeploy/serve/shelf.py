@@ -93,6 +93,14 @@ class Shelf:
         with self._condition:
             return {place.name: place.memory_bytes for place in self._places.values() if place.copy is not None}
 
+    def get_time(self, name: str) -> int:
+        """When the bundle was written, in seconds since 1970; UnknownBundleError."""
+        return self._get_place(name).stamp[0] // 10**9
+
+    def count_bytes(self, name: str) -> int:
+        """Of memory that the bundle takes now."""
+        return self.list_loaded().get(name, 0)
+
     @contextmanager
     def borrow(self, name: str, while_waiting: Callable[[], None] = lambda: None) -> Iterator[PictureMaker]:
         """The loaded bundle, kept while inside; waits until there is room for it, and raises what loading raises.

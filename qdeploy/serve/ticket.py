@@ -67,7 +67,7 @@ class Ticket:
     @property
     def has_ended(self) -> bool:
         """Whether its pictures or its error are there; a deadline that has passed is an error."""
-        self._check_deadline()
+        self.check_deadline()
         return self._ended.is_set()
 
     @property
@@ -90,6 +90,11 @@ class Ticket:
     def error(self) -> Exception | None:
         """What it has ended with, unless with pictures."""
         return self._end if isinstance(self._end, Exception) else None
+
+    @property
+    def made(self) -> Made | None:
+        """Its pictures, once they are there."""
+        return self._end if isinstance(self._end, Made) else None
 
     @property
     def left_s(self) -> float | None:
@@ -130,7 +135,8 @@ class Ticket:
         assert self._end is not None
         raise self._end
 
-    def _check_deadline(self) -> None:
+    def check_deadline(self) -> None:
+        """End it with DeadlineError once its time is over, even while a step is still being made."""
         if self.left_s is not None and self.left_s <= 0 and not self._ended.is_set():
             place = "in the queue" if self._begun is None else "while the picture was made"
             self._finish(

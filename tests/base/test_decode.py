@@ -17,6 +17,7 @@ from qdeploy.base.decode import (
     TRANSPOSITIONS,
     decode_mask,
     decode_picture,
+    decode_transparency,
     grey_from_picture,
     read_encoded_file,
     rgb_from_picture,
@@ -239,3 +240,25 @@ def test_broken_exif_is_refused_by_name(error: Exception, words: str, monkeypatc
     monkeypatch.setattr(Image.Image, "getexif", fail)
     with pytest.raises(PictureError, match=words):
         rgb_from_picture(Image.new("RGB", (4, 4)), "x")
+
+
+def test_transparency_as_a_mask() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    alpha = np.zeros((4, 6), np.uint8)
+    alpha[:, 2:], alpha[0, 0], alpha[0, 1] = 255, 127, 128
+    image = Image.fromarray(np.dstack([colours, alpha]), "RGBA")
+    expected = np.where(alpha > 127, 0, 255)
+    for picture in (image, image.convert("LA")):
+        mask = decode_transparency(encode(picture), "mask")
+        assert mask is not None
+        assert np.array_equal(np.asarray(mask), expected)
+    for opaque in (image.convert("RGB"), image.convert("L"), Image.new("RGBA", (6, 4), (1, 2, 3, 255))):
+        assert decode_transparency(encode(opaque), "mask") is None
+
+
+def test_a_caller_may_allow_fewer_pixels() -> None:
+    encoded = encode(Image.new("RGB", (40, 30)))
+    assert decode_picture(encoded, "image", 1200).size == (40, 30)
+    for decode in (decode_picture, decode_mask, decode_transparency):
+        with pytest.raises(PictureError, match=r"image has 40 x 30 pixels, more than the 0\.001199 million allowed"):
+            decode(encoded, "image", 1199)

@@ -27,6 +27,8 @@ REASONS = {
     "needs onnxruntime-openvino, which replaces onnxruntime",
     "replaces onnxruntime in the environment",
     "takes a minute; tests/recipe/test_recipes.py runs every recipe",
+    "serves until it is stopped; tests/serve asks it",
+    "tests/serve/test_openai.py asks with this client",
     "takes hours",
     "takes minutes",
     "tests/test_examples.py runs them",

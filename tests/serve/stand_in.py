@@ -68,8 +68,8 @@ class StandInMaker:
             raise CancelledError(f"cancelled {where}")
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pictures of one colour, which is the seed."""
-        colours = latents[:, 0, 0, 0].astype(np.uint8)
+        """Pictures of one colour, which is the seed where that is below 256."""
+        colours = (latents[:, 0, 0, 0] % 256).astype(np.uint8)
         return np.broadcast_to(colours[:, None, None, None], (len(latents), SIDE, SIDE, 3)).copy()
 
     def close(self) -> None:
