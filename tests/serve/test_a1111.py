@@ -134,6 +134,7 @@ def test_progress_and_interrupt(float_bundle: Path) -> None:
         wait_until(lambda: len(running.room.list_running()) == 1)
         maker.steps.release(20)  # type: ignore[union-attr]
         wait_until(lambda: running.client.get(PROGRESS).json()["progress"] == 0.5)
+        wait_until(lambda: running.client.get(PROGRESS).json()["current_image"] is not None)
         shown = running.client.get(PROGRESS).json()
         assert (shown["state"]["sampling_step"], shown["state"]["sampling_steps"]) == (20, 40)
         assert shown["eta_relative"] > 0
