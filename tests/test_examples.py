@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -60,3 +61,38 @@ def test_the_service(float_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert Image.open(io.BytesIO(sequential[0])).size == (16, 16)
         refused = client.get("/picture", params={"prompt": "a cat", "steps": 0})
         assert (refused.status_code, "steps" in refused.json()["detail"]) == (422, True)
+
+
+def test_the_client(float_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    from tests.serve.running import run_bundles
+
+    with run_bundles({"tiny": float_bundle}) as running:
+        said = run("client.py", running.url, folder=tmp_path)
+    assert "seed: 7" in said
+    assert "refused: size" in said
+    assert sorted(path.name for path in (tmp_path / "client").iterdir()) == [
+        "cat.png", "dog-0.png", "dog-1.png", "dog.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "containers").iterdir()), ids=lambda path: path.stem)
+def test_a_dockerfile_keeps_the_rules(path: Path) -> None:
+    """Nobody builds them here: known instructions in JSON form, no rights, no cache, a look at health, no secret."""
+    lines = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    steps = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
+    names = [name for name, _ in steps]
+    known = {"ARG", "FROM", "RUN", "COPY", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+    assert set(names) <= known
+    assert names.index("FROM") <= 1
+    assert names.count("USER") == 1
+    assert names.index("RUN") < names.index("USER") < names.index("CMD")
+    values = dict(steps)
+    assert int(values["USER"]) >= 1000
+    assert ":" in values["FROM"] or values["FROM"] == "${TRITON}"
+    assert not values["FROM"].endswith(":latest")
+    assert "--no-cache-dir" in values["RUN"]
+    for name in {"ENTRYPOINT", "CMD"} & set(names):
+        assert all(isinstance(word, str) for word in json.loads(values[name]))
+    assert json.loads(values["HEALTHCHECK"].partition("CMD ")[2])[0].startswith("python")
+    assert "KEY" not in " ".join(" ".join(step) for step in steps)

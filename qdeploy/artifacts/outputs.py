@@ -25,6 +25,7 @@ PAGE_MARK = b'<meta name="generator" content="qdeploy">'
 BENCH_MARK = b'"schema": "qdeploy bench"'
 DEMO_REPORT_MARK = b"# FP32 and W8A8"
 EVALUATION_TABLE_MARKS = (b"\n| bits | ", b"bundle,bits,calibration,n,broken", b"Calib,W32A32 IS")
+TRITON_MARK = "Written by qdeploy triton"
 OLDER = "or by one that did not mark its own yet"
 
 
@@ -64,6 +65,21 @@ def list_names(folder: Path) -> list[str]:
         links = [name for name in inner if Path(parent, name).is_symlink()]
         names += [Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links) if not is_litter(name)]
     return names
+
+
+def is_own_repository(path: Path) -> bool:
+    """Whether the folder is a model repository of ours, with nothing else in it."""
+    models = [entry for entry in path.iterdir() if not is_litter(entry.name)]
+    return bool(models) and all(map(is_own_repository_model, models))
+
+
+def is_own_repository_model(path: Path) -> bool:
+    """Whether the folder is one model of such a repository; Triton's Python leaves its cache in it."""
+    config = path / "config.pbtxt"
+    if not config.is_file() or not has_mark(config, TRITON_MARK.encode()):
+        return False
+    names = {name for name in list_names(path) if "__pycache__" not in name and not name.startswith("1/bundle/")}
+    return names == {"config.pbtxt", "1/model.py"} and is_own_bundle(path / "1" / "bundle")
 
 
 def is_own_evaluation(path: Path) -> bool:
@@ -107,5 +123,8 @@ EVALUATION_TABLE = OutputKind(
 )
 FEATURES = OutputKind(
     "features of pictures", lambda path: is_own_features(path.with_suffix(".json")), "no .json of theirs is there"
+)
+TRITON_REPOSITORY = OutputKind(
+    "a model repository", is_own_repository, f"a config.pbtxt in it does not say {TRITON_MARK!r}", is_folder=True
 )
 RECEIPT = OutputKind("a receipt", is_own_receipt, "it is no such JSON")

@@ -59,7 +59,7 @@ def run_service(
     folders: Mapping[str, Path], settings: ServiceSettings, host: str, port: int, announce: Callable[[str], None]
 ) -> None:
     """Serve until a signal to stop comes; ``announce`` is told the address once requests are answered."""
-    log_to_stderr()
+    log_to_stderr(settings.web.log_prompts)
     service = make_service(folders, settings)
     try:
         listening = open_socket(host, port)

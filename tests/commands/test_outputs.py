@@ -32,7 +32,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "load_model", fail)
     for name in (
         "runtime.pipeline.load", "evaluate.run.run_evaluation", "demo.run_demo", "bench.measure.run_bench",
-        "recipe.run.run_full", "inspection.plot.plot_sensitivity",
+        "recipe.run.run_full", "inspection.plot.plot_sensitivity", "serve.triton_repository.write_repository",
     ):  # fmt: skip
         monkeypatch.setattr(f"qdeploy.{name}", fail)
 

@@ -14,6 +14,7 @@ FILE_COMMANDS = {
     "inspect --plot": ("inspect", "w8a8.safetensors", "--plot"),
 }
 FOLDER_COMMANDS = {
+    "triton -o": ("triton", "BUNDLE", "-o"),
     "export -o": ("export", "builtin:emoji", "-o"),
     "evaluate -o": (*EVALUATE, "-o"),
     "run -o": ("run", "recipes/lsun_churches_w8a8.toml", "-o"),

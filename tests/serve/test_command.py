@@ -58,7 +58,7 @@ def run_serve(*arguments: object, **environment: str) -> Iterator[tuple[subproce
 def test_a_signal_lets_it_finish_and_exit(float_bundle: Path, stop: signal.Signals) -> None:
     with run_serve(f"tiny={float_bundle}", "--threads", 1) as (process, url):
         answers: list[httpx.Response] = []
-        body = {"prompt": "a secret wish", "num_inference_steps": 100, "model": "tiny"}
+        body = {"prompt": "my secret wish, too long to be read", "num_inference_steps": 100, "model": "tiny"}
         asking = threading.Thread(
             target=lambda: answers.append(httpx.post(url + "v1/images/generations", json=body, timeout=WAIT_S))
         )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from qdeploy.runtime import tokenizer
 from qdeploy.serve.room import EngineRoom
 
 MARGIN_S = 5.0  # for answers to go out after the room has ended its tickets
@@ -68,8 +69,12 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def log_to_stderr() -> None:
-    """Send what the service logs to standard error, one JSON object a line."""
+def log_to_stderr(with_prompts: bool) -> None:
+    """Send what the service logs to standard error, one JSON object a line.
+
+    Without prompts, the runtime's lines on prompts that were cut, which quote them, are left out; the answers tell it.
+    """
+    tokenizer.log.setLevel(logging.WARNING if with_prompts else logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, level in (("qdeploy", logging.INFO), ("uvicorn", logging.WARNING)):
