@@ -63,10 +63,10 @@ $(STAMP): pyproject.toml constraints.txt builtin_models/pyproject.toml
 
 # Packages that only tests need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
 # Ray (79 MB) makes pictures on two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs; ncnn
-# (29 MB) is an engine that few install on a computer.
+# (29 MB) and LiteRT (59 MB) are engines that few install on a computer.
 # On other systems than Linux x86-64 the first is empty and its tests are skipped, on others than Linux the third.
 $(TESTED): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e builtin_models -e '.[tensorrt-rtx,ray,torch-cuda,ncnn]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e builtin_models -e '.[tensorrt-rtx,ray,torch-cuda,ncnn,litert]'
 	touch $@
 
 clean:

@@ -215,6 +215,8 @@ ROWS = [
     ),
     EngineRow("fp16-ncnn", "ncnn", partial(make_float_graph, target="ncnn"), "fp16 on disk, computed in fp32"),
     EngineRow("qdeploy-w8a8-ncnn", "ncnn", partial(make_our_graph, target="ncnn"), "--target ncnn"),
+    EngineRow("fp32-litert", "litert", partial(make_float_graph, target="litert"), ""),
+    EngineRow("qdeploy-w8a8-litert", "litert", partial(make_our_graph, target="litert"), "--target litert"),
 ]  # fmt: skip
 
 

@@ -232,6 +232,16 @@ def fp16_ncnn(out: Path, tiny_folder: Path) -> None:
     export_tiny(out, tiny_folder, None, "ncnn", with_encoder=True)
 
 
+@build_once("litert-int8", traces=True)
+def int8_litert(out: Path, tiny_folder: Path, table_file: Path) -> None:
+    export_tiny(out, tiny_folder, table_file, "litert")
+
+
+@build_once("litert-fp32", traces=True)
+def float_litert(out: Path, tiny_folder: Path) -> None:
+    export_tiny(out, tiny_folder, None, "litert", with_encoder=True)
+
+
 @build_once("codebook", traces=True)
 def codebook_tensorrt(out: Path, unconditional_folder: Path) -> None:
     """A VQ first stage's."""

@@ -28,6 +28,7 @@ IMPORTED_LATE = (
     PACKAGE / "targets" / "nvidia" / "rules.py",  # of onnx-ir, which its target imports when it checks a file
     PACKAGE / "targets" / "onnx_files",  # as these, when an export writes or reads one
     PACKAGE / "targets" / "ncnn_files",
+    PACKAGE / "targets" / "tflite_files",
 )
 
 

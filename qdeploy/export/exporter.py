@@ -37,7 +37,7 @@ from qdeploy.models.source import LatentDiffusion
 from qdeploy.passes.edit import find_largest_weight_code
 from qdeploy.sampling.few_steps import recognise_few_steps
 from qdeploy.simulate.simulator import build_simulator, restrict_to_numerics
-from qdeploy.targets.base import Target
+from qdeploy.targets.base import ONNX_FILES, Target
 
 BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "int8": 1.2}  # some layers of the last stay in float
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -167,7 +167,8 @@ def export_component(
     del graph
     release_memory()
     info = replace(info, acceptance=target.check(path, name))
-    if quant is None and target.numerics.float_type == "fp32" and not open_dims:
+    is_as_traced = target.numerics.float_type == "fp32" and target.files is ONNX_FILES and not open_dims
+    if quant is None and is_as_traced:
         return info
     if quant is not None:
         info = run_audit(info, path, target, quant)

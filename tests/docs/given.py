@@ -21,6 +21,7 @@ FOLDERS = {
     "bundle-any-size": "open_bundle",
     "bundle-tensorrt": "int8_tensorrt",
     "bundle-ncnn": "int8_ncnn",
+    "bundle-litert": "int8_litert",
 }  # name in the documentation -> fixture
 RANK = 2
 

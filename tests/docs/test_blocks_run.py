@@ -38,6 +38,7 @@ SHARED = {
     ("ort-cpu", "int8", True, True): "open_bundle",
     ("tensorrt", "int8", False, False): "int8_tensorrt",
     ("ncnn", "int8", False, False): "int8_ncnn",
+    ("litert", "int8", False, False): "int8_litert",
 }  # target, precision, with encoder, open dimensions -> fixture
 ONLY_NAMED = ("make", "pip")  # what a page may ask for and a test must not do
 MADE: dict[str, Path] = {}  # outputs of this process by what made them: several pages begin alike
