@@ -43,6 +43,30 @@ class JoinedStop:
         return not waiting
 
 
+class StepReport:
+    """The ``callback`` of a joined call: tells every ticket of each step, with a preview where it asked for one.
+
+    preview_s: spent on previews, which is no part of a picture's time.
+    """
+
+    def __init__(self, maker: PictureMaker, tickets: Sequence[Ticket], on_step: OnStep) -> None:
+        self._maker, self._on_step = maker, on_step
+        self._rows = list(zip(tickets, slice_rows(tickets), strict=True))
+        self._before = time.perf_counter()
+        self.preview_s = 0.0
+
+    def __call__(self, step: Step) -> None:
+        """A step is done."""
+        start = time.perf_counter()
+        self._on_step(start - self._before)
+        for ticket, rows in self._rows:
+            is_shown = step.index in choose_preview_steps(step.count, ticket.order.previews) and not ticket.has_ended
+            pixels = self._maker.decode(step.latents[rows]) if is_shown else None
+            ticket.report(Progress(step.index, step.count, pixels))
+        self._before = time.perf_counter()
+        self.preview_s += self._before - start
+
+
 def render_tickets(
     maker: PictureMaker,
     tickets: Sequence[Ticket],
@@ -56,11 +80,11 @@ def render_tickets(
     """
     for ticket in tickets:
         ticket.begin()
-    stop = JoinedStop(tickets)
+    stop, report = JoinedStop(tickets), StepReport(maker, tickets, on_step)
     start = time.perf_counter()
     try:
         result = maker(
-            callback=_make_callback(maker, tickets, on_step), cancel=stop, pictures_at_once=pictures_at_once,
+            callback=report, cancel=stop, pictures_at_once=pictures_at_once,
             **build_arguments([ticket.order for ticket in tickets], size),
         )  # fmt: skip
     except CancelledError as exc:
@@ -72,7 +96,7 @@ def render_tickets(
             for ticket in tickets:
                 render_tickets(maker, [ticket], size, pictures_at_once, on_step)
     else:
-        spent_s = time.perf_counter() - start
+        spent_s = time.perf_counter() - start - report.preview_s
         for ticket, rows in zip(tickets, slice_rows(tickets), strict=True):
             texts = {ticket.order.prompt, ticket.order.negative_prompt}
             truncated = {text: cut for text, cut in result.truncated.items() if text in texts}
@@ -104,23 +128,6 @@ def slice_rows(tickets: Sequence[Ticket]) -> list[slice]:
     """Which rows of the joined result are whose."""
     ends = np.cumsum([ticket.order.pictures for ticket in tickets]).tolist()
     return [slice(end - ticket.order.pictures, end) for ticket, end in zip(tickets, ends, strict=True)]
-
-
-def _make_callback(maker: PictureMaker, tickets: Sequence[Ticket], on_step: OnStep) -> Callable[[Step], None]:
-    """Reports each step to every ticket, with a preview where it asked for one at this step."""
-    rows = slice_rows(tickets)
-    before = time.perf_counter()
-
-    def report(step: Step) -> None:
-        nonlocal before
-        on_step(time.perf_counter() - before)
-        for ticket, own in zip(tickets, rows, strict=True):
-            is_shown = step.index in choose_preview_steps(step.count, ticket.order.previews)
-            wants = is_shown and not ticket.has_ended
-            ticket.report(Progress(step.index, step.count, maker.decode(step.latents[own]) if wants else None))
-        before = time.perf_counter()
-
-    return report
 
 
 def _fail_all(tickets: Sequence[Ticket], error: Exception) -> None:

@@ -30,7 +30,7 @@ class Made:
     """An order's pictures ``uint8[B, H, W, 3]``, one a seed.
 
     truncated: each text that was too long for the text encoder -> its end, which was not read.
-    waited_s: before its first step. spent_s: on all orders that shared its UNet calls.
+    waited_s: before its first step. spent_s: on all orders that shared its UNet calls, without previews.
     """
 
     pixels: Pixels

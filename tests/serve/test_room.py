@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from qdeploy.serve.shelf import Shelf
 from qdeploy.serve.ticket import Made, Progress, Ticket
 from tests.serve.stand_in import WAIT_S, StandInMaker, make_order, open_room, wait_until
 
+PREVIEW_S = 1.0  # far longer than a stand-in takes for its steps
 UNGUIDED = {"guidance_scale": 1.0}
 
 
@@ -336,6 +338,17 @@ def test_a_broken_export_leaves_the_old_one_in_use(float_bundle: Path, tmp_path:
         shutil.rmtree(folder)
         assert colours(room.submit(make_order(4))) == [4]
     assert len(recorder.reloads) == 1  # it is not tried again and again
+
+
+def test_previews_are_no_part_of_a_pictures_time(float_bundle: Path) -> None:
+    class SlowDecoder(StandInMaker):
+        def decode(self, latents: np.ndarray) -> np.ndarray:
+            time.sleep(PREVIEW_S if self.made < 3 else 0)
+            return super().decode(latents)
+
+    with open_room({"a": float_bundle}, {"a": SlowDecoder(is_free=True)}) as (room, _):
+        made = room.submit(make_order(3, steps=3, previews=2)).result(WAIT_S)
+    assert made.spent_s < PREVIEW_S
 
 
 def test_settings_decide_what_is_equal() -> None:

@@ -101,6 +101,18 @@ def test_a_stream_that_is_not_read_to_its_end(float_bundle: Path) -> None:
         wait_until(lambda: ticket.outcome == "cancelled")
 
 
+def test_a_stream_that_nobody_begins_to_read(float_bundle: Path) -> None:
+    """Its events are begun before the answer is, and dropping them ends the order."""
+    maker = StandInMaker()
+    with run_stand_in(float_bundle, maker) as running:
+        for _ in range(5):
+            open_request(running, {"num_inference_steps": 100, "stream": True, "partial_images": 3}).close()
+        wait_until(lambda: read_metric(running, "qdeploy_requests_total") >= 5)
+        maker.steps.release(10)  # type: ignore[union-attr]  # of 500
+        wait_until(lambda: not running.room.list_running() and not running.room.count_waiting("a"))
+        assert maker.made <= 10
+
+
 def test_a_deadline_is_the_intended_503(float_bundle: Path) -> None:
     maker = StandInMaker()
     with run_stand_in(float_bundle, maker, WebSettings(timeout_s=0.2)) as running, ThreadPoolExecutor(1) as pool:

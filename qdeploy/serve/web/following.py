@@ -62,8 +62,12 @@ class Follower:
         finally:
             gone.cancel()
             coming.cancel()
-            if not self.ticket.has_ended:
-                self._room.cancel(self.ticket, GONE)
+            self.close()
+
+    def close(self) -> None:
+        """Nobody waits for the pictures any more; does nothing once the ticket has ended."""
+        if not self.ticket.has_ended:
+            self._room.cancel(self.ticket, GONE)
 
     async def _wait_until_gone(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":

@@ -57,6 +57,7 @@ class Answer:
         """Server-sent events: previews, and a completed picture each. Comments, which clients skip, tell of steps."""
         shown = 0
         try:
+            yield b": taken\n\n"  # the answer begins with it, so that what follows is sure to run to its end
             async for event in follower.events():
                 if event is None:
                     yield b": waiting\n\n"
@@ -71,6 +72,8 @@ class Answer:
         except Exception as exc:  # the status is sent already
             failure = failure_from_error(exc, NAMES)
             yield make_event("error", {"type": "error", **failure.to_openai(), "status": failure.status})
+        finally:
+            follower.close()
 
     async def _make_preview(self, pixels: Pixels, number: int) -> bytes:
         encoded = base64_from_bytes(await self._encode(pixels[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -77,8 +78,17 @@ async def answer(desk: Desk, request: Request, body: GenerationBody, event: str,
     follower = Follower(desk.room, order, request, PING_S if body.stream else None)
     made = Answer(desk, order, body, format_size(size), str(request.base_url), event)
     if body.stream:
-        return StreamingResponse(made.stream(follower), media_type=EventSourceResponse.media_type)
+        events = made.stream(follower)
+        first = await anext(events)  # begun here: a client that has gone already still ends the order
+        return StreamingResponse(chain_events(first, events), media_type=EventSourceResponse.media_type)
     return JSONResponse(await made.make_document(await follower.result()))
+
+
+async def chain_events(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The first event and the others."""
+    yield first
+    async for event in events:
+        yield event
 
 
 async def add_source(desk: Desk, order: Order, body: EditBody, files: dict[str, bytes]) -> Order:
