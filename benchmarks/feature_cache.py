@@ -82,7 +82,7 @@ class CachedUNet:
 
     @contextmanager
     def _store(self) -> Iterator[None]:
-        """Keep what the deep blocks put out."""
+        """Keep the outputs of the deep blocks."""
         handles = [module.register_forward_hook(self._keep) for module in self._deep]
         try:
             yield
@@ -95,7 +95,7 @@ class CachedUNet:
 
     @contextmanager
     def _replay(self) -> Iterator[None]:
-        """Let the deep blocks put out what was kept, without computing."""
+        """Let the deep blocks return what was kept, without computing."""
         for module in self._deep:
             module.forward = lambda *_, output=self._outputs[module], **__: output
         try:
