@@ -25,6 +25,7 @@ ALL = {**FILE_COMMANDS, **FOLDER_COMMANDS}
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever any of these commands begins with fails the test: the check must come first."""
     from qdeploy.models import source
+    from qdeploy.serve import triton_model  # noqa: F401 - which would keep the stand-in if it were first imported here
 
     def fail(*_: object, **__: object) -> None:
         pytest.fail("work was begun before the output was checked")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx
 
-from qdeploy.export.audit import PRODUCT_OPS
 from qdeploy.passes.split_gate import GATE
+from qdeploy.targets.onnx_files.products import PRODUCT_OPS
 
 
 def names(bundle: Path, component: str) -> Counter[str]:

@@ -63,7 +63,7 @@ def test_a_signal_lets_it_finish_and_exit(float_bundle: Path, stop: signal.Signa
             target=lambda: answers.append(httpx.post(url + "v1/images/generations", json=body, timeout=WAIT_S))
         )
         asking.start()
-        wait_until(lambda: "qdeploy_running_orders 1.0" in httpx.get(url + "metrics").text)
+        wait_until(lambda: "qdeploy_running_orders 1.0" in httpx.get(url + "metrics", timeout=WAIT_S).text)
         process.send_signal(stop)
         asking.join(WAIT_S)
         _, errors = process.communicate(timeout=WAIT_S)
@@ -77,10 +77,10 @@ def test_a_signal_lets_it_finish_and_exit(float_bundle: Path, stop: signal.Signa
 
 def test_a_key_from_the_environment(float_bundle: Path) -> None:
     with run_serve(float_bundle, QDEPLOY_API_KEY="s3cret") as (_, url):
-        assert httpx.get(url + "v1/models").status_code == 401
-        listed = httpx.get(url + "v1/models", headers={"Authorization": "Bearer s3cret"}).json()
+        assert httpx.get(url + "v1/models", timeout=WAIT_S).status_code == 401
+        listed = httpx.get(url + "v1/models", headers={"Authorization": "Bearer s3cret"}, timeout=WAIT_S).json()
         assert [model["id"] for model in listed["data"]] == [float_bundle.name]
-        assert httpx.get(url + "v1/models", headers={"Host": "evil.example"}).status_code == 403
+        assert httpx.get(url + "v1/models", headers={"Host": "evil.example"}, timeout=WAIT_S).status_code == 403
 
 
 def test_names_of_bundles(tmp_path: Path) -> None:
