@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qdeploy.artifacts.bundle import open_bundle
-from qdeploy.base.errors import EngineUnavailableError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.engines.base import EngineOptions, load_engine
+from tests.installed import load_or_skip
 from tests.test_examples import EXAMPLES, run
 
 FOLDER = EXAMPLES / "ncnn"
@@ -25,10 +25,7 @@ pytestmark = pytest.mark.exports
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    try:
-        load_engine("ncnn").versions()
-    except EngineUnavailableError as exc:
-        pytest.skip(str(exc))
+    load_or_skip("ncnn")
 
 
 @pytest.fixture

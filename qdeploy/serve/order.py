@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+SEEDS = 2**32  # of those that are drawn here: what JavaScript and other web UIs hold exactly
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,9 @@ def choose_preview_steps(count: int, previews: int) -> frozenset[int]:
     """Positions among ``count`` steps, evenly spread, after which a preview is shown; never the last step."""
     shown = min(previews, count - 1)
     return frozenset((number + 1) * count // (shown + 1) - 1 for number in range(shown))
+
+
+def draw_seeds(seed: int | None, count: int) -> tuple[int, ...]:
+    """One seed a picture, one after another from ``seed`` or a drawn one: each can be asked for by itself."""
+    first = secrets.randbelow(SEEDS) if seed is None else seed
+    return tuple(range(first, first + count))

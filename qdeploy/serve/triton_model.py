@@ -7,7 +7,6 @@ its own error.
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,11 @@ from qdeploy.base.errors import CancelledError, QdeployError, RequestError
 from qdeploy.runtime.pipeline import load
 from qdeploy.serve.checks import check_order
 from qdeploy.serve.joining import count_shared
-from qdeploy.serve.order import Order, PictureSettings
+from qdeploy.serve.order import Order, PictureSettings, draw_seeds
 from qdeploy.serve.rendering import render_tickets
 from qdeploy.serve.ticket import Ticket
 
 BUNDLE_FOLDER = "bundle"  # next to model.py
-SEEDS = 2**32  # of those that are drawn where a request names none
 NO_DETAILS = "the model has failed; Triton's log says why"
 
 
@@ -92,7 +90,7 @@ class TritonPythonModel:
             bundle="",
             prompt=None if "PROMPT" not in row else read_text("PROMPT", row["PROMPT"]),
             negative_prompt=read_text("NEGATIVE_PROMPT", row.get("NEGATIVE_PROMPT", b"")),
-            seeds=(int(row.get("SEED", secrets.randbelow(SEEDS))),),
+            seeds=draw_seeds(None if "SEED" not in row else int(row["SEED"]), 1),
             settings=PictureSettings(
                 steps=int(row.get("STEPS", self._steps)),
                 guidance_scale=float(row.get("GUIDANCE_SCALE", self._guidance_scale)),

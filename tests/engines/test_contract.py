@@ -15,8 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qdeploy.artifacts.graph_format import load_format
 from qdeploy.base.errors import EngineError, EngineUnavailableError
-from qdeploy.engines.base import Engine, EngineOptions, Kernel, Session, list_engines, load_engine
+from qdeploy.engines.base import Engine, EngineOptions, Kernel, Session, list_engines
 from qdeploy.targets.base import ONNX_FILES, GraphFiles, Target, list_targets, load_target
+from tests.installed import load_or_skip
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4), np.float32)
 CODES = np.full((64, 16), 127, np.int8)  # the largest, so that an accumulator of 16 bits saturates
@@ -27,12 +28,7 @@ Feeds = dict[str, NDArray]
 
 @pytest.fixture(params=list_engines())
 def engine(request: pytest.FixtureRequest) -> Engine:
-    module = load_engine(request.param)
-    try:
-        module.versions()
-    except EngineUnavailableError as exc:
-        pytest.skip(str(exc))
-    return module
+    return load_or_skip(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.formats.tflite_files.file import get_shape, read_tflite
 from qdeploy.artifacts.formats.tflite_files.schema import PRODUCTS, TYPES, Model, Op
 from qdeploy.artifacts.table import QuantTable
-from qdeploy.base.errors import EngineUnavailableError, ExportError, ParityError, UsageError
+from qdeploy.base.errors import ExportError, ParityError, UsageError
 from qdeploy.base.flatbuffer import decode
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.calibrate.dataset_file import load_calibration
@@ -33,6 +33,7 @@ from qdeploy.targets.base import load_target
 from qdeploy.targets.tflite_files import norms
 from qdeploy.targets.tflite_files.products import ENDS
 from qdeploy.targets.tflite_files.read import TWO_ACTIVATIONS
+from tests.installed import load_or_skip
 from tests.shared_artifacts import build_once
 
 LITERT = load_target("litert")
@@ -47,10 +48,7 @@ pytestmark = pytest.mark.exports
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    try:
-        load_engine("litert").versions()
-    except EngineUnavailableError as exc:
-        pytest.skip(str(exc))
+    load_or_skip("litert")
 
 
 def read_codes(path: Path) -> Mapping[str, NDArray[np.int8]]:

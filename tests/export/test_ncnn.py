@@ -15,7 +15,7 @@ from qdeploy.artifacts.bundle import open_bundle
 from qdeploy.artifacts.formats.ncnn_files.graph import FLOAT16_TAG, INT8_TAG, iter_weights, name_bin, read_ncnn_graph
 from qdeploy.artifacts.formats.ncnn_files.layers import is_integer
 from qdeploy.artifacts.table import QuantTable, load_table
-from qdeploy.base.errors import EngineUnavailableError, ExportError, UsageError
+from qdeploy.base.errors import ExportError, UsageError
 from qdeploy.base.numerics import sqnr_db
 from qdeploy.calibrate.dataset_file import load_calibration
 from qdeploy.calibrate.quantize import quantize_model
@@ -29,6 +29,7 @@ from qdeploy.models.source import LatentDiffusion, load_model
 from qdeploy.simulate.simulator import restrict_to_numerics
 from qdeploy.targets.base import load_target
 from qdeploy.targets.ncnn_files.files import DYNAMIC
+from tests.installed import load_or_skip
 from tests.shared_artifacts import build_once
 
 NCNN = load_target("ncnn")
@@ -43,10 +44,7 @@ pytestmark = pytest.mark.exports
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    try:
-        load_engine("ncnn").versions()
-    except EngineUnavailableError as exc:
-        pytest.skip(str(exc))
+    load_or_skip("ncnn")
 
 
 def read_codes(path: Path) -> dict[str, NDArray[np.int8]]:

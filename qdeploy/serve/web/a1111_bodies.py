@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.sampling import CLASS_NAMES, split_scheduler
-from qdeploy.serve.order import Order, PictureSettings
-from qdeploy.serve.web.desk import Desk, draw_seeds
+from qdeploy.serve.order import Order, PictureSettings, draw_seeds
+from qdeploy.serve.web.desk import Desk
 from qdeploy.serve.web.settings import check_limit
 
 # Its names of the rules that turn outputs into the next latents, which we call schedulers; ours are taken too.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -14,8 +13,6 @@ from qdeploy.serve.web.access import add_details
 from qdeploy.serve.web.pictures import PictureDesk
 from qdeploy.serve.web.settings import WebSettings
 from qdeploy.serve.web.store import PictureStore
-
-SEEDS = 2**32  # of those that are drawn here: what JavaScript and other web UIs hold exactly
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,6 @@ class Desk:
     def get_manifest(self, name: str) -> Manifest:
         """Of a bundle; UnknownBundleError."""
         return self.room.shelf.get_manifest(name)
-
-
-def draw_seeds(seed: int | None, count: int) -> tuple[int, ...]:
-    """One seed a picture, one after another from ``seed`` or a drawn one: each can be asked for by itself."""
-    first = secrets.randbelow(SEEDS) if seed is None else seed
-    return tuple(range(first, first + count))
 
 
 def tell_log(desk: Desk, request: Request, order: Order, size: LatentInfo) -> None:

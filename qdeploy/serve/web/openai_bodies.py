@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qdeploy.artifacts.manifest import LatentInfo
 from qdeploy.base.errors import RequestError
-from qdeploy.serve.order import Order, PictureSettings
-from qdeploy.serve.web.desk import Desk, draw_seeds
+from qdeploy.serve.order import Order, PictureSettings, draw_seeds
+from qdeploy.serve.web.desk import Desk
 from qdeploy.serve.web.pictures import BEST_QUALITY, PictureFormat
 from qdeploy.serve.web.settings import check_limit
 

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qdeploy.artifacts.formats.ncnn_files.graph import read_ncnn_graph
-from qdeploy.base.errors import EngineUnavailableError, ExportError
+from qdeploy.base.errors import ExportError
 from qdeploy.engines.base import EngineOptions, Session, load_engine
 from qdeploy.passes.fuse_group_norm import fuse_group_norm
 from qdeploy.passes.fuse_swish import fuse_swish
 from qdeploy.passes.halve_weights import halve_weights
 from qdeploy.targets.base import load_target
+from tests.installed import load_or_skip
 from tests.passes.rewriting import lift_constants, run
 
 NOISE = np.random.default_rng(0)
@@ -117,10 +118,7 @@ UNSUPPORTED = {
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    try:
-        load_engine("ncnn").versions()
-    except EngineUnavailableError as exc:
-        pytest.skip(str(exc))
+    load_or_skip("ncnn")
 
 
 def make_model(body: str, shape: tuple[int, ...]) -> ir.Model:
