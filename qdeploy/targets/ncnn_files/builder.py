@@ -1,12 +1,13 @@
 """A graph of ncnn's in the making: layers in order, blobs with their shapes, weights as they go into the ``.bin``.
 
 ncnn has no batch: every blob is one row's. An ONNX value ``[B, ...]`` is a blob of the other axes; a number is a vector
-of one. Where B is 1 a graph may join it with another axis (heads), and the blob has all axes of the value.
+of one. Where B is 1 a graph may join it with another axis (heads), and the blob has all axes of the value. A value may
+have blobs in several orders of its axes: the first is the one that was computed, others were made where they were read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import BinaryIO
@@ -15,12 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qdeploy.artifacts.formats.ncnn_files.graph import ALIGNMENT, FLOAT16_TAG, FLOAT32_TAG, INT8_TAG
-from qdeploy.artifacts.formats.ncnn_files.layers import DIM_KEYS, Shape, apply_rule
+from qdeploy.artifacts.formats.ncnn_files.layers import DIM_KEYS, PERMUTE_ORDERS, Shape, apply_rule
 from qdeploy.artifacts.formats.ncnn_files.param import MAX_NAME, Layer, Value
 from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import ExportError
 from qdeploy.passes.edit import get_array
 from qdeploy.passes.name_by_layer import find_module
+from qdeploy.targets.ncnn_files.orders import Order, arrange, is_moved, list_axes
 
 TAGS = {np.dtype(np.float32): FLOAT32_TAG, np.dtype(np.float16): FLOAT16_TAG, np.dtype(np.int8): INT8_TAG}
 
@@ -44,7 +46,7 @@ class Builder:
         self.layers: list[Layer] = []
         self.shapes: dict[str, Shape] = {}
         self.rows = read_rows(graph)
-        self._blobs: dict[ir.Value, str] = {}
+        self._blobs: dict[ir.Value, dict[Order, str]] = {}
         self._names = {str(value.name) for value in graph.outputs}  # which their last blobs get at the end
         self._weights = weights
 
@@ -64,15 +66,42 @@ class Builder:
             raise UnsupportedError(node, f"{list(sides)} does not begin with the batch {self.rows}")
         return int(bool(sides) and sides[0] in (1, self.rows))
 
-    def get_blob(self, value: ir.Value | None, node: ir.Node) -> str:
-        """The blob of a value that was computed before; a constant becomes one."""
+    def get_blob(self, value: ir.Value | None, node: ir.Node, order: Order | None = None) -> str:
+        """The blob of a value that was computed before, in ONNX's order or another; a constant becomes one."""
         assert value is not None
-        if value in self._blobs:
-            return self._blobs[value]
-        array = read_constant(value)
-        if array is None:
-            raise UnsupportedError(node, f"its input {value.name} comes from an operation that only a product reads")
-        return self.add_constant(self.take_row(array, node), str(value.name))
+        if value not in self._blobs:
+            array = read_constant(value)
+            if array is None:
+                raise UnsupportedError(
+                    node, f"its input {value.name} comes from an operation that only a product reads"
+                )
+            self.set_blob(value, self.add_constant(self.take_row(array, node), str(value.name)))
+        row = self.get_row(value, node)
+        order = list_axes(len(row)) if order is None else order
+        if order not in self._blobs[value]:
+            self._blobs[value][order] = self._move(value, row, order, node)
+        return self._blobs[value][order]
+
+    def list_orders(self, value: ir.Value | None) -> list[Order]:
+        """The orders that there are blobs of, the computed one first; none of a constant."""
+        return [] if value is None else list(self._blobs.get(value, ()))
+
+    def get_computed(self, value: ir.Value | None, node: ir.Node) -> tuple[str, Order]:
+        """A value's first blob, and its order."""
+        row = self.get_row(value, node)
+        order = next(iter(self.list_orders(value)), list_axes(len(row)))
+        return self.get_blob(value, node, order), order
+
+    def _move(self, value: ir.Value, row: Shape, order: Order, node: ir.Node) -> str:
+        """A new blob of ``value``'s in ``order``."""
+        computed, blob = next(iter(self._blobs[value].items()))
+        name = f"{value.name}_{'_'.join(map(str, order))}"
+        if not is_moved(row, computed, order):
+            return self.reshape(blob, arrange(row, order), name)
+        if len(row) not in PERMUTE_ORDERS:
+            raise UnsupportedError(node, f"it reads {value.name} with {len(row)} axes in another order")
+        axes = tuple(computed.index(axis) for axis in order)
+        return self.add_layer("Permute", name, [blob], {0: PERMUTE_ORDERS[len(row)].index(axes)})[0]
 
     def take_row(self, array: AnyArray, node: ir.Node) -> AnyArray:
         """One row of a constant that begins with a batch, the same for all; itself where it does not."""
@@ -89,9 +118,9 @@ class Builder:
         """Whether ``value`` was computed before."""
         return value in self._blobs
 
-    def set_blob(self, value: ir.Value, blob: str) -> None:
-        """``value`` is what ``blob`` holds."""
-        self._blobs[value] = blob
+    def set_blob(self, value: ir.Value, blob: str, order: Order | None = None) -> None:
+        """``value`` is what ``blob`` holds, in ONNX's order or another."""
+        self._blobs[value] = {list_axes(len(self.shapes[blob])) if order is None else order: blob}
 
     # ----------------------------------------------------------------------------------------------------- layers
 
@@ -123,17 +152,18 @@ class Builder:
         bottoms: Sequence[str],
         params: dict[int, Value] | None = None,
         weights: Sequence[tuple[AnyArray, bool]] = (),
-        output: ir.Value | None = None,
+        order: Order | None = None,
     ) -> None:
-        """A layer that computes the node's only output, or ``output``; its shape must be what ONNX says."""
-        output = node.outputs[0] if output is None else output
-        (blob,) = self.add_layer(kind, str(node.name or output.name), bottoms, params, weights)
-        self.set_output(node, blob, output)
+        """A layer that computes the node's only output, whose axes it has in ``order``."""
+        (blob,) = self.add_layer(kind, str(node.name or node.outputs[0].name), bottoms, params, weights)
+        self.set_output(node, blob, order)
 
-    def set_output(self, node: ir.Node, blob: str, output: ir.Value | None = None) -> None:
-        """``blob`` is the node's only output, or ``output``, in the shape that ONNX says."""
-        output = node.outputs[0] if output is None else output
-        self.set_blob(output, self.reshape(blob, self.get_row(output, node), f"{output.name}_reshaped"))
+    def set_output(self, node: ir.Node, blob: str, order: Order | None = None) -> None:
+        """``blob`` is the node's only output, in the shape that ONNX says, its axes in ``order``."""
+        output = node.outputs[0]
+        row = self.get_row(output, node)
+        order = list_axes(len(row)) if order is None else order
+        self.set_blob(output, self.reshape(blob, arrange(row, order), f"{output.name}_reshaped"), order)
 
     def add_constant(self, array: AnyArray, name: str) -> str:
         """A blob of constants."""
@@ -167,11 +197,11 @@ class Builder:
 
     # ----------------------------------------------------------------------------------------------------- the end
 
-    def finish(self, outputs: Sequence[ir.Value]) -> list[Layer]:
-        """The layers with a Split after each blob that is read more than once, and the outputs' own names."""
+    def finish(self, outputs: Mapping[str, str]) -> list[Layer]:
+        """The layers with a Split after each blob that is read more than once; ``outputs`` are blobs by name."""
         wanted: dict[str, list[str]] = {}
-        for value in outputs:
-            wanted.setdefault(self._blobs[value], []).append(str(value.name))
+        for name, blob in outputs.items():
+            wanted.setdefault(blob, []).append(name)
         readers: dict[str, int] = {}
         for blob in [name for layer in self.layers for name in layer.bottoms]:
             readers[blob] = readers.get(blob, 0) + 1

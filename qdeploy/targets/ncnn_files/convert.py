@@ -25,7 +25,7 @@ def convert_graph(model: ir.Model, weights: BinaryIO) -> list[Layer]:
         add_input(build, value)
     for node in model.graph:
         convert_node(build, node)
-    return build.finish(model.graph.outputs)
+    return build.finish({str(value.name): build.get_blob(value, model.graph[-1]) for value in model.graph.outputs})
 
 
 def add_input(build: Builder, value: ir.Value) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qdeploy.artifacts.formats.ncnn_files.layers import BINARY_OPS, PERMUTE_ORDERS, UNARY_OPS, Shape
+from qdeploy.artifacts.formats.ncnn_files.layers import BINARY_OPS, UNARY_OPS, Shape
 from qdeploy.artifacts.formats.ncnn_files.param import Value
 from qdeploy.passes.edit import get_array
 from qdeploy.passes.fuse_group_norm import GROUP_NORM
 from qdeploy.passes.fuse_swish import SWISH
 from qdeploy.targets.ncnn_files.builder import Builder, UnsupportedError, read_constant
-from qdeploy.targets.ncnn_files.products import convert_conv, convert_gemm, convert_mat_mul, is_read_transposed
+from qdeploy.targets.ncnn_files.orders import Order, list_axes, reshape_order, transpose_order
+from qdeploy.targets.ncnn_files.products import convert_conv, convert_gemm, convert_mat_mul
 
 Converter = Callable[[Builder, ir.Node], None]
 
@@ -25,17 +26,37 @@ LARGEST = 3.4e38  # a Clip without an end: near float32's
 
 def convert_binary(build: Builder, node: ir.Node) -> None:
     """Of two blobs of one rank, or of a blob and a number."""
-    op = BINARY_OPS[node.op_type]
-    arrays = [read_constant(value) for value in node.inputs]
+    op, row = BINARY_OPS[node.op_type], build.get_row(node.outputs[0], node)
     for index in (1, 0) if node.op_type in COMMUTATIVE else (1,):
-        array, other = arrays[index], node.inputs[1 - index]
-        if array is not None and array.size == 1 and build.get_row(other, node) == build.get_row(node.outputs[0], node):
-            build.add_for(node, "BinaryOp", [build.get_blob(other, node)], {0: op, 1: 1, 2: float(array.reshape(()))})
+        array, other = read_constant(node.inputs[index]), node.inputs[1 - index]
+        if array is not None and array.size == 1 and build.get_row(other, node) == row:
+            add_same(build, node, "BinaryOp", {0: op, 1: 1, 2: float(array.reshape(()))})
             return
-    build.add_for(node, "BinaryOp", [align(build, value, node) for value in node.inputs], {0: op})
+    order = choose_order(build, node)
+    build.add_for(node, "BinaryOp", [align(build, value, node, order) for value in node.inputs], {0: op}, order=order)
 
 
-def align(build: Builder, value: ir.Value | None, node: ir.Node) -> str:
+def add_same(build: Builder, node: ir.Node, kind: str, params: dict[int, Value] | None = None) -> None:
+    """A layer that works value by value, on the only activation that ``node`` reads, in the order of its blob."""
+    source = next(value for value in node.inputs if read_constant(value) is None)
+    blob, order = build.get_computed(source, node)
+    build.add_for(node, kind, [blob], params, order=order)
+
+
+def choose_order(build: Builder, node: ir.Node) -> Order:
+    """The order in which ``node`` combines its inputs: one that all activations have, if they have the output's shape.
+
+    Of those that they have, the first one's own comes first; without any, ONNX's.
+    """
+    row = build.get_row(node.outputs[0], node)
+    activations = [value for value in node.inputs if read_constant(value) is None]
+    orders = [build.list_orders(value) for value in activations if build.get_row(value, node) == row]
+    whole = bool(orders) and len(orders) == len(activations)
+    shared = [order for order in orders[0] if all(order in others for others in orders)] if whole else []
+    return shared[0] if shared else list_axes(len(row))
+
+
+def align(build: Builder, value: ir.Value | None, node: ir.Node, order: Order) -> str:
     """The blob of an input in its output's rank, by ONNX's rule: missing axes are in front."""
     assert value is not None
     assert value.shape is not None
@@ -46,24 +67,27 @@ def align(build: Builder, value: ir.Value | None, node: ir.Node) -> str:
     array = read_constant(value)
     if array is not None:
         whole = array.reshape(shape)
-        return build.add_constant((build.take_row(whole, node) if batch_axes else whole).reshape(row), str(value.name))
+        part = (build.take_row(whole, node) if batch_axes else whole).reshape(row)
+        return build.add_constant(part.transpose(order), str(value.name))
+    if order != list_axes(len(row)):
+        return build.get_blob(value, node, order)
     return build.reshape(build.get_blob(value, node), row, f"{value.name}_aligned")
 
 
 def convert_unary(build: Builder, node: ir.Node) -> None:
     """Sine, cosine and the like."""
-    build.add_for(node, "UnaryOp", [build.get_blob(node.inputs[0], node)], {0: UNARY_OPS[node.op_type]})
+    add_same(build, node, "UnaryOp", {0: UNARY_OPS[node.op_type]})
 
 
 def convert_activation(build: Builder, node: ir.Node) -> None:
     """A function of each value, without settings."""
-    build.add_for(node, ACTIVATIONS[node.op_type], [build.get_blob(node.inputs[0], node)])
+    add_same(build, node, ACTIVATIONS[node.op_type])
 
 
 def convert_gelu(build: Builder, node: ir.Node) -> None:
     """GELU by the error function, or by tanh."""
     approximate = node.attributes.get_string("approximate", "none") != "none"
-    build.add_for(node, "GELU", [build.get_blob(node.inputs[0], node)], {0: int(approximate)})
+    add_same(build, node, "GELU", {0: int(approximate)})
 
 
 def convert_clip(build: Builder, node: ir.Node) -> None:
@@ -75,7 +99,7 @@ def convert_clip(build: Builder, node: ir.Node) -> None:
         if value is not None and array is None:
             raise UnsupportedError(node, "its ends are computed")
         ends.append(missing if array is None else float(array.reshape(())))
-    build.add_for(node, "Clip", [build.get_blob(node.inputs[0], node)], {0: ends[0], 1: ends[1]})
+    add_same(build, node, "Clip", {0: ends[0], 1: ends[1]})
 
 
 def convert_softmax(build: Builder, node: ir.Node) -> None:
@@ -103,7 +127,14 @@ def read_sides(value: ir.Value | None) -> Shape:
 
 def convert_view(build: Builder, node: ir.Node) -> None:
     """Reshape, Unsqueeze, a Cast to float and the like: the same values in the same order."""
-    build.set_output(node, build.get_blob(node.inputs[0], node))
+    value = node.inputs[0]
+    before, after = build.get_row(value, node), build.get_row(node.outputs[0], node)
+    for order in build.list_orders(value):
+        reshaped = reshape_order(order, before, after)
+        if reshaped is not None:
+            build.set_output(node, build.get_blob(value, node, order), reshaped)
+            return
+    build.set_output(node, build.get_blob(value, node))
 
 
 def convert_expand(build: Builder, node: ir.Node) -> None:
@@ -114,28 +145,14 @@ def convert_expand(build: Builder, node: ir.Node) -> None:
 
 
 def convert_transpose(build: Builder, node: ir.Node) -> None:
-    """A Permute, or a Reshape where only sides of 1 move."""
-    if is_read_transposed(node):
-        return
+    """The same blob in another order; what reads it moves its values if it must."""
     perm = list(node.attributes.get_ints("perm") or ())
-    row = build.get_row(node.inputs[0], node)
     batch_axes = build.count_batch_axes(read_sides(node.inputs[0]), node)
     if perm[:batch_axes] != [0] * batch_axes or not perm:
         raise UnsupportedError(node, "it moves the batch")
-    order = tuple(axis - batch_axes for axis in perm[batch_axes:])
-    blob = build.get_blob(node.inputs[0], node)
-    if is_view(row, order):
-        build.set_output(node, blob)
-        return
-    if len(row) not in PERMUTE_ORDERS:
-        raise UnsupportedError(node, f"rows of {len(row)} axes")
-    build.add_for(node, "Permute", [blob], {0: PERMUTE_ORDERS[len(row)].index(order)})
-
-
-def is_view(shape: Shape, order: tuple[int, ...]) -> bool:
-    """Whether the axes longer than 1 keep their order."""
-    moved = [axis for axis in order if shape[axis] > 1]
-    return moved == sorted(moved)
+    blob, order = build.get_computed(node.inputs[0], node)
+    moved = [axis - batch_axes for axis in perm[batch_axes:]]
+    build.set_output(node, blob, transpose_order(order, moved))
 
 
 def convert_concat(build: Builder, node: ir.Node) -> None:
@@ -148,18 +165,19 @@ def convert_split(build: Builder, node: ir.Node) -> None:
     """Ncnn's Slice, with a size for each output; a Crop for each where one is not read."""
     axis = find_axis(build, node, node.attributes.get_int("axis", 0))
     sizes = [build.get_row(output, node)[axis] for output in node.outputs]
-    blob = build.get_blob(node.inputs[0], node)
+    blob, order = build.get_computed(node.inputs[0], node)
+    axis = order.index(axis)
     if all(output.uses() or output.is_graph_output() for output in node.outputs):
         names = [str(output.name) for output in node.outputs]
         tops = build.add_layer("Slice", f"{names[0]}_slice", [blob], {0: tuple(sizes), 1: axis}, tops=names)
         for output, top in zip(node.outputs, tops, strict=True):
-            build.set_blob(output, top)
+            build.set_blob(output, top, order)
         return
     ends = np.cumsum(sizes).tolist()
     for output, size, end in zip(node.outputs, sizes, ends, strict=True):
         if output.uses() or output.is_graph_output():
             params: dict[int, Value] = {9: (end - size,), 10: (end,), 11: (axis,)}
-            build.set_blob(output, build.add_layer("Crop", str(output.name), [blob], params)[0])
+            build.set_blob(output, build.add_layer("Crop", str(output.name), [blob], params)[0], order)
 
 
 def convert_slice(build: Builder, node: ir.Node) -> None:

@@ -1,7 +1,9 @@
 """Convolutions and products with a constant weight as ncnn's layers, in int8 where the graph has codes.
 
 In int8 a layer reads float32, quantizes it by one scale to -127..127 around 0, multiplies codes, and gives float32. The
-codes go into the file as they are; scales are ncnn's: codes a unit, the inverse of ONNX's.
+codes go into the file as they are; scales are ncnn's: codes a unit, the inverse of ONNX's. Linear layers in int8 are
+Convolutions of 1x1: ncnn's int8 InnerProduct takes four times as long as its float one, on x86 and on ARM it has no
+code for dot-product instructions.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from qdeploy.artifacts.formats.ncnn_files.param import Value
 from qdeploy.base.arrays import AnyArray
 from qdeploy.passes.edit import find_only_reader, get_array
 from qdeploy.targets.ncnn_files.builder import Builder, UnsupportedError, read_constant
+from qdeploy.targets.ncnn_files.orders import list_axes, put_last_first, swap_last
 
 LARGEST_CODE = 127  # -128 would overflow the pair sums of ncnn's kernels for ARM
 
@@ -45,7 +48,7 @@ class Factor:
 
 def convert_conv(build: Builder, node: ir.Node) -> None:
     """Conv of one group."""
-    blob, factor = read_factors(build, node, axis=0)
+    source, factor = read_factors(node, axis=0)
     attributes = node.attributes
     if attributes.get_int("group", 1) != 1 or factor.weight.ndim != 4:
         raise UnsupportedError(node, "only a convolution of one group over height and width is written")
@@ -58,7 +61,7 @@ def convert_conv(build: Builder, node: ir.Node) -> None:
         0: outputs, 1: kernel_w, 11: kernel_h, 2: dilation_w, 12: dilation_h, 3: stride_w, 13: stride_h,
         4: left, 14: top, 15: right, 16: bottom, 5: int(bias is not None), 6: factor.weight.size, 8: factor.is_int8,
     }  # fmt: skip
-    build.add_for(node, "Convolution", [blob], params, factor.list_weights(to_float32(bias)))
+    build.add_for(node, "Convolution", [build.get_blob(source, node)], params, factor.list_weights(to_float32(bias)))
 
 
 def convert_gemm(build: Builder, node: ir.Node) -> None:
@@ -68,71 +71,81 @@ def convert_gemm(build: Builder, node: ir.Node) -> None:
         raise UnsupportedError(node, "it has factors other than 1")
     if attributes.get_int("transA", 0) or read_constant(node.inputs[1]) is None:
         raise UnsupportedError(node, "its weight is not constant")
-    blob, factor = read_factors(build, node, axis=0 if attributes.get_int("transB", 0) else 1)
+    source, factor = read_factors(node, axis=0 if attributes.get_int("transB", 0) else 1)
     bias = read_constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    _add_inner_product(build, node, blob, factor, to_float32(bias), node)
+    _add_linear(build, node, source, factor, to_float32(bias), node)
 
 
 def convert_mat_mul(build: Builder, node: ir.Node) -> None:
-    """MatMul: with a weight an InnerProduct, with the bias that follows; of two activations a MatMul."""
+    """MatMul: with a weight a linear layer, with the bias that follows; of two activations a MatMul."""
     second = node.inputs[1]
     if read_constant(second) is None and find_dequantize(second) is None:
         _add_mat_mul(build, node)
         return
-    blob, factor = read_factors(build, node, axis=1)
+    source, factor = read_factors(node, axis=1)
     last, bias = find_bias(node, factor.weight.shape[0])
-    _add_inner_product(build, node, blob, factor, bias, last)
+    _add_linear(build, node, source, factor, bias, last)
 
 
-def _add_inner_product(
-    build: Builder, node: ir.Node, blob: str, factor: Factor, bias: NDArray[np.float32] | None, last: ir.Node
+def _add_linear(
+    build: Builder,
+    node: ir.Node,
+    source: ir.Value | None,
+    factor: Factor,
+    bias: NDArray[np.float32] | None,
+    last: ir.Node,
 ) -> None:
-    """An InnerProduct over the last axis, named as ``node``, that gives ``last``'s output."""
+    """A linear layer over the last axis, named as ``node``, that gives ``last``'s output."""
+    name, weights = str(node.name or node.outputs[0].name), factor.list_weights(bias)
     outputs, inputs = factor.weight.shape
-    shape = build.shapes[blob]
-    if len(shape) > 2:
-        blob = build.reshape(blob, (prod(shape[:-1]), shape[-1]), f"{node.name}_rows")
-    params: dict[int, Value] = {0: outputs, 1: int(bias is not None), 2: outputs * inputs, 8: factor.is_int8}
-    weights = factor.list_weights(bias)
-    (made,) = build.add_layer("InnerProduct", str(node.name or node.outputs[0].name), [blob], params, weights)
-    build.set_output(last, made)
+    row = build.get_row(source, node)
+    if factor.is_int8:
+        order = put_last_first(len(row))
+        blob = build.get_blob(source, node, order)
+        sides = row[:-1] if len(row) == 3 else (1, prod(row[:-1]))
+        pixels = build.reshape(blob, (inputs, *sides), f"{name}_pixels")
+        params: dict[int, Value] = {0: outputs, 1: 1, 11: 1, 5: int(bias is not None), 6: outputs * inputs, 8: 1}
+        build.set_output(last, build.add_layer("Convolution", name, [pixels], params, weights)[0], order)
+        return
+    rows = row if len(row) < 3 else (prod(row[:-1]), inputs)
+    blob = build.reshape(build.get_blob(source, node), rows, f"{name}_rows")
+    params = {0: outputs, 1: int(bias is not None), 2: outputs * inputs, 8: 0}
+    build.set_output(last, build.add_layer("InnerProduct", name, [blob], params, weights)[0])
 
 
 def _add_mat_mul(build: Builder, node: ir.Node) -> None:
-    """A transpose of the second factor's last two axes is ncnn's ``transB``."""
+    """Of two activations; one that is stored transposed is read as it is.
+
+    Where that is the second factor, the product is computed transposed as well, as the layer after it mostly wants it.
+    """
     first, second = node.inputs
-    transpose = None if second is None else second.producer()
-    is_transposed = transpose is not None and is_read_transposed(transpose)
-    if transpose is not None and is_transposed:
-        second = transpose.inputs[0]
-    blobs = [build.get_blob(value, node) for value in (first, second)]
+    rank = len(build.get_row(second, node))
+    plain, swapped = list_axes(rank), swap_last(rank)
+    orders = build.list_orders(second)
+    if orders and orders[0] == swapped:
+        blobs = [build.get_blob(second, node, swapped), build.get_blob(first, node)]
+        build.add_for(node, "MatMul", blobs, {0: 1}, order=swapped)
+        return
+    is_transposed = bool(orders) and plain not in orders and (swapped in orders or orders[0][-1] == swapped[-1])
+    blobs = [build.get_blob(first, node), build.get_blob(second, node, swapped if is_transposed else plain)]
     build.add_for(node, "MatMul", blobs, {0: int(is_transposed)})
 
 
-def is_read_transposed(node: ir.Node) -> bool:
-    """Whether ``node`` swaps the last two axes of what only MatMuls read, as their second factor."""
-    perm = list(node.attributes.get_ints("perm") or ()) if node.op_type == "Transpose" else []
-    swaps = len(perm) > 2 and perm == [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
-    readers = all(use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses())
-    return swaps and readers and not node.outputs[0].is_graph_output()
-
-
-def read_factors(build: Builder, node: ir.Node, axis: int) -> tuple[str, Factor]:
-    """The blob that a product reads, and its weight with the outputs, which are on ``axis``, in front."""
+def read_factors(node: ir.Node, axis: int) -> tuple[ir.Value | None, Factor]:
+    """What a product reads, and its weight with the outputs, which are on ``axis``, in front."""
     dequantize = find_dequantize(node.inputs[1])
     activation = find_dequantize(node.inputs[0])
     if dequantize is None and activation is None:
         weight = read_constant(node.inputs[1])
         if weight is None or weight.ndim not in (2, 4):
             raise UnsupportedError(node, "its weight is not constant")
-        return build.get_blob(node.inputs[0], node), Factor(np.moveaxis(weight, axis, 0))
+        return node.inputs[0], Factor(np.moveaxis(weight, axis, 0))
     if dequantize is None or activation is None:
         raise UnsupportedError(node, "only one of its factors is quantized")
     codes, scale = read_codes(node, dequantize, axis)
     source, input_scale = read_activation(node, activation)
     inverse = (1 / scale.astype(np.float64)).astype(np.float32)
-    factor = Factor(np.moveaxis(codes, axis, 0), inverse, np.array([1 / input_scale], np.float32))
-    return build.get_blob(source, node), factor
+    return source, Factor(np.moveaxis(codes, axis, 0), inverse, np.array([1 / input_scale], np.float32))
 
 
 def find_dequantize(value: ir.Value | None) -> ir.Node | None:
