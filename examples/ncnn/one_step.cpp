@@ -47,7 +47,7 @@ struct Component {
     ncnn::Net net;
 
     explicit Component(const std::string& folder) {
-        net.opt.use_winograd43_convolution = false;  // in int8 its sums leave 32 bits, from 64 channels on
+        net.opt.use_winograd_convolution = false;  // in int8 its sums may leave 32 bits, from 64 channels on
         if (net.load_param((folder + "/model.ncnn.param").c_str()) || net.load_model((folder + "/model.ncnn.bin").c_str()))
             throw std::runtime_error("cannot load " + folder);
     }

@@ -22,9 +22,12 @@ from qdeploy.engines.base import TIMED_RUNS, EngineOptions, Kernel, Port, check_
 if TYPE_CHECKING:
     import ncnn
 
-# ncnn's int8 Winograd F(4, 3) holds 576 times a convolution's sum in 32 bits: sums beyond 3.7 million are wrong, and no
-# error tells. 64 channels of the largest codes have 9.3. F(2, 3) holds 4 times the sum, enough for 3,698 channels.
-OVERFLOWS = "use_winograd43_convolution"
+# In int8 ncnn's Winograd F(4, 3) holds 576 times a convolution's sum in 32 bits: sums beyond 3.7 million are wrong, and
+# no error tells; 64 channels of the largest codes have 9.3. Its matrix product holds the sum itself, and takes less
+# time than F(2, 3) but for the widest convolutions. In float F(4, 3) pays where its tiles of 4x4 fill the picture.
+WINOGRAD, LARGE_TILES = "use_winograd_convolution", "use_winograd43_convolution"
+LARGE_SIDE = 16  # of a picture that it is faster on
+LARGE_SHARE = 2 / 3  # of a graph's 3x3 convolutions, by multiply-accumulates: the option is the whole net's
 NOT_COMPUTED = ("Input", "Split", "MemoryData")
 # Half precision is what the processor has, and the simulator computes none; int8 has no other form.
 DISABLED = (
@@ -79,13 +82,13 @@ def open_session(path: Path, options: EngineOptions) -> NcnnSession:
     """Load the net whose ``.param`` is at ``path``, after everything in it was checked."""
     options.check_providers("ncnn", ())
     module, graph = _import_ncnn(), read_checked(path)
-    return NcnnSession(module, load_net(module, path, options), graph, path)
+    return NcnnSession(module, load_net(module, path, graph, options), graph, path)
 
 
 def kernels(path: Path, options: EngineOptions, feeds: Feeds | None = None) -> list[Kernel]:
     """Every layer that computes something; with ``feeds`` each one's time for all rows."""
     module, graph = _import_ncnn(), read_checked(path)
-    net = load_net(module, path, options)
+    net = load_net(module, path, graph, options)
     seconds: dict[str, float] = {}
     if feeds is not None:
         check_feeds(path, list_ports(graph.ports), feeds)
@@ -154,11 +157,13 @@ def read_checked(path: Path) -> NcnnGraph:
         raise EngineError(f"{path} is not a readable ncnn graph ({exc}); export the bundle again") from exc
 
 
-def load_net(module: ModuleType, path: Path, options: EngineOptions) -> ncnn.Net:
+def load_net(module: ModuleType, path: Path, graph: NcnnGraph, options: EngineOptions) -> ncnn.Net:
     """The net of a checked graph; EngineError where ncnn refuses it."""
     net: ncnn.Net = module.Net()
-    for name in (*DISABLED, OVERFLOWS):
+    for name in DISABLED:
         setattr(net.opt, name, False)
+    setattr(net.opt, WINOGRAD, not any(is_integer(layer) for layer in graph.layers))
+    setattr(net.opt, LARGE_TILES, has_large_pictures(graph))
     if options.threads is not None:
         net.opt.num_threads = options.threads
     for load, file in ((net.load_param, path), (net.load_model, name_bin(path))):
@@ -166,6 +171,18 @@ def load_net(module: ModuleType, path: Path, options: EngineOptions) -> ncnn.Net
         if code != 0:
             raise EngineError(f"ncnn cannot load {file}: it returned {code}; its own message is on standard error")
     return net
+
+
+def has_large_pictures(graph: NcnnGraph) -> bool:
+    """Whether most of the work of 3x3 convolutions is on pictures of at least LARGE_SIDE."""
+    convolutions = [
+        (result.macs, min(result.shapes[0][1:]) >= LARGE_SIDE)
+        for layer, result in zip(graph.layers, graph.results, strict=True)
+        if layer.type == "Convolution" and layer.get_int(1) == 3
+    ]
+    return sum(macs for macs, is_large in convolutions if is_large) > LARGE_SHARE * sum(
+        macs for macs, _ in convolutions
+    )
 
 
 def _import_ncnn() -> ModuleType:

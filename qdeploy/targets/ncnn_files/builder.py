@@ -22,7 +22,7 @@ from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import ExportError
 from qdeploy.passes.edit import get_array
 from qdeploy.passes.name_by_layer import find_module
-from qdeploy.targets.ncnn_files.orders import Order, arrange, is_moved, list_axes
+from qdeploy.targets.ncnn_files.orders import Order, arrange, change_rank, is_moved, list_axes
 
 TAGS = {np.dtype(np.float32): FLOAT32_TAG, np.dtype(np.float16): FLOAT16_TAG, np.dtype(np.int8): INT8_TAG}
 
@@ -98,10 +98,13 @@ class Builder:
         name = f"{value.name}_{'_'.join(map(str, order))}"
         if not is_moved(row, computed, order):
             return self.reshape(blob, arrange(row, order), name)
-        if len(row) not in PERMUTE_ORDERS:
+        if len(computed) != len(order):
+            computed = change_rank(computed)
+            blob = self.get_blob(value, node, computed)
+        if len(order) not in PERMUTE_ORDERS:
             raise UnsupportedError(node, f"it reads {value.name} with {len(row)} axes in another order")
         axes = tuple(computed.index(axis) for axis in order)
-        return self.add_layer("Permute", name, [blob], {0: PERMUTE_ORDERS[len(row)].index(axes)})[0]
+        return self.add_layer("Permute", name, [blob], {0: PERMUTE_ORDERS[len(order)].index(axes)})[0]
 
     def take_row(self, array: AnyArray, node: ir.Node) -> AnyArray:
         """One row of a constant that begins with a batch, the same for all; itself where it does not."""

@@ -13,7 +13,7 @@ from qdeploy.passes.edit import get_array
 from qdeploy.passes.fuse_group_norm import GROUP_NORM
 from qdeploy.passes.fuse_swish import SWISH
 from qdeploy.targets.ncnn_files.builder import Builder, UnsupportedError, read_constant
-from qdeploy.targets.ncnn_files.orders import Order, list_axes, reshape_order, transpose_order
+from qdeploy.targets.ncnn_files.orders import PIXELS, TALL, Order, list_axes, reshape_order, store, transpose_order
 from qdeploy.targets.ncnn_files.products import convert_conv, convert_gemm, convert_mat_mul
 
 Converter = Callable[[Builder, ir.Node], None]
@@ -68,7 +68,7 @@ def align(build: Builder, value: ir.Value | None, node: ir.Node, order: Order) -
     if array is not None:
         whole = array.reshape(shape)
         part = (build.take_row(whole, node) if batch_axes else whole).reshape(row)
-        return build.add_constant(part.transpose(order), str(value.name))
+        return build.add_constant(store(part, order), str(value.name))
     if order != list_axes(len(row)):
         return build.get_blob(value, node, order)
     return build.reshape(build.get_blob(value, node), row, f"{value.name}_aligned")
@@ -216,9 +216,11 @@ def convert_layer_norm(build: Builder, node: ir.Node) -> None:
     if scale is None or axis != len(row) - 1 or scale.size != row[-1]:
         raise UnsupportedError(node, "only a constant scale over the last axis is written")
     shift = np.zeros_like(scale) if shift is None else shift
+    order = TALL if next(iter(build.list_orders(node.inputs[0])), None) == PIXELS else list_axes(len(row))
     epsilon = float(node.attributes.get_float("epsilon", 1e-5) or 0)
     weights = [(array.reshape(-1).astype(np.float32), False) for array in (scale, shift)]
-    build.add_for(node, "LayerNorm", [build.get_blob(node.inputs[0], node)], {0: row[-1], 1: epsilon, 2: 1}, weights)
+    params: dict[int, Value] = {0: row[-1], 1: epsilon, 2: 1}
+    build.add_for(node, "LayerNorm", [build.get_blob(node.inputs[0], node, order)], params, weights, order)
 
 
 def convert_group_norm(build: Builder, node: ir.Node) -> None:

@@ -1,6 +1,7 @@
 """Orders of axes: a blob may hold a value's axes in another order than ONNX has them, so that nothing need be moved.
 
-An order lists the value's axes as the blob has them: ``(1, 0)`` is a matrix stored transposed.
+An order lists the value's axes as the blob has them: ``(1, 0)`` is a matrix stored transposed. ``UNIT`` stands for a
+side of 1 that only the blob has: ``(1, UNIT, 0)`` is tokens ``[T, C]`` as the pixels ``[C, 1, T]`` of a convolution.
 """
 
 from __future__ import annotations
@@ -8,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qdeploy.artifacts.formats.ncnn_files.layers import Shape
+from qdeploy.base.arrays import AnyArray
 
 Order = tuple[int, ...]
+UNIT = -1
+PIXELS = (1, UNIT, 0)  # tokens as a convolution reads them
+TALL = (UNIT, 0, 1)  # the same, moved in one Permute
 
 
 def list_axes(rank: int) -> Order:
@@ -18,8 +23,14 @@ def list_axes(rank: int) -> Order:
 
 
 def put_last_first(rank: int) -> Order:
-    """Channels of tokens before the tokens, as convolutions read them."""
-    return (rank - 1, *range(rank - 1))
+    """Channels before tokens or pixels, as convolutions read them."""
+    return PIXELS if rank == 2 else (rank - 1, *range(rank - 1))
+
+
+def change_rank(order: Order) -> Order:
+    """The order of a matrix with a side of 1 more, or without it."""
+    axes = tuple(axis for axis in order if axis != UNIT)
+    return axes if axes != order else PIXELS if order == (1, 0) else TALL
 
 
 def swap_last(rank: int) -> Order:
@@ -29,17 +40,23 @@ def swap_last(rank: int) -> Order:
 
 def arrange(shape: Shape, order: Order) -> Shape:
     """The sides of a blob in ``order``."""
-    return tuple(shape[axis] for axis in order)
+    return tuple(1 if axis == UNIT else shape[axis] for axis in order)
+
+
+def store(array: AnyArray, order: Order) -> AnyArray:
+    """A constant with its axes in ``order``."""
+    moved: AnyArray = array.transpose([axis for axis in order if axis != UNIT])
+    return moved.reshape(arrange(array.shape, order))
 
 
 def transpose_order(order: Order, perm: Sequence[int]) -> Order:
     """The order that the same blob has of what ``Transpose`` makes with ``perm``."""
-    return tuple(perm.index(axis) for axis in order)
+    return tuple(UNIT if axis == UNIT else perm.index(axis) for axis in order)
 
 
 def is_moved(shape: Shape, order: Order, wanted: Order) -> bool:
     """Whether values move between two orders; sides of 1 may go anywhere."""
-    first, second = ([axis for axis in one if shape[axis] > 1] for one in (order, wanted))
+    first, second = ([axis for axis in one if axis != UNIT and shape[axis] > 1] for one in (order, wanted))
     return first != second
 
 
@@ -48,6 +65,7 @@ def reshape_order(order: Order, before: Shape, after: Shape) -> Order | None:
 
     An axis may be split into several, or several that are next to each other joined.
     """
+    order = tuple(axis for axis in order if axis != UNIT)
     groups = pair_axes(before, after)
     starts = {inputs[0]: (inputs, outputs) for inputs, outputs in groups}
     result: list[int] = []
@@ -58,7 +76,7 @@ def reshape_order(order: Order, before: Shape, after: Shape) -> Order | None:
             return None
         result += outputs
         position += len(inputs)
-    return tuple(result)
+    return PIXELS if result == [1, 0] else tuple(result)
 
 
 def pair_axes(before: Shape, after: Shape) -> list[tuple[Order, Order]]:

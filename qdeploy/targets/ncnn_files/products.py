@@ -102,8 +102,7 @@ def _add_linear(
     if factor.is_int8:
         order = put_last_first(len(row))
         blob = build.get_blob(source, node, order)
-        sides = row[:-1] if len(row) == 3 else (1, prod(row[:-1]))
-        pixels = build.reshape(blob, (inputs, *sides), f"{name}_pixels")
+        pixels = blob if len(row) > 1 else build.reshape(blob, (inputs, 1, 1), f"{name}_pixels")
         params: dict[int, Value] = {0: outputs, 1: 1, 11: 1, 5: int(bias is not None), 6: outputs * inputs, 8: 1}
         build.set_output(last, build.add_layer("Convolution", name, [pixels], params, weights)[0], order)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qdeploy.artifacts.formats.ncnn_files.graph import INT8_TAG
+from qdeploy.artifacts.formats.ncnn_files.graph import INT8_TAG, NcnnGraph
+from qdeploy.artifacts.formats.ncnn_files.layers import apply_rule
 from qdeploy.artifacts.formats.ncnn_files.param import Layer, format_param
+from qdeploy.artifacts.formats.ncnn_files.ports import Ports
 from qdeploy.engines.base import EngineOptions, load_engine
-from qdeploy.engines.ncnn import OVERFLOWS, load_net
+from qdeploy.engines.ncnn import WINOGRAD, has_large_pictures, load_net, read_checked
 
 LARGEST = 127
 CONVOLUTIONS = {
@@ -89,11 +92,24 @@ def test_random_codes_are_exact(tmp_path: Path) -> None:
     assert np.array_equal(actual[0], x @ codes.T)
 
 
-def test_the_option_is_off_and_ncnn_has_it(tmp_path: Path) -> None:
+def test_the_option_is_off_in_int8_and_ncnn_has_it(tmp_path: Path) -> None:
     """An option of another name would be set without effect, and the kernel would overflow again."""
     import ncnn
 
-    assert getattr(ncnn.Net().opt, OVERFLOWS) is True
+    assert getattr(ncnn.Net().opt, WINOGRAD) is True
     path = write_convolution(tmp_path, 64, 3, 1)
-    assert getattr(load_net(ncnn, path, EngineOptions()).opt, OVERFLOWS) is False
+    assert getattr(load_net(ncnn, path, read_checked(path), EngineOptions()).opt, WINOGRAD) is False
     assert prod((64, 3, 3)) * LARGEST**2 * 576 > 2**31
+    graph = read_checked(path)
+    floats = replace(graph, layers=graph.layers[:1], results=graph.results[:1])
+    assert getattr(load_net(ncnn, path, floats, EngineOptions()).opt, WINOGRAD) is True
+
+
+@pytest.mark.parametrize(("side", "is_large"), [(4, False), (15, False), (16, True), (64, True)])
+def test_floats_take_large_tiles_on_large_pictures(side: int, is_large: bool) -> None:
+    """Most of the work counts: ncnn has one option for all layers."""
+    layer = Layer("Convolution", "y", ("x",), ("y",), {0: 8, 1: 3, 4: 1, 6: 8 * 8 * 9})
+    result = apply_rule(layer, [(8, side, side)])
+    small = apply_rule(layer, [(8, 2, 2)])
+    ports = Ports({}, {})
+    assert has_large_pictures(NcnnGraph((layer, layer), (result, small), {}, ports)) is is_large
