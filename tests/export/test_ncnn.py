@@ -94,7 +94,7 @@ def test_the_audit_names_what_stays_in_float_and_why(int8_ncnn: Path, table: Qua
     assert {reason for layer, reason in reasons.items() if layer.endswith((".scores", ".values"))} == {DYNAMIC}
     assert reasons["conv_in"] == "float in the graph, by choice"
     integer = {finding.layer: finding.op_type for finding in audit.findings if finding.integer}
-    assert set(integer.values()) == {"Convolution int8", "InnerProduct int8"}
+    assert set(integer.values()) == {"Convolution int8"}
     audit.check("unet", restrict_to_numerics(table.components["unet"], NCNN.numerics))
 
 

@@ -22,7 +22,7 @@ from qdeploy.base.arrays import AnyArray
 from qdeploy.base.errors import ExportError
 from qdeploy.passes.edit import get_array
 from qdeploy.passes.name_by_layer import find_module
-from qdeploy.targets.ncnn_files.orders import Order, arrange, change_rank, is_moved, list_axes
+from qdeploy.targets.ncnn_files.orders import PIXELS, Order, arrange, change_rank, is_moved, list_axes
 
 TAGS = {np.dtype(np.float32): FLOAT32_TAG, np.dtype(np.float16): FLOAT16_TAG, np.dtype(np.int8): INT8_TAG}
 
@@ -83,8 +83,12 @@ class Builder:
         return self._blobs[value][order]
 
     def list_orders(self, value: ir.Value | None) -> list[Order]:
-        """The orders that there are blobs of, the computed one first; none of a constant."""
-        return [] if value is None else list(self._blobs.get(value, ()))
+        """The orders that there are blobs of, the computed one first; none of a constant.
+
+        A transposed matrix counts as pixels, of which it is a view.
+        """
+        orders = self._blobs.get(value, ()) if value is not None else ()
+        return [PIXELS if order == (1, 0) else order for order in orders]
 
     def get_computed(self, value: ir.Value | None, node: ir.Node) -> tuple[str, Order]:
         """A value's first blob, and its order."""
