@@ -116,14 +116,15 @@ def time_interleaved(first: Worker, second: Worker, rounds: int) -> tuple[float,
 @click.option("--model", help="Another model of that size, e.g. where benchmarks.sizes --model sd15 --work put it.")
 @click.option("--table", help="Its W8A8 table.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of what is made.")
+@click.option("--out", type=click.Path(path_type=Path), help="Report to write. Default: engines-SIZE.json.")
 @click.option("--only", multiple=True, help="Rows to measure; all by default. Others keep their figures.")
 @click.option("--against", default="qdeploy-w8a8", show_default=True, help="The reference row.")
 @click.option("--rounds", default=7, show_default=True, help="Timed runs of each row.")
 @click.option("--threads", type=int, help="Threads of each engine; all cores if not given.")
 @click.option("--ort-openvino-python", default=sys.executable, help="Python that has onnxruntime-openvino.")
 def main(
-    size: str, model: str | None, table: str | None, work: Path | None, only: Sequence[str], against: str, rounds: int,
-    threads: int | None, ort_openvino_python: str,
+    size: str, model: str | None, table: str | None, work: Path | None, out: Path | None, only: Sequence[str],
+    against: str, rounds: int, threads: int | None, ort_openvino_python: str,
 ) -> None:  # fmt: skip
     """Make what is missing, time each row in turn with the reference, and print the table."""
     source = ModelFiles(model or SOURCES[size].model, table or SOURCES[size].table)
@@ -149,7 +150,7 @@ def main(
         reference_worker.close()
         write_json(folder / f"{row.name}.json", asdict(figures))
         click.echo(f"{row.name}: {seconds:.3f} s, {figures.times_reference:.2f} of {against}", err=True)
-    report(folder, HERE / f"engines-{size}.json", threads)
+    report(folder, out or HERE / f"engines-{size}.json", threads)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

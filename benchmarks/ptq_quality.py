@@ -39,6 +39,7 @@ from qdeploy.simulate.simulator import build_simulator
 from qdeploy.targets.base import Numerics
 
 HERE = Path(__file__).parent
+PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "ncnn", "ai-edge-litert")
 FLOAT_ROWS = {"float-ort-cpu": "ort-cpu", "float-openvino": "openvino"}
 SIMULATED = ("qdeploy-w8a8-two-passes", "qdeploy-w4a8-gptq-start")  # also in torch, with and without Q after a Conv
 
@@ -244,11 +245,12 @@ def write_report(rows: Sequence[QualityFigures], reference: Reference, out: Path
 
 
 def describe_setup() -> dict[str, object]:
-    """Machine and package versions, the peers' included."""
+    """Machine and package versions, those of the peers and of further engines where they are installed."""
     from importlib import metadata
 
-    peers = {name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime", "openvino", "nncf")}
-    return describe_environment(["ort-cpu"], threads=None) | {"packages": peers}
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    return describe_environment(["ort-cpu"], threads=None) | {"packages": versions}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
