@@ -62,11 +62,11 @@ $(STAMP): pyproject.toml constraints.txt builtin_models/pyproject.toml
 	touch $@
 
 # Packages that only tests need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
-# Ray (79 MB) makes pictures on two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs; ncnn
+# Ray Serve (115 MB) makes pictures in two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs; ncnn
 # (29 MB) and LiteRT (59 MB) are engines that few install on a computer.
 # On other systems than Linux x86-64 the first is empty and its tests are skipped, on others than Linux the third.
 $(TESTED): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e builtin_models -e '.[tensorrt-rtx,ray,torch-cuda,ncnn,litert]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e builtin_models -e '.[tensorrt-rtx,serve-ray,torch-cuda,ncnn,litert]'
 	touch $@
 
 clean:

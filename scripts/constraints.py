@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "constraints.txt"
-EXTRAS = ("all", "dev", "tensorrt-rtx", "ray", "torch-cuda", "ncnn", "litert")
+EXTRAS = ("all", "dev", "tensorrt-rtx", "serve-ray", "torch-cuda", "ncnn", "litert")
 OLDEST_PYTHON = "3.11"
 LEFT_OUT = re.compile(r"-e |nvidia-|cuda-toolkit|setuptools==")
 HEADER = "# Exact versions of everything that `make` installs, written by `make constraints` (uv).\n"

@@ -88,3 +88,8 @@ def _list_weights(prompt: WeightedText, encoding: Encoding) -> list[float]:
         1.0 if special or start == end else prompt.weights[start]
         for (start, end), special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
     ]
+
+
+def log_cut_prompts(is_wanted: bool) -> None:
+    """Whether prompts that had to be cut are logged, which quotes them."""
+    log.setLevel(logging.WARNING if is_wanted else logging.ERROR)

@@ -8,23 +8,18 @@ checked there. Different processors may round the last bits differently.
 from __future__ import annotations
 
 import functools
-import logging
-import os
-import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from qdeploy.artifacts.manifest import MANIFEST
-from qdeploy.base.errors import BundleError, EngineError, EngineUnavailableError, QdeployError
-from qdeploy.base.files import hash_file
+from qdeploy.artifacts.same_bundle import check_same_bundle
+from qdeploy.base.errors import EngineError, QdeployError
 from qdeploy.base.progress import OnProgress
+from qdeploy.base.ray_cluster import LOCAL, connect_cluster
 from qdeploy.runtime.pipeline import Pipeline, load
 from qdeploy.sample.job import SampleJob
 from qdeploy.sample.work import STEP_NAME, Workers, render_batch
 
-LOCAL = "local"  # a cluster on this machine, stopped when the work is done
 RETRIES = 4  # of a batch whose worker died: a bundle that kills every worker must not be retried for ever
 BATCHES_AHEAD = 2  # batches submitted for each processor, so that none is idle
 
@@ -60,11 +55,7 @@ def render_on_worker(job: SampleJob, batch: range) -> list[bytes]:
 @functools.lru_cache(maxsize=1)
 def load_pipeline(job: SampleJob) -> Pipeline:
     """The job's bundle, checked to be the one that the job was made for."""
-    if not (job.bundle / MANIFEST).is_file() or hash_file(job.bundle / MANIFEST) != job.bundle_sha256:
-        raise BundleError(
-            f"{job.bundle} on {platform.node()} is not the bundle to sample; put the same one at that path on "
-            "every machine of the cluster, for instance on a shared disk"
-        )
+    check_same_bundle(job.bundle, job.bundle_sha256)
     return load(job.bundle, engine=job.engine, threads=job.threads or 1)
 
 
@@ -81,25 +72,3 @@ def fetch_result(ray: Any, reference: Any) -> list[bytes]:
             f"a batch was given up after {1 + RETRIES} workers died on it ({str(exc).splitlines()[0]}); pictures "
             "made so far are kept: look for memory or a broken bundle, then run the same command again"
         ) from exc
-
-
-@contextmanager
-def connect_cluster(address: str) -> Iterator[Any]:
-    """The ``ray`` module, connected; EngineUnavailableError where it is not installed or nothing answers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise a new cluster sends usage statistics
-    try:
-        import ray
-    except ModuleNotFoundError as exc:
-        raise EngineUnavailableError("--ray needs Ray; run `pip install 'qdeploy[ray]'`") from exc
-    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError, RuntimeError) as exc:
-        raise EngineUnavailableError(
-            f"no Ray cluster answers at {address} ({exc}); start one with `ray start --head`, or give only --ray for "
-            "one of this machine's own"
-        ) from exc
-    try:
-        yield ray
-    finally:
-        ray.shutdown()

@@ -31,6 +31,8 @@ def check_prompt(manifest: Manifest, order: Order) -> None:
         if order.prompt or order.negative_prompt:
             name = "prompt" if order.prompt else "negative_prompt"
             raise RequestError(f"{name}: got text, expected none: this model makes pictures without text")
+        for name in order.settings.calls.text_options:
+            raise RequestError(f"{name}: got a value, expected none: this model makes pictures without text")
     elif order.prompt is None:
         raise RequestError("prompt: got none, expected a text: this model makes pictures from text")
     else:

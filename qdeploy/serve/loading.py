@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qdeploy.base.errors import UsageError
 from qdeploy.runtime.pipeline import load
-from qdeploy.serve.rendering import PictureMaker
+from qdeploy.serve.rendering import PipelineRenderer
 from qdeploy.serve.shelf import Load
 
 NAME = re.compile(r"[\w.:@+-]+")  # what goes into a URL, a log line and a metric's label as it is
@@ -17,8 +17,8 @@ NAME = re.compile(r"[\w.:@+-]+")  # what goes into a URL, a log line and a metri
 def make_loader(engine: str | None = None, threads: int | None = None) -> Load:
     """A function that loads a bundle's folder; ``engine`` and ``threads`` as ``runtime.pipeline.load`` takes them."""
 
-    def load_folder(folder: Path, low_memory: bool) -> PictureMaker:
-        return load(folder, engine=engine, threads=threads, low_memory=low_memory)
+    def load_folder(name: str, folder: Path, low_memory: bool) -> PipelineRenderer:
+        return PipelineRenderer(load(folder, engine=engine, threads=threads, low_memory=low_memory))
 
     return load_folder
 

@@ -6,6 +6,8 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qdeploy.sampling.call_schedule import EVERY_CALL, CallSchedule
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -18,6 +20,7 @@ class PictureSettings:
 
     width, height: None for the bundle's own.
     strength: None for the runtime's default.
+    calls: which of the model's calls are made, and which are guided.
     has_image, has_mask: whether the order starts from a picture, and repaints a part of it.
     """
 
@@ -29,6 +32,7 @@ class PictureSettings:
     height: int | None = None
     strength: float | None = None
     weighting: bool = False
+    calls: CallSchedule = EVERY_CALL
     has_image: bool = False
     has_mask: bool = False
 

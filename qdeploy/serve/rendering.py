@@ -18,8 +18,20 @@ from qdeploy.serve.ticket import Made, Progress, Ticket
 OnStep = Callable[[float], None]  # (seconds of the step)
 
 
+class TicketRenderer(Protocol):
+    """What a loaded bundle is to the engine room: :class:`PipelineRenderer`, or replicas elsewhere."""
+
+    def render(
+        self, tickets: Sequence[Ticket], size: tuple[int, int], pictures_at_once: int = 1, on_step: OnStep = ...
+    ) -> None:
+        """Make the pictures of tickets with equal settings, at ``size`` (width, height); each ticket ends."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
 class PictureMaker(Protocol):
-    """What a loaded bundle is to the engine room: ``runtime.pipeline.Pipeline``, or a stand-in in tests."""
+    """What a loaded bundle is to a renderer: ``runtime.pipeline.Pipeline``, or a stand-in in tests."""
 
     def __call__(self, *prompt: Any, **arguments: Any) -> Result:
         """As ``Pipeline.__call__``."""
@@ -29,6 +41,27 @@ class PictureMaker(Protocol):
 
     def close(self) -> None:
         """Free it."""
+
+
+class PipelineRenderer:
+    """A bundle that is loaded in this process."""
+
+    def __init__(self, maker: PictureMaker) -> None:
+        self.maker = maker
+
+    def render(
+        self,
+        tickets: Sequence[Ticket],
+        size: tuple[int, int],
+        pictures_at_once: int = 1,
+        on_step: OnStep = lambda _: None,
+    ) -> None:
+        """As :func:`render_tickets`."""
+        render_tickets(self.maker, tickets, size, pictures_at_once, on_step)
+
+    def close(self) -> None:
+        """Free it; what runs stops at its next step."""
+        self.maker.close()
 
 
 class JoinedStop:
@@ -110,7 +143,7 @@ def build_arguments(orders: Sequence[Order], size: tuple[int, int]) -> dict[str,
         seed=[seed for order in orders for seed in order.seeds],
         steps=settings.steps, guidance_scale=settings.guidance_scale, guidance_rescale=settings.guidance_rescale,
         scheduler=settings.scheduler, weighting=settings.weighting, width=settings.width, height=settings.height,
-        strength=settings.strength,
+        strength=settings.strength, **settings.calls.request_options,
     )  # fmt: skip
     if orders[0].prompt is not None:
         arguments["prompt"] = [order.prompt for order in orders for _ in order.seeds]

@@ -19,7 +19,7 @@ from qdeploy.serve.fair_queue import FairQueue
 from qdeploy.serve.joining import count_shared
 from qdeploy.serve.observer import RoomObserver
 from qdeploy.serve.order import Order
-from qdeploy.serve.rendering import JoinedStop, render_tickets
+from qdeploy.serve.rendering import JoinedStop
 from qdeploy.serve.shelf import Shelf
 from qdeploy.serve.ticket import OnEvent, Ticket
 
@@ -178,10 +178,10 @@ class EngineRoom:
                 raise CancelledError("nobody waits for the picture any more")
 
         self._observer.on_begun(len(tickets))
-        with self.shelf.borrow(name, check_wanted) as maker:
+        with self.shelf.borrow(name, check_wanted) as renderer:
             size = check_order(self.shelf.get_manifest(name), tickets[0].order)
-            render_tickets(
-                maker, tickets, (size.image_width, size.image_height), self.settings.pictures_at_once,
+            renderer.render(
+                tickets, (size.image_width, size.image_height), self.settings.pictures_at_once,
                 lambda spent_s: self._observer.on_step(name, spent_s),
             )  # fmt: skip
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import FastAPI
 
 from qdeploy.base.errors import UsageError
+from qdeploy.serve.cluster.application import Loading, RayReplicas
+from qdeploy.serve.cluster.settings import ReplicaSettings
 from qdeploy.serve.loading import make_loader
 from qdeploy.serve.room import EngineRoom, RoomSettings
-from qdeploy.serve.shelf import Shelf
+from qdeploy.serve.shelf import Load, Shelf
 from qdeploy.serve.web.app import create_app
 from qdeploy.serve.web.metrics import Metrics
 from qdeploy.serve.web.server import Server, log_to_stderr, open_socket
@@ -28,6 +31,7 @@ class ServiceSettings:
 
     engine, threads: as ``runtime.pipeline.load`` takes them. memory_bytes: of all bundles together.
     finish_s: what is asked for already may take so long after the signal to stop.
+    replicas: on a Ray cluster; None loads the bundles here.
     """
 
     engine: str | None = None
@@ -36,6 +40,7 @@ class ServiceSettings:
     room: RoomSettings = field(default_factory=RoomSettings)
     web: WebSettings = field(default_factory=WebSettings)
     finish_s: float = 30.0
+    replicas: ReplicaSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,16 @@ class Service:
     app: FastAPI
 
 
-def make_service(folders: Mapping[str, Path], settings: ServiceSettings | None = None) -> Service:
-    """A service of bundles by name; nothing is loaded yet. BundleError or UsageError for what cannot be served."""
+def make_service(
+    folders: Mapping[str, Path], settings: ServiceSettings | None = None, load: Load | None = None
+) -> Service:
+    """A service of bundles by name; nothing is loaded yet. BundleError or UsageError for what cannot be served.
+
+    load: what bundles are loaded by; None loads them into this process.
+    """
     settings = ServiceSettings() if settings is None else settings
-    shelf = Shelf(folders, make_loader(settings.engine, settings.threads), settings.memory_bytes)
+    load = make_loader(settings.engine, settings.threads) if load is None else load
+    shelf = Shelf(folders, load, settings.memory_bytes)
     metrics = Metrics()
     room = EngineRoom(shelf, settings.room, metrics)
     return Service(room, create_app(room, metrics, settings.web))
@@ -60,7 +71,14 @@ def run_service(
 ) -> None:
     """Serve until a signal to stop comes; ``announce`` is told the address once requests are answered."""
     log_to_stderr(settings.web.log_prompts)
-    service = make_service(folders, settings)
+    with open_loader(settings, len(folders)) as load:
+        run_loaded(make_service(folders, settings, load), settings, host, port, announce)
+
+
+def run_loaded(
+    service: Service, settings: ServiceSettings, host: str, port: int, announce: Callable[[str], None]
+) -> None:
+    """The same with what bundles are loaded by."""
     try:
         listening = open_socket(host, port)
     except OSError as exc:
@@ -73,6 +91,21 @@ def run_service(
         announce(f"http://{shown}:{listening.getsockname()[1]}/")
         Server(service.app, service.room, settings.finish_s).run(sockets=[listening])
         service.room.stop()
+
+
+@contextmanager
+def open_loader(settings: ServiceSettings, bundles: int) -> Iterator[Load | None]:
+    """What so many bundles are loaded by: None for this process, or a connection to a Ray cluster."""
+    if settings.replicas is None:
+        yield None
+        return
+    loading = Loading(settings.engine, settings.threads or 1, settings.web.log_prompts, settings.finish_s)
+    replicas = RayReplicas(settings.replicas, loading, bundles)
+    replicas.check_installed()
+    try:
+        yield replicas.load
+    finally:
+        replicas.close()
 
 
 def choose_hosts(host: str, more: tuple[str, ...]) -> frozenset[str] | None:

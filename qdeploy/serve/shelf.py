@@ -18,19 +18,19 @@ from qdeploy.artifacts.bundle import Bundle, open_bundle
 from qdeploy.artifacts.manifest import MANIFEST, Manifest
 from qdeploy.base.disk import format_bytes
 from qdeploy.base.errors import QdeployError, UnknownBundleError, UsageError
-from qdeploy.serve.rendering import PictureMaker
+from qdeploy.serve.rendering import TicketRenderer
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.2  # at most, until a waiting borrower looks again whether to stop
 Stamp = tuple[int, int, int]  # of a manifest file: when it was written, its size, its number on the disk
-Load = Callable[[Path, bool], PictureMaker]  # (folder, low_memory) -> the loaded bundle
+Load = Callable[[str, Path, bool], TicketRenderer]  # (name, folder, low_memory) -> the loaded bundle
 
 
 @dataclass
 class Copy:
     """One loaded state of a bundle's folder, and how many use it now."""
 
-    maker: PictureMaker
+    renderer: TicketRenderer
     stamp: Stamp
     users: int = 0
     is_retired: bool = False
@@ -102,7 +102,7 @@ class Shelf:
         return self.list_loaded().get(name, 0)
 
     @contextmanager
-    def borrow(self, name: str, while_waiting: Callable[[], None] = lambda: None) -> Iterator[PictureMaker]:
+    def borrow(self, name: str, while_waiting: Callable[[], None] = lambda: None) -> Iterator[TicketRenderer]:
         """The loaded bundle, kept while inside; waits until there is room for it, and raises what loading raises.
 
         ``while_waiting`` is called now and then, and may raise to give up.
@@ -112,7 +112,7 @@ class Shelf:
         try:
             copy = self._take_copy(place)
             try:
-                yield copy.maker
+                yield copy.renderer
             finally:
                 self._give_back(copy)
         finally:
@@ -149,7 +149,7 @@ class Shelf:
             for place in self._places.values():
                 place.copy = None
         for copy in copies:
-            copy.maker.close()
+            copy.renderer.close()
 
     def _get_place(self, name: str) -> Place:
         if name not in self._places:
@@ -207,7 +207,7 @@ class Shelf:
     def _evict(self, place: Place) -> None:
         assert place.copy is not None
         log.info("evicting %s", place.name)
-        place.copy.maker.close()
+        place.copy.renderer.close()
         place.copy, place.is_reserved = None, False
 
     def _take_copy(self, place: Place) -> Copy:
@@ -221,14 +221,14 @@ class Shelf:
 
     def _load_copy(self, place: Place) -> Copy:
         stamp = read_stamp(place.folder) or place.stamp
-        return Copy(self._load(place.folder, place.low_memory), stamp)
+        return Copy(self._load(place.name, place.folder, place.low_memory), stamp)
 
     def _give_back(self, copy: Copy) -> None:
         with self._condition:
             copy.users -= 1
             is_over = copy.is_retired and copy.users == 0
         if is_over:
-            copy.maker.close()
+            copy.renderer.close()
 
     def _release(self, place: Place) -> None:
         with self._condition:
@@ -245,7 +245,7 @@ class Shelf:
         bundle = open_bundle(place.folder, verify=True)
         memory_bytes, low_memory = self._measure(bundle)
         is_wanted = place.copy is not None and self._memory_bytes is None
-        new = Copy(self._load(place.folder, low_memory), stamp) if is_wanted else None
+        new = Copy(self._load(place.name, place.folder, low_memory), stamp) if is_wanted else None
         with place.loading, self._condition:
             old, place.copy = place.copy, new
             place.bundle, place.stamp, place.memory_bytes, place.low_memory = bundle, stamp, memory_bytes, low_memory
@@ -254,7 +254,7 @@ class Shelf:
             if old is not None:
                 old.is_retired = True
         if old is not None and is_over:
-            old.maker.close()
+            old.renderer.close()
 
 
 def read_stamp(folder: Path) -> Stamp | None:

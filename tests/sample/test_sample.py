@@ -14,10 +14,11 @@ from qdeploy.artifacts.manifest import MANIFEST
 from qdeploy.base.errors import BundleError, EngineError, EngineUnavailableError, RequestError, UsageError
 from qdeploy.base.files import hash_file
 from qdeploy.base.progress import ignore_progress
+from qdeploy.base.ray_cluster import connect_cluster
 from qdeploy.sample import ray_workers
 from qdeploy.sample.folder import sample_to_folder
 from qdeploy.sample.job import SampleJob
-from qdeploy.sample.ray_workers import connect_cluster, make_ray_workers
+from qdeploy.sample.ray_workers import make_ray_workers
 from qdeploy.sample.work import sample_locally
 
 PROMPTS = ("a cat", "a red house", "rocket")
@@ -111,7 +112,7 @@ def test_ray_workers_errors_are_ours(
 ) -> None:
     with pytest.raises(RequestError, match="steps"):
         make_pictures(replace(job, steps=0), tmp_path / "steps", workers=make_ray_workers())
-    with pytest.raises(BundleError, match="not the bundle to sample"):
+    with pytest.raises(BundleError, match="not the bundle to use"):
         make_pictures(replace(job, bundle_sha256="0" * 64), tmp_path / "other", workers=make_ray_workers())
 
     def dies(job: SampleJob, batch: range) -> list[bytes]:

@@ -60,6 +60,11 @@ def wrong_values() -> Iterator[Malformed]:
         "guidance_scale": ["", "7", [], {}, LARGE, 1001, -1001, True],
         "guidance_rescale": shares,
         "scheduler": [*texts, "", "heun", "euler:", "euler:fast", "lcm:trailing", "../ddim", "x" * 300],
+        "speed": [*texts, "", "Fast", "slow", "../fast", "x" * 201],
+        "forecast": [*texts, "", "guess", "reuse:window", "reuse:window=x", "reuse:window=1e9", "reuse:window=nan",
+                     "reuse:method=1", "linear:windows=3", "reuse:window=1,growth=0", "x" * 201],
+        "guidance_interval": ["", "0.2,0.8", 1, True, {}, [], [0.5], [0.1, 0.2, 0.3], ["0", "1"], [0.8, 0.2], [0.5, 0.5],
+                              [-0.1, 1], [0, 1.1], [0, LARGE], [0.999, 1], [True, 1]],
         "response_format": [*texts, "", "png", "b64"],
         "output_format": [*texts, "", "gif", "PNG", "tiff"],
         "output_compression": ["", "5", -1, 101, 1.5, [], True],
@@ -161,7 +166,8 @@ def wrong_forms() -> Iterator[Malformed]:
         ("n", b"x"), ("n", b"0"), ("n", b"1.5"), ("n", b""), ("n", b"\xff"), ("strength", b"2"), ("strength", b"nan"), ("seed", b"-1"),
         ("strength", b"0"), ("strength", b"0.0001"), ("size", b"1x1"), ("size", b"16x16;"), ("stream", b"perhaps"), ("model", b"../../etc/passwd"),
         ("model", b"tiny/../tiny"), ("guidance_scale", b"inf"), ("num_inference_steps", b"1e3"), ("output_format", b"exe"),
-        ("filename", b"/etc/passwd"), ("path", b"/tmp/x"),
+        ("filename", b"/etc/passwd"), ("path", b"/tmp/x"), ("speed", b"slow"), ("forecast", b"guess"), ("guidance_interval", b"0.2"),
+        ("guidance_interval", b"0.8,0.2"), ("guidance_interval", b"a,b"), ("guidance_interval", b"nan,1"), ("guidance_interval", b""),
     ):  # fmt: skip
         yield form_request(f"{name} {value!r}", form(image, prompt, (name, None, value)), name, statuses=(400, 404))
 

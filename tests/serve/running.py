@@ -10,6 +10,8 @@ from pathlib import Path
 
 import httpx
 
+from qdeploy.runtime.pipeline import Pipeline
+from qdeploy.serve.rendering import PipelineRenderer
 from qdeploy.serve.room import EngineRoom, RoomSettings
 from qdeploy.serve.service import Service, ServiceSettings, make_service
 from qdeploy.serve.shelf import Shelf
@@ -31,6 +33,13 @@ class Running:
 
 
 @contextmanager
+def borrow_pipe(running: Running, name: str) -> Iterator[Pipeline]:
+    """The pipeline of a bundle that the service has loaded."""
+    with running.room.shelf.borrow(name) as renderer:
+        yield renderer.maker  # type: ignore[attr-defined]
+
+
+@contextmanager
 def run_bundles(folders: Mapping[str, Path], settings: ServiceSettings | None = None) -> Iterator[Running]:
     """Over real bundles."""
     with run_service(make_service(folders, settings)) as running:
@@ -43,7 +52,7 @@ def run_stand_in(
 ) -> Iterator[Running]:
     """Over a stand-in called `a`, whose steps the test releases."""
     metrics = Metrics()
-    shelf = Shelf({"a": folder}, lambda *_: maker)
+    shelf = Shelf({"a": folder}, lambda *_: PipelineRenderer(maker))
     engine_room = EngineRoom(shelf, RoomSettings(reload_s=None, **room), metrics)  # type: ignore[arg-type]
     with run_service(Service(engine_room, create_app(engine_room, metrics, web)), finish_s) as running:
         try:

@@ -14,6 +14,7 @@ from qdeploy.base.errors import CancelledError, EngineError
 from qdeploy.runtime.results import Result, Step
 from qdeploy.serve.observer import RoomObserver
 from qdeploy.serve.order import Order, PictureSettings
+from qdeploy.serve.rendering import PipelineRenderer
 from qdeploy.serve.room import EngineRoom, RoomSettings
 from qdeploy.serve.shelf import Shelf
 
@@ -102,11 +103,10 @@ def open_room(
     """A started room over real bundle folders whose loaded state is the maker of that name, or a new free one."""
     recorder = Recorder()
 
-    def load(folder: Path, low_memory: bool) -> StandInMaker:
-        name = next(name for name, place in folders.items() if place == folder)
+    def load(name: str, folder: Path, low_memory: bool) -> PipelineRenderer:
         maker = (makers or {}).get(name) or StandInMaker(is_free=True)
         maker.is_closed = False  # of a stand-in that was evicted and is loaded again
-        return maker
+        return PipelineRenderer(maker)
 
     room = EngineRoom(Shelf(folders, load, memory_bytes), RoomSettings(**{"reload_s": None, **settings}), recorder)
     room.start()

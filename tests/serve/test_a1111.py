@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serve.running import Running, run_stand_in
+from tests.serve.running import Running, borrow_pipe, run_stand_in
 from tests.serve.stand_in import WAIT_S, StandInMaker, wait_until
 
 TXT2IMG, IMG2IMG, PROGRESS = "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/progress"
@@ -44,7 +44,7 @@ def encode(pixels: np.ndarray, head: str = "") -> str:
 def test_a_picture_with_its_settings_in_it(service: Running) -> None:
     answer = post(service, TXT2IMG, **SENT).json()
     picture = open_picture(answer["images"][0])
-    with service.room.shelf.borrow("tiny") as pipe:
+    with borrow_pipe(service, "tiny") as pipe:
         expected = pipe(
             "a (red:1.3) cat", negative_prompt="blue", steps=2, seed=7, guidance_scale=3.0, weighting=True,
             scheduler="euler-a",
@@ -56,6 +56,17 @@ def test_a_picture_with_its_settings_in_it(service: Running) -> None:
     info = json.loads(answer["info"])
     assert (info["seed"], info["all_seeds"], info["sampler_name"]) == (7, [7], "Euler a")
     assert answer["parameters"]["steps"] == 2
+
+
+def test_fewer_calls_are_taken(service: Running) -> None:
+    body = {"prompt": "a cat", "seed": 7, "steps": 20, "speed": "fast", "guidance_interval": [0.2, 0.8]}
+    made = service.client.post("/sdapi/v1/txt2img", json=body).json()
+    with borrow_pipe(service, "tiny") as pipe:
+        expected = pipe("a cat", seed=7, steps=20, weighting=True, speed="fast", guidance_interval=(0.2, 0.8))
+    assert np.array_equal(np.asarray(open_picture(made["images"][0])), expected.pixels[0])
+    refused = service.client.post("/sdapi/v1/txt2img", json=body | {"speed": "slow"})
+    assert refused.status_code == 400
+    assert "speed: got 'slow', expected exact, balanced, fast" in refused.json()["detail"]
 
 
 def test_a_text_that_is_not_latin(service: Running) -> None:
@@ -82,7 +93,7 @@ def test_image_to_image_with_a_mask(service: Running, inverted: bool) -> None:
         service, IMG2IMG, **SENT | {"steps": 4, "init_images": [encode(photo, "data:image/png;base64,")]},
         mask=encode(mask), denoising_strength=0.5, inpainting_mask_invert=int(inverted),
     ).json()  # fmt: skip
-    with service.room.shelf.borrow("tiny") as pipe:
+    with borrow_pipe(service, "tiny") as pipe:
         expected = pipe(
             "a (red:1.3) cat", negative_prompt="blue", steps=4, seed=7, guidance_scale=3.0, weighting=True,
             scheduler="euler-a", image=photo, mask=(mask == 0) if inverted else (mask > 0), strength=0.5,

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from qdeploy.cli import main
 from qdeploy.serve.loading import name_bundles
 from tests.serve.stand_in import WAIT_S, wait_until
 
-START_S = 120  # of a process that imports and loads, on a busy machine
+LIFE_S = 300  # of a process that imports and loads on a busy machine, and is then tried
 BLOCKED = """
 import sys
 class Block:
@@ -36,13 +37,18 @@ main(sys.argv[1:])
 
 
 @contextmanager
-def run_serve(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """The command in a process without torch, and the address that it prints."""
+def run_serve(
+    *arguments: object, errors: IO[str] | int = subprocess.PIPE, **environment: str
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The command in a process without torch, and the address that it prints.
+
+    errors: a file for its log, which a pipe that nobody reads would not hold when it is asked often.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", BLOCKED, "serve", *map(str, arguments), "--port", "0"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd(), **environment},
+        stdout=subprocess.PIPE, stderr=errors, env=os.environ | {"PYTHONPATH": os.getcwd(), **environment},
     )  # fmt: skip
-    guard = threading.Timer(START_S, process.kill)
+    guard = threading.Timer(LIFE_S, process.kill)
     guard.start()
     try:
         line = process.stdout.readline()  # type: ignore[union-attr]

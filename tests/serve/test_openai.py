@@ -12,7 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.serve.running import Running
+from tests.serve.running import Running, borrow_pipe
 
 FAST = {"num_inference_steps": 2}
 
@@ -43,12 +43,37 @@ def test_a_picture_is_the_runtimes(client: openai.OpenAI, service: Running) -> N
     made = client.images.generate(
         prompt="a cat", model="tiny", extra_body={**FAST, "seed": 7, "guidance_scale": 3.0, "negative_prompt": "blue"}
     )
-    with service.room.shelf.borrow("tiny") as pipe:
+    with borrow_pipe(service, "tiny") as pipe:
         expected = pipe("a cat", negative_prompt="blue", steps=2, seed=7, guidance_scale=3.0)
     assert np.array_equal(np.asarray(open_picture(made.data[0].b64_json)), expected.pixels[0])
     assert (made.size, made.output_format, made.background) == ("16x16", "png", "opaque")
     assert made.model_extra["seed"] == 7
     assert made.created > 1_600_000_000
+
+
+def test_fewer_calls_are_the_runtimes(client: openai.OpenAI, service: Running) -> None:
+    """And each of them makes another picture, so none is passed over."""
+    pictures = []
+    for fields in ({}, {"speed": "fast"}, {"forecast": "linear:window=3"}, {"guidance_interval": [0.2, 0.6]}):
+        body = {"num_inference_steps": 20, "seed": 7, "guidance_scale": 3.0, **fields}
+        made = client.images.generate(model="tiny", prompt="a cat", extra_body=body)
+        pictures.append(np.asarray(open_picture(made.data[0].b64_json)))
+        with borrow_pipe(service, "tiny") as pipe:
+            expected = pipe("a cat", steps=20, seed=7, guidance_scale=3.0, **fields)
+        assert np.array_equal(pictures[-1], expected.pixels[0])
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_fewer_calls_in_a_form(client: openai.OpenAI, service: Running, photo: Image.Image) -> None:
+    more = {"num_inference_steps": 20, "seed": 2, "strength": 0.9, "guidance_interval": "0.2,0.8", "speed": "balanced"}
+    made = client.images.edit(
+        model="tiny", image=("a.png", encode_png(photo), "image/png"), prompt="a cat", extra_body=more
+    )
+    with borrow_pipe(service, "tiny") as pipe:
+        expected = pipe(
+            "a cat", image=photo, strength=0.9, steps=20, seed=2, guidance_interval=(0.2, 0.8), speed="balanced"
+        )
+    assert np.array_equal(np.asarray(open_picture(made.data[0].b64_json)), expected.pixels[0])
 
 
 def test_each_of_several_pictures_can_be_asked_for_again(client: openai.OpenAI) -> None:
@@ -120,7 +145,7 @@ def test_image_to_image(client: openai.OpenAI, service: Running, photo: Image.Im
         image=("photo.png", encode_png(photo), "image/png"), prompt="a cat", model="tiny",
         extra_body={"num_inference_steps": 4, "strength": 0.5, "seed": 2},
     )  # fmt: skip
-    with service.room.shelf.borrow("tiny") as pipe:
+    with borrow_pipe(service, "tiny") as pipe:
         expected = pipe("a cat", image=photo, strength=0.5, steps=4, seed=2)
     assert np.array_equal(np.asarray(open_picture(made.data[0].b64_json)), expected.pixels[0])
 
@@ -140,7 +165,7 @@ def test_what_is_transparent_is_repainted(
     made = client.images.edit(prompt="a cat", extra_body=body, **files)
     repainted = np.zeros((16, 16), bool)
     repainted[:, :8] = True
-    with service.room.shelf.borrow("tiny") as pipe:
+    with borrow_pipe(service, "tiny") as pipe:
         expected = pipe("a cat", image=photo, mask=repainted, steps=4, seed=2)
     assert np.array_equal(np.asarray(open_picture(made.data[0].b64_json)), expected.pixels[0])
 

@@ -13,7 +13,7 @@ from PIL import Image
 from qdeploy.serve.web.page import make_policy, read_page
 from qdeploy.serve.web.settings import WebSettings
 from tests.serve.browser import CONTROL, Tab, needs_browser, open_tab
-from tests.serve.running import Running, run_stand_in
+from tests.serve.running import Running, borrow_pipe, run_stand_in
 from tests.serve.stand_in import StandInMaker, wait_until
 
 DONE = "document.querySelector('#status')?.textContent === 'done'"
@@ -48,7 +48,7 @@ def fill(tab: Tab, **values: object) -> None:
 
 
 def make(service: Running, model: str, **arguments: object) -> np.ndarray:
-    with service.room.shelf.borrow(model) as pipe:
+    with borrow_pipe(service, model) as pipe:
         return pipe(**arguments).pixels[0]
 
 

@@ -79,8 +79,8 @@ def test_one_component_at_a_time(float_bundle: Path) -> None:
     largest = max(map(opened.component_bytes, opened.manifest.components))
     room = start_room(Recorder(), {"a": float_bundle}, largest)
     made = room.submit(make_order(3)).result(WAIT_S)
-    with room.shelf.borrow("a") as maker:
-        assert not any(component.is_open for component in maker.components.values())  # type: ignore[attr-defined]
+    with room.shelf.borrow("a") as renderer:
+        assert not any(component.is_open for component in renderer.maker.components.values())  # type: ignore[attr-defined]
     room.stop()
     with qdeploy.load(float_bundle, threads=1) as pipe:
         assert np.array_equal(made.pixels, pipe("picture 3", seed=3, steps=2).pixels)

@@ -23,6 +23,7 @@ from qdeploy.base.errors import (
     UnknownBundleError,
     UsageError,
 )
+from qdeploy.sampling.call_schedule import CallSchedule
 from qdeploy.serve.order import PictureSettings
 from qdeploy.serve.shelf import Shelf
 from qdeploy.serve.ticket import Made, Progress, Ticket
@@ -266,10 +267,24 @@ def test_a_busy_bundle_keeps_no_other_out(float_bundle: Path, tmp_path: Path) ->
         assert [colours(ticket) for ticket in busy] == [[0], [1], [2]]
 
 
+def test_orders_of_other_calls_are_not_joined(float_bundle: Path) -> None:
+    maker = StandInMaker()
+    with open_room({"a": float_bundle}, {"a": maker}, pictures_at_once=4) as (room, recorder):
+        schedules = [CallSchedule(), CallSchedule(speed="fast"), CallSchedule(speed="fast")]
+        busy = room.submit(make_order(9, steps=1, **UNGUIDED))
+        wait_until(lambda: len(room.list_running()) == 1)
+        tickets = [room.submit(make_order(seed, calls=calls, **UNGUIDED)) for seed, calls in enumerate(schedules)]
+        maker.steps.release(20)  # type: ignore[union-attr]
+        assert [colours(ticket) for ticket in (busy, *tickets)] == [[9], [0], [1], [2]]
+        wait_until(lambda: recorder.joined == [1, 1, 2])
+    assert [call["speed"] for call in maker.calls] == ["exact", "exact", "fast"]
+    assert maker.calls[2]["forecast"] == CallSchedule(speed="fast").forecast
+
+
 def test_a_bundle_larger_than_the_memory_is_loaded_by_component(float_bundle: Path) -> None:
     loaded: list[bool] = []
 
-    def load(folder: Path, low_memory: bool) -> StandInMaker:
+    def load(name: str, folder: Path, low_memory: bool) -> StandInMaker:
         loaded.append(low_memory)
         return StandInMaker(is_free=True)
 
@@ -286,7 +301,7 @@ def test_a_bundle_larger_than_the_memory_is_loaded_by_component(float_bundle: Pa
 def test_a_bundle_that_cannot_be_loaded(float_bundle: Path) -> None:
     attempts: list[Path] = []
 
-    def load(folder: Path, low_memory: bool) -> StandInMaker:
+    def load(name: str, folder: Path, low_memory: bool) -> StandInMaker:
         attempts.append(folder)
         if len(attempts) == 1:
             raise EngineError("no such engine")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qdeploy.base.errors import RequestError, UsageError
 from qdeploy.sampling import CLASS_NAMES, split_scheduler
 from qdeploy.serve.order import Order, PictureSettings, draw_seeds
+from qdeploy.serve.web.call_fields import CallFields
 from qdeploy.serve.web.desk import Desk
 from qdeploy.serve.web.settings import check_limit
 
@@ -39,7 +40,7 @@ Name = Annotated[str, Field(max_length=200)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class Txt2ImgBody(BaseModel):
+class Txt2ImgBody(CallFields):
     """Body of ``POST /sdapi/v1/txt2img``; the many fields that change no picture here are passed over."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -127,6 +128,7 @@ class Txt2ImgBody(BaseModel):
                 width=self.width,
                 height=self.height,
                 weighting=reads_text,
+                calls=self.calls,
             ),
             previews=steps // PREVIEW_STEPS,
             client=client,

@@ -18,6 +18,7 @@ from qdeploy.base.errors import (
     PictureError,
     QueueFullError,
     RequestError,
+    ServiceError,
     StoppingError,
     UnknownBundleError,
     UsageError,
@@ -30,7 +31,7 @@ NAMES = (
     "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "guidance_rescale", "scheduler", "width", "height",
     "strength", "image", "mask", "model", "n", "size", "num_inference_steps", "cfg_scale", "init_images", "body",
     "sampler_name", "sampler_index", "denoising_strength", "batch_size", "n_iter", "partial_images", "background",
-    "output_format", "output_compression",
+    "output_format", "output_compression", "speed", "forecast", "guidance_interval",
 )  # fmt: skip
 NAME = re.compile(rf"\b({'|'.join(sorted(NAMES, key=len, reverse=True))})\b")
 
@@ -74,6 +75,8 @@ def failure_from_error(exc: Exception, names: Mapping[str, str] | None = None) -
             return Failure(429, str(exc), "rate_limit_error", None, "queue_full", {"Retry-After": wait})
         case StoppingError():
             return Failure(503, str(exc), "server_error", None, "stopping", {"Retry-After": "5"})
+        case ServiceError():
+            return Failure(503, str(exc), "server_error", None, "unavailable", {"Retry-After": "5"})
         case DeadlineError():
             return Failure(503, str(exc), "server_error", None, "deadline")
         case CancelledError():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from qdeploy.artifacts.manifest import LatentInfo
 from qdeploy.base.errors import RequestError
 from qdeploy.serve.order import Order, PictureSettings, draw_seeds
+from qdeploy.serve.web.call_fields import CallFields, CallFieldsOfForm
 from qdeploy.serve.web.desk import Desk
 from qdeploy.serve.web.pictures import BEST_QUALITY, PictureFormat
 from qdeploy.serve.web.settings import check_limit
@@ -25,7 +26,7 @@ Text = Annotated[str, Field(max_length=10_000)]
 Name = Annotated[str, Field(max_length=200)]
 
 
-class GenerationBody(BaseModel):
+class GenerationBody(CallFields):
     """Body of ``POST /v1/images/generations``.
 
     ``quality``, ``style``, ``moderation`` and ``user`` are taken and change nothing. Other fields that are not named
@@ -86,6 +87,7 @@ class GenerationBody(BaseModel):
                 scheduler=self.scheduler,
                 width=width,
                 height=height,
+                calls=self.calls,
             ),
             previews=(self.partial_images or 0) if self.stream else 0,
             client=client,
@@ -93,7 +95,7 @@ class GenerationBody(BaseModel):
         )
 
 
-class EditBody(GenerationBody):
+class EditBody(CallFieldsOfForm, GenerationBody):
     """Body of ``POST /v1/images/edits``, a form with the files ``image`` and ``mask`` besides."""
 
     input_fidelity: Name | None = None

@@ -18,6 +18,7 @@ from qdeploy.artifacts.components import VAE_ENCODER
 from qdeploy.artifacts.manifest import Manifest
 from qdeploy.base.errors import RequestError
 from qdeploy.sampling import CLASS_NAMES
+from qdeploy.sampling.speed import SPEEDS
 from qdeploy.serve.checks import check_order
 from qdeploy.serve.order import Order
 from qdeploy.serve.web.desk import Desk, name_client, tell_log
@@ -138,7 +139,7 @@ def describe_service(desk: Desk) -> dict[str, Any]:
     settings = desk.settings
     return {
         "steps": settings.steps, "guidance_scale": settings.guidance_scale, "max_steps": settings.limits.steps,
-        "max_pictures": settings.limits.pictures, "schedulers": list(CLASS_NAMES),
+        "max_pictures": settings.limits.pictures, "schedulers": list(CLASS_NAMES), "speeds": list(SPEEDS),
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from qdeploy.runtime import tokenizer
+from qdeploy.runtime.tokenizer import log_cut_prompts
 from qdeploy.serve.room import EngineRoom
 
 MARGIN_S = 5.0  # for answers to go out after the room has ended its tickets
@@ -29,6 +29,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, room: EngineRoom, finish_s: float) -> None:
         config = uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, server_header=False,
+            http="h11", loop="asyncio", ws="none",  # the same whatever else is installed
             timeout_graceful_shutdown=int(finish_s + MARGIN_S),
         )  # fmt: skip
         super().__init__(config)
@@ -74,7 +75,7 @@ def log_to_stderr(with_prompts: bool) -> None:
 
     Without prompts, the runtime's lines on prompts that were cut, which quote them, are left out; the answers tell it.
     """
-    tokenizer.log.setLevel(logging.WARNING if with_prompts else logging.ERROR)
+    log_cut_prompts(with_prompts)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, level in (("qdeploy", logging.INFO), ("uvicorn", logging.WARNING)):

@@ -1,0 +1,1 @@
+"""Bundles on Ray Serve: replicas elsewhere that make the pictures of the engine room here."""
