@@ -57,7 +57,8 @@ def run_serve(
     finally:
         guard.cancel()
         process.kill()
-        process.communicate()
+        if not process.stdout.closed:  # type: ignore[union-attr]
+            process.communicate()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])

@@ -36,9 +36,11 @@ def folder(float_bundle: Path, tmp_path: Path) -> Path:
 @contextmanager
 def run_on_ray(folder: Path, *options: object) -> Iterator[tuple[subprocess.Popen, str]]:
     """The door's process and its address; its log goes to a file next to the folder."""
-    with (folder.parent / "log").open("w") as log:
-        with run_serve(f"a={folder}", *options, "--queue", 64, "--ray=local", errors=log) as running:
-            yield running
+    with (
+        (folder.parent / "log").open("w") as log,
+        run_serve(f"a={folder}", *options, "--queue", 64, "--ray=local", errors=log) as running,
+    ):
+        yield running
 
 
 def read_log(folder: Path) -> str:
@@ -177,7 +179,9 @@ def test_a_signal_finishes_what_is_asked_for_and_leaves_no_process(folder: Path)
 
 def test_a_bundle_that_a_replica_cannot_load(folder: Path) -> None:
     graph = folder / "unet" / "model.onnx"
-    graph.write_bytes(bytes(graph.stat().st_size))  # the door looks at sizes, a replica at hashes
+    data = bytearray(graph.read_bytes())
+    data[len(data) // 2] ^= 1  # of a weight: the door reads what the graph says of itself, a replica checks the hash
+    graph.write_bytes(data)
     with pytest.raises(AssertionError), run_on_ray(folder):
         pass
     assert "a: its replicas on Ray do not start" in read_log(folder)

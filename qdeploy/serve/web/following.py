@@ -19,15 +19,26 @@ GONE = "the client has gone"
 class Follower:
     """One order's way through the room, for the request that asks; submits it at once, and raises what that raises.
 
-    ping_s: how long :meth:`events` waits for an event before it yields None, for a sign of life to the client.
+    shows_steps: whether :meth:`events` has steps without a preview too; they cost the event loop a turn each.
+    ping_s: how long it waits for an event before it yields None, for a sign of life to the client.
     """
 
-    def __init__(self, room: EngineRoom, order: Order, request: Request, ping_s: float | None = None) -> None:
+    def __init__(
+        self,
+        room: EngineRoom,
+        order: Order,
+        request: Request,
+        *,
+        shows_steps: bool = False,
+        ping_s: float | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._room, self._request, self._ping_s = room, request, ping_s
 
         def on_event(event: Event) -> None:
+            if isinstance(event, Progress) and event.pixels is None and not shows_steps:
+                return
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to hear of it
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 

@@ -76,9 +76,10 @@ async def answer(desk: Desk, request: Request, body: GenerationBody, event: str,
     """Put the order into the room, and answer with its pictures or, where the client streams, with events."""
     size = check_order(desk.get_manifest(order.bundle), order)
     tell_log(desk, request, order, size)
-    follower = Follower(desk.room, order, request, PING_S if body.stream else None)
+    is_streamed = bool(body.stream)
+    follower = Follower(desk.room, order, request, shows_steps=is_streamed, ping_s=PING_S if is_streamed else None)
     made = Answer(desk, order, body, format_size(size), str(request.base_url), event)
-    if body.stream:
+    if is_streamed:
         events = made.stream(follower)
         first = await anext(events)  # begun here: a client that has gone already still ends the order
         return StreamingResponse(chain_events(first, events), media_type=EventSourceResponse.media_type)
