@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -194,3 +195,22 @@ def test_the_number_of_replicas_grows_with_the_queue(folder: Path) -> None:
         with keep_asking(url) as answers:
             wait_long(lambda: len(list_replicas(process.pid)) == 2)
     assert {status for _, status, _ in answers} == {200}
+
+
+def test_the_example(folder: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "ray_serve.py"
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with (
+        (folder.parent / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, example, folder, "0"], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            line = process.stdout.readline()  # type: ignore[union-attr]
+            assert line.startswith("serving at http://127.0.0.1:"), read_log(folder)
+            assert ask(line.split()[-1], 1, model="bundle").status_code == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(LONG_S) == 0, read_log(folder)
+        finally:
+            process.kill()
