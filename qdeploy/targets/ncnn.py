@@ -1,4 +1,4 @@
-"""ncnn, Tencent's engine for phones: Convolution and InnerProduct layers in int8, the rest in float.
+"""ncnn, Tencent's engine for phones: convolutions and linear layers in int8, the rest in float.
 
 It knows no zero points, and quantizes to -127..127. Its kernels add products in 32 bits, so that codes up to +-127 are
 exact on every processor. The graph is written from ours, node by node, and not by pnnx: docs/design/ncnn.md.
