@@ -95,7 +95,7 @@ class QuantSpec:
     full_range: 8-bit weights have codes within +-127 only; otherwise within +-64 too, one table for all targets.
     noise_correction: measure PTQD's correction of the quantized UNet for the runtime.
     rewrites: exact rewrites of the UNet made first (qdeploy.models.rewrites): split_skips, timestep_table.
-    float_macs: share of MACs, 0..1, that may go back to float where that helps most; needs a sensitivity pass.
+    precise_macs: share of MACs, 0..1, whose layers are read in two passes or go back to float, where that helps most.
     first_token_float: the text's first token stays in float where the UNet's cross-attention reads it.
     attention_bits: of the attentions' own products, softmax(Q K^T) V; 0 keeps them in float, 16 is for simulation.
     max_mb: most megabytes (1e6 bytes) for the UNet's integer weights and their scales; its layers then take 4 or 8
@@ -112,7 +112,7 @@ class QuantSpec:
     full_range: bool = False
     rewrites: tuple[str, ...] = ()
     sensitivity: bool = False
-    float_macs: float = 0.0
+    precise_macs: float = 0.0
     max_mb: float | None = None
     reconstruction: Reconstruction | None = None
     noise_correction: bool = False
@@ -124,14 +124,14 @@ class QuantSpec:
             raise UsageError(f"weight bits: got {self.weight_bits}, expected 2 to 8")
         if self.observer not in OBSERVERS:
             raise UsageError(f"observer: got {self.observer!r}, expected one of {', '.join(OBSERVERS)}")
-        if not 0 <= self.float_macs < 1:
-            raise UsageError(f"share of MACs in float: got {self.float_macs}, expected 0 or more and less than 1")
+        if not 0 <= self.precise_macs < 1:
+            raise UsageError(f"share of precise MACs: got {self.precise_macs}, expected 0 or more and less than 1")
         if self.attention_bits not in ATTENTION_BITS:
             raise UsageError(f"attention bits: got {self.attention_bits}, expected 0 (float), 8 or 16")
         if self.max_mb is not None and not 0 < self.max_mb < math.inf:
             raise UsageError(f"--max-mb: got {self.max_mb:g}, expected a number above 0")
-        if self.max_mb is not None and self.float_macs:
-            raise UsageError("--max-mb and --float-macs spend the same sensitivities in two ways; give one of them")
+        if self.max_mb is not None and self.precise_macs:
+            raise UsageError("--max-mb and --precise-macs spend the same sensitivities in two ways; give one of them")
 
     @property
     def rounds_by_gptq(self) -> bool:
@@ -172,7 +172,7 @@ def spec_from_options(
     cache_gb: float = 8.0,
     device: str = "cpu",
     sensitivity: bool = False,
-    float_macs: float = 0.0,
+    precise_macs: float = 0.0,
     max_mb: float | None = None,
     noise_correction: bool = False,
     first_token_float: bool = False,
@@ -195,7 +195,7 @@ def spec_from_options(
         full_range=full_range,
         rewrites=tuple(rewrites),
         sensitivity=sensitivity,
-        float_macs=float_macs,
+        precise_macs=precise_macs,
         max_mb=max_mb,
         reconstruction=reconstruction if reconstructs else None,
         noise_correction=noise_correction,

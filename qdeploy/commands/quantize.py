@@ -62,11 +62,11 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="Where blocks are fitted: cpu or cuda.")
 @click.option("--sensitivity", is_flag=True, help="Measure each layer by itself; `inspect` shows it.")
 @click.option(
-    "--float-macs",
+    "--precise-macs",
     type=SHARE,
     default=0.0,
     show_default=True,
-    help="Share of MACs to keep in float where it helps most.",
+    help="Share of MACs to make precise where it helps most: linear layers in two passes, convolutions in float.",
 )
 @click.option(
     "--max-mb",

@@ -71,7 +71,7 @@ def test_a_tokenizer_that_the_runtime_refuses_is_refused_before_any_graph(
 def test_a_component_whose_layers_are_all_float_again(
     tiny_model: LatentDiffusion, table: QuantTable, tmp_path: Path
 ) -> None:
-    """As `--float-macs` can leave one most of whose layers were float before."""
+    """As `--precise-macs` can leave one most of whose layers were float before."""
     name = "vae_decoder"
     quant = table.components[name]
     float_layers = {layer: FloatLayer("sensitive", macs) for layer, macs in quant.macs.items()}

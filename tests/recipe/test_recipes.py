@@ -431,7 +431,7 @@ MODEL = '[model]\nfile = "builtin:emoji"\n'
         (MODEL + "[quantize]\nweight_bits = true\n", "weight_bits: got True, expected a whole number"),
         (MODEL + "[quantize]\nadaround = 1\n", "adaround: got 1, expected true or false"),
         (MODEL + "[quantize]\nkeep_float = [1]\n", "keep_float: got [1], expected a list of texts"),
-        (MODEL + "[quantize]\nfloat_macs = nan\n", "`quantize.float_macs` is nan, expected a finite number"),
+        (MODEL + "[quantize]\nprecise_macs = nan\n", "`quantize.precise_macs` is nan, expected a finite number"),
         (MODEL + "[quantize]\nweight_bits = 9\n", "weight bits: got 9, expected 2 to 8"),
         (MODEL + '[quantize]\neffort = "great"\n', "effort: got 'great', expected one of fast"),
         (MODEL + "[quantize]\nattention_bits = 16\n", "no engine runs 16-bit attention"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qdeploy.artifacts.table import ComponentQuant, FloatLayer, LayerQuant
+from qdeploy.artifacts.table import ComponentQuant, LayerQuant
 from qdeploy.base.errors import UsageError
 
 WIDTHS = (4, 8)  # weight bits that a size budget mixes
@@ -63,30 +63,6 @@ def _trace_choices(layers: Mapping[str, Sequence[Choice]], picks: Sequence[np.nd
 def noise_from_sqnr(sqnr_db: float) -> float:
     """Noise power relative to the signal's."""
     return 10 ** (-sqnr_db / 10)
-
-
-def move_layers_to_float(quant: ComponentQuant, float_macs: float) -> ComponentQuant:
-    """``quant`` without the layers whose return to float helps most within ``float_macs`` of all MACs.
-
-    Needs ``quant.sensitivity_db``; noise is taken to add up over layers.
-    """
-    if float_macs == 0:
-        return quant
-    choices = {
-        name: (Choice(0, noise_from_sqnr(db)), Choice(quant.macs[name], 0)) for name, db in quant.sensitivity_db.items()
-    }
-    chosen = solve_knapsack(choices, float_macs * quant.total_macs)
-    float_layers = {
-        name: FloatLayer(f"sensitive, {quant.sensitivity_db[name]:.1f} dB by itself", quant.macs[name])
-        for name, index in chosen.items()
-        if index == 1
-    }
-    return replace(
-        quant,
-        layers={name: layer for name, layer in quant.layers.items() if name not in float_layers},
-        float_layers={**quant.float_layers, **float_layers},
-        macs={name: macs for name, macs in quant.macs.items() if name not in float_layers},
-    )
 
 
 def count_weight_bytes(codes: int, channels: int, bits: int) -> int:

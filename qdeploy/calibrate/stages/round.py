@@ -9,7 +9,8 @@ import torch
 
 from qdeploy.artifacts.table import Affine, ComponentQuant, FloatLayer, LayerQuant
 from qdeploy.base.numerics import ACT_BITS, FULL_BITS
-from qdeploy.calibrate.allocate.knapsack import allocate_widths, move_layers_to_float
+from qdeploy.calibrate.allocate.knapsack import allocate_widths
+from qdeploy.calibrate.allocate.precise import choose_precise_layers, move_layers_to_float
 from qdeploy.calibrate.allocate.sensitivity import measure_sensitivity
 from qdeploy.calibrate.ranges.histogram import affine_from_histogram, symmetric_scale_from_histogram
 from qdeploy.calibrate.ranges.weights import minmax_scale, mse_scale, round_to_nearest, weight_range
@@ -33,7 +34,7 @@ class Rounded:
 def round_weights(observed: Observed, spec: QuantSpec) -> Rounded:
     """Round every layer, then spend the budgets that ``spec`` gives (size, MACs in float) on the most sensitive."""
     prepared = observed.prepared
-    quant = spend_budgets([round_to_width(observed, bits, spec) for bits in prepared.widths], spec)
+    quant = spend_budgets(observed, [round_to_width(observed, bits, spec) for bits in prepared.widths], spec)
     if observed.samples is not None:
         layers = dict(quant.layers)
         quant = replace(quant, layers={})  # nothing else holds the codes, so that each goes when it is chosen anew
@@ -42,13 +43,25 @@ def round_weights(observed: Observed, spec: QuantSpec) -> Rounded:
     return Rounded(prepared, quant)
 
 
-def spend_budgets(quants: Sequence[ComponentQuant], spec: QuantSpec) -> ComponentQuant:
-    """One component of those rounded to each width: layers back in float, or each layer at one of two widths."""
+def spend_budgets(observed: Observed, quants: Sequence[ComponentQuant], spec: QuantSpec) -> ComponentQuant:
+    """One component of those rounded to each width: some layers more precise, or each layer at one of two widths."""
     if len(quants) == 1:
-        return move_layers_to_float(quants[0], spec.float_macs)
+        return make_layers_precise(observed, quants[0], spec) if spec.precise_macs else quants[0]
     assert spec.max_mb is not None  # without it there is one width
     narrow, wide = quants
     return allocate_widths(narrow, wide, spec.max_mb)
+
+
+def make_layers_precise(observed: Observed, quant: ComponentQuant, spec: QuantSpec) -> ComponentQuant:
+    """``quant`` with ``spec``'s share of the MACs in two passes or in float."""
+    prepared, (bits,) = observed.prepared, observed.prepared.widths
+    chosen = choose_precise_layers(prepared.component, prepared.groups, quant, spec.precise_macs)
+    layers = dict(quant.layers)
+    for call in prepared.quantized_calls:
+        if call.name in chosen.in_two_passes:
+            layers[call.name] = round_layer(call, observed.ranges[bits][call.name], bits, spec, two_passes=True)
+    quant = replace(quant, layers=layers, sensitivity_db=chosen.sensitivity_db)
+    return move_layers_to_float(quant, chosen.in_float)
 
 
 def round_to_width(observed: Observed, bits: int, spec: QuantSpec) -> ComponentQuant:
@@ -64,7 +77,7 @@ def round_to_width(observed: Observed, bits: int, spec: QuantSpec) -> ComponentQ
         float_layers={call.name: FloatLayer("keep list", call.macs) for call in prepared.float_calls},
         macs={call.name: call.macs for call in prepared.quantized_calls},
     )
-    if spec.sensitivity or spec.float_macs or len(prepared.widths) > 1:
+    if (spec.sensitivity and not spec.precise_macs) or len(prepared.widths) > 1:
         quant = replace(quant, sensitivity_db=measure_sensitivity(component, quant))
     return quant
 

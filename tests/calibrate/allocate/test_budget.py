@@ -66,7 +66,7 @@ def test_a_budget_below_all_at_four_bits_names_the_least() -> None:
         check_budget([(10, 100)], 0.0005)
 
 
-@pytest.mark.parametrize("options", [{"max_mb": 0.0}, {"max_mb": -1.0}, {"max_mb": 1.0, "float_macs": 0.1}])
+@pytest.mark.parametrize("options", [{"max_mb": 0.0}, {"max_mb": -1.0}, {"max_mb": 1.0, "precise_macs": 0.1}])
 def test_what_a_spec_refuses(options: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="--max-mb"):
         QuantSpec(**options)  # type: ignore[arg-type]

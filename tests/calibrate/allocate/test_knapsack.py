@@ -7,8 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdeploy.artifacts.table import QuantTable
-from qdeploy.calibrate.allocate.knapsack import BUDGET_PIECES, Choice, move_layers_to_float, solve_knapsack
+from qdeploy.calibrate.allocate.knapsack import BUDGET_PIECES, Choice, solve_knapsack
 
 layer = st.tuples(st.integers(1, 50), st.floats(0.01, 10), st.floats(0, 1)).map(
     lambda drawn: (Choice(0, drawn[1]), Choice(drawn[0], drawn[1] * drawn[2]))
@@ -27,15 +26,3 @@ def test_as_good_as_trying_everything(choices: list[tuple[Choice, Choice]], budg
     if affordable:
         least = min(sum(x.noise for x in c) for c in affordable)
         assert sum(choice.noise for choice in picked) <= least + 1e-9
-
-
-def test_the_most_sensitive_layers_go_back_to_float(table: QuantTable) -> None:
-    import dataclasses
-
-    quant = table.components["unet"]
-    worst = min(quant.layers, key=lambda name: quant.macs[name])
-    known = dataclasses.replace(quant, sensitivity_db={name: 20.0 if name == worst else 60.0 for name in quant.layers})
-    eased = move_layers_to_float(known, 0.02)
-    assert worst not in eased.layers
-    assert "20.0 dB" in eased.float_layers[worst].reason
-    assert eased.integer_mac_share() >= quant.integer_mac_share() - 0.02
