@@ -26,8 +26,8 @@ class Speed:
 
 SPEEDS: Mapping[str, Speed] = {
     EXACT: Speed(),
-    "balanced": Speed("dpm++", Forecast("reuse")),
-    "fast": Speed("dpm++", Forecast("reuse", window=3.0, growth=3.0)),
+    "balanced": Speed("dpm++", Forecast("reuse", warmup=0.08)),
+    "fast": Speed("dpm++", Forecast("reuse", warmup=0.04, window=4.0)),
 }
 
 

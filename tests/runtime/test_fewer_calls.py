@@ -141,7 +141,7 @@ def test_a_failing_call_is_named_by_its_step(pipe: Pipeline, monkeypatch: pytest
 
 def test_a_speed_is_its_scheduler_and_forecast(pipe: Pipeline) -> None:
     fast = pipe("a cat", steps=12, speed="fast")
-    spelled = pipe("a cat", steps=12, scheduler="dpm++", forecast="reuse:window=3,growth=3")
+    spelled = pipe("a cat", steps=12, scheduler="dpm++", forecast="reuse:warmup=0.04,window=4")
     np.testing.assert_array_equal(fast.latents, spelled.latents)
     assert not np.array_equal(fast.latents, pipe("a cat", steps=12).latents)
     with pytest.raises(RequestError, match="none can be forecast"):

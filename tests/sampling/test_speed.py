@@ -17,7 +17,7 @@ TURBO = {"_class_name": CLASS_NAMES["euler-a"], "timestep_spacing": "trailing"}
 
 
 @pytest.mark.parametrize(
-    ("speed", "calls_at_25", "calls_at_50"), [("exact", 26, 51), ("balanced", 13, 26), ("fast", 10, 19)]
+    ("speed", "calls_at_25", "calls_at_50"), [("exact", 26, 51), ("balanced", 12, 25), ("fast", 7, 15)]
 )
 def test_a_speed_leaves_calls_out(speed: str, calls_at_25: int, calls_at_50: int) -> None:
     calls = CallSchedule(speed=speed)
