@@ -76,6 +76,7 @@ def list_rows(bits: int) -> list[QualityRow]:
 
 OURS: list[QualityRow] = [
     QualityRow("qdeploy-w8a8"),
+    QualityRow("qdeploy-w8a8-precise", {"precise_macs": 0.07}),
     QualityRow("qdeploy-w8a8-nearest", {"gptq": False}),
     *list_rows(8),
     QualityRow("qdeploy-w8a8-attention", {"attention_bits": 8, "full_range": True, "gptq": False}),
