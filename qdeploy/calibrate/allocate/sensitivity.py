@@ -20,6 +20,7 @@ from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import Feeds
 from qdeploy.calibrate.ranges.observe import channel_axis
 from qdeploy.models.components import list_outputs
+from qdeploy.simulate.layers import InputQuant
 from qdeploy.simulate.ops import broadcast_along
 from qdeploy.simulate.simulator import build_quant_layer
 from qdeploy.targets.base import CALIBRATION_NUMERICS
@@ -79,7 +80,8 @@ def add_probe(
 def project(output: Tensor, generator: torch.Generator) -> Tensor:
     """The output along random signs, relative to its norm."""
     signs = torch.randint(0, 2, output.shape, generator=generator).float() * 2 - 1
-    return (output * signs).sum() / output.detach().norm()
+    projected: Tensor = (output * signs).sum() / output.detach().norm()
+    return projected
 
 
 @contextmanager
@@ -93,6 +95,7 @@ def watch_layers(
     handles = []
     for name, several in ways.items():
         module = component.module.inner.get_submodule(name)
+        assert isinstance(module, nn.Conv2d | nn.Linear)  # nothing else is in a table
         quantized = [QuantizedCopy(module, layer) for layer in several]
         handles.append(module.register_forward_pre_hook(partial(watch_input, noise[name], quantized, leaves)))
         handles.append(module.register_forward_hook(partial(watch_output, noise[name], quantized)))
@@ -111,12 +114,14 @@ class QuantizedCopy:
         has_output = layer.output is not None and layer.passes == 1  # Q after a convolution
         numerics = replace(CALIBRATION_NUMERICS, conv_output_quantized=has_output)
         self.quantized = build_quant_layer(module, self.layer, numerics)
+        assert isinstance(self.quantized.input_quant, InputQuant)
+        self.input_quant = self.quantized.input_quant
 
     def round_input(self, x: Tensor) -> Tensor:
         """The layer's input as its codes have it, in the shape of ``x``."""
         axis = channel_axis(self.module, x)
         codes = x[:, 1:] if self.layer.first_token_float else x
-        rounded = torch.stack([back(code) for code, back in self.quantized.input_quant(codes, axis)]).sum(dim=0)
+        rounded = torch.stack([back(code) for code, back in self.input_quant(codes, axis)]).sum(dim=0)
         if self.layer.input_ratio is not None:
             rounded = rounded * broadcast_along(torch.from_numpy(self.layer.input_ratio), rounded, axis)
         return torch.cat([x[:, :1], rounded], dim=1) if self.layer.first_token_float else rounded
