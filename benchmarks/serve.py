@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 
 import qdeploy
 from benchmarks.serve_requests import GENERATIONS, SETTINGS, Service, run_service, send_mixed
@@ -27,6 +28,7 @@ from qdeploy.runtime.pipeline import Pipeline
 
 CLIENTS = 4
 WARMUPS = 2
+RATE_ROUNDS = 3  # of both throughputs, in turns
 WARMUP_REQUESTS = 200  # of mixed ones, before memory is read for the first time
 TOO_MANY = 429
 
@@ -35,8 +37,9 @@ TOO_MANY = 429
 class ServeFigures:
     """All figures of one bundle; times in milliseconds, medians unless they say otherwise.
 
-    overhead: of one client's request over a direct call, as a share. throughput_ratio: pictures per second of four
-    clients by those of four threads. bound_ms: the queue's pictures times a picture's time.
+    overhead: of one client's request over a direct call in the same round, as a share. throughput_ratio: pictures per
+    second of four clients by those of four threads, of neighbouring measurements. bound_ms: the queue's pictures and
+    the one that is being made times a picture's time. samples_ms: of both kinds of call, round by round.
     """
 
     direct_ms: float
@@ -52,24 +55,30 @@ class ServeFigures:
     rss_before_bytes: int
     rss_after_bytes: int
     rss_growth: float
+    samples_ms: dict[str, list[float]]
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--steps", type=Whole(1, 1000), default=10, show_default=True)
+@click.option("--steps", type=Whole(1, 1000), default=25, show_default=True, help="As the service's default.")
 @click.option("--rounds", type=Whole(1, 1000), default=30, show_default=True, help="Pictures of each, in turns.")
 @click.option("--threads", type=Whole(1, 1000), default=1, show_default=True, help="Of one call.")
+@click.option("--runners", type=Whole(1, 1000), default=CLIENTS, show_default=True, help="Of the service.")
 @click.option("--queue", type=Whole(1, 1000), default=16, show_default=True)
 @click.option("--requests", type=Whole(1, 10**6), default=10_000, show_default=True, help="Mixed ones.")
 @click.option("--json", "out", type=PATH, help="Write the figures to this file too.")
-def main(bundle: Path, steps: int, rounds: int, threads: int, queue: int, requests: int, out: Path | None) -> None:
+def main(
+    bundle: Path, steps: int, rounds: int, threads: int, runners: int, queue: int, requests: int, out: Path | None
+) -> None:
     """Measure a service of BUNDLE next to direct calls."""
     settings = SETTINGS | {"num_inference_steps": steps}
-    with qdeploy.load(bundle, threads=threads) as pipe, run_service(bundle, threads, queue) as service:
+    with qdeploy.load(bundle, threads=threads) as pipe, run_service(bundle, threads, runners, queue) as service:
         figures = measure(pipe, service, settings, rounds, queue, requests)
     document = {
         "steps": steps,
         "rounds": rounds,
+        "runners": runners,
+        "queue": queue,
         "figures": asdict(figures),
         "environment": describe_environment([pipe.bundle.manifest.engine], threads),
     }
@@ -77,7 +86,8 @@ def main(bundle: Path, steps: int, rounds: int, threads: int, queue: int, reques
         with stage_file(out) as scratch:
             scratch.write_text(json.dumps(document, indent=1), encoding="utf-8")
     for name, value in asdict(figures).items():
-        click.echo(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
+        if name != "samples_ms":
+            click.echo(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 def measure(
@@ -89,24 +99,29 @@ def measure(
         pipe("a cat", steps=int(str(settings["num_inference_steps"])), seed=1)
 
     def ask() -> None:
-        service.client.post(GENERATIONS, json=settings).raise_for_status()
+        status = service.ask(settings)
+        assert status == httpx.codes.OK, status
 
-    direct_ms, served_ms = time_in_turns(call_directly, ask, rounds)
-    direct_rate, served_rate = (measure_rate(work, rounds) for work in (call_directly, ask))
+    samples = time_in_turns(call_directly, ask, rounds)
+    direct_ms, served_ms = map(float, np.median(samples, axis=1))
+    overhead = float(np.median(samples[1] / samples[0])) - 1
+    rates = [(measure_rate(call_directly, rounds), measure_rate(ask, rounds)) for _ in range(RATE_ROUNDS)]
+    direct_rate, served_rate = map(float, np.median(rates, axis=0))
+    ratio = float(np.median([served / direct for direct, served in rates]))
     latencies_ms, refused = fill_queue(service, settings, queue)
     send_mixed(service, WARMUP_REQUESTS)
     before = service.read_rss_bytes()
     statuses = send_mixed(service, requests)
     after = service.read_rss_bytes()
     return ServeFigures(
-        direct_ms, served_ms, served_ms / direct_ms - 1, direct_rate, served_rate, served_rate / direct_rate,
+        direct_ms, served_ms, overhead, direct_rate, served_rate, ratio,
         float(np.percentile(latencies_ms, 99)), (queue + 1) * direct_ms, refused, dict(statuses), before, after,
-        after / before - 1,
+        after / before - 1, {"direct": samples[0].tolist(), "served": samples[1].tolist()},
     )  # fmt: skip
 
 
-def time_in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """Median milliseconds of both."""
+def time_in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int) -> NDArray[np.float64]:
+    """Milliseconds ``float64[2, rounds]`` of both, one after the other in each round."""
     samples: tuple[list[float], list[float]] = ([], [])
     for number in range(WARMUPS + rounds):
         for work, spent in zip((first, second), samples, strict=True):
@@ -114,7 +129,7 @@ def time_in_turns(first: Callable[[], None], second: Callable[[], None], rounds:
             work()
             if number >= WARMUPS:
                 spent.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(samples[0])), float(np.median(samples[1]))
+    return np.array(samples)
 
 
 def measure_rate(work: Callable[[], None], rounds: int) -> float:

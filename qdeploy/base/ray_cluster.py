@@ -30,8 +30,8 @@ def connect_cluster(address: str = LOCAL, extra: str = "ray", **local: Any) -> I
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as exc:
             raise EngineUnavailableError(
-                f"no Ray cluster answers at {address} ({exc}); start one with `ray start --head`, or give only --ray "
-                "for one of this machine's own"
+                f"no Ray cluster answers at {address} ({exc}); start one with `ray start --head`, set "
+                "RAY_AUTH_MODE=token where it asks for its token, or give only --ray for one of this machine's own"
             ) from exc
         try:
             yield ray

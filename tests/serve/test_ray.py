@@ -197,6 +197,15 @@ def test_the_number_of_replicas_grows_with_the_queue(folder: Path) -> None:
     assert {status for _, status, _ in answers} == {200}
 
 
+def test_a_bundle_that_nobody_asks_for_takes_no_process(folder: Path) -> None:
+    with run_on_ray(folder, "--min-replicas", 0) as (process, url):
+        assert list_replicas(process.pid) == []
+        assert ask(url, 1).status_code == 200
+        assert len(list_replicas(process.pid)) == 1
+        wait_long(lambda: not list_replicas(process.pid))
+        assert ask(url, 1).status_code == 200
+
+
 def test_the_example(folder: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "ray_serve.py"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
