@@ -62,7 +62,7 @@ $(STAMP): pyproject.toml constraints.txt builtin_models/pyproject.toml
 	touch $@
 
 # Packages that only tests need. NVIDIA's TensorRT-RTX (146 MB) builds the tensorrt target's graphs on trial, without a GPU;
-# Ray Serve (115 MB) makes pictures in two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs; ncnn
+# Ray Serve (285 MB installed) makes pictures in two processes; Triton (190 MB) compiles the engine torch-cuda's kernels for GPUs; ncnn
 # (29 MB) and LiteRT (59 MB) are engines that few install on a computer.
 # On other systems than Linux x86-64 the first is empty and its tests are skipped, on others than Linux the third.
 $(TESTED): $(STAMP)
