@@ -39,7 +39,8 @@ class ServeFigures:
 
     overhead: of one client's request over a direct call in the same round, as a share. throughput_ratio: pictures per
     second of four clients by those of four threads, of neighbouring measurements. bound_ms: the queue's pictures and
-    the one that is being made times a picture's time. samples_ms: of both kinds of call, round by round.
+    the one that is being made times a picture's time. kept_bytes: of pictures that were
+    asked for by URL meanwhile, which rss_growth leaves out. samples_ms: of both kinds of call, round by round.
     """
 
     direct_ms: float
@@ -54,6 +55,7 @@ class ServeFigures:
     statuses: dict[str, int]
     rss_before_bytes: int
     rss_after_bytes: int
+    kept_bytes: int
     rss_growth: float
     samples_ms: dict[str, list[float]]
 
@@ -110,13 +112,13 @@ def measure(
     ratio = float(np.median([served / direct for direct, served in rates]))
     latencies_ms, refused = fill_queue(service, settings, queue)
     send_mixed(service, WARMUP_REQUESTS)
-    before = service.read_rss_bytes()
+    before, kept_before = service.read_rss_bytes(), service.read_kept_bytes()
     statuses = send_mixed(service, requests)
-    after = service.read_rss_bytes()
+    after, kept = service.read_rss_bytes(), service.read_kept_bytes() - kept_before
     return ServeFigures(
         direct_ms, served_ms, overhead, direct_rate, served_rate, ratio,
         float(np.percentile(latencies_ms, 99)), (queue + 1) * direct_ms, refused, dict(statuses), before, after,
-        after / before - 1, {"direct": samples[0].tolist(), "served": samples[1].tolist()},
+        kept, (after - kept) / before - 1, {"direct": samples[0].tolist(), "served": samples[1].tolist()},
     )  # fmt: skip
 
 

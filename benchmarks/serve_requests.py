@@ -22,7 +22,7 @@ GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 SETTINGS: dict[str, object] = {"prompt": "a cat", "seed": 1}
 SENDERS = 8
 GONE = "gone"  # what is counted for a client that goes away
-RSS = "process_resident_memory_bytes"
+RSS, KEPT = "process_resident_memory_bytes", "qdeploy_kept_picture_bytes"
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,15 @@ class Service:
 
     def read_rss_bytes(self) -> int:
         """Its resident memory."""
+        return self._read_metric(RSS)
+
+    def read_kept_bytes(self) -> int:
+        """Pictures that it keeps for their URLs, for an hour and up to a bound."""
+        return self._read_metric(KEPT)
+
+    def _read_metric(self, name: str) -> int:
         lines = self.client.get("/metrics").text.splitlines()
-        return int(float(next(line for line in lines if line.startswith(RSS)).split()[1]))
+        return int(float(next(line for line in lines if line.startswith(name)).split()[1]))
 
 
 @contextmanager

@@ -185,6 +185,9 @@ def test_metrics(float_bundle: Path) -> None:
             assert read_metric(running, line) == value, line
         assert read_metric(running, "process_resident_memory_bytes") > 1e6
         assert read_metric(running, 'qdeploy_bundle_bytes{model="a"}') > 1000
+        assert read_metric(running, "qdeploy_kept_picture_bytes") == 0
+        kept = running.client.get(ask(running, response_format="url").json()["data"][0]["url"])
+        assert read_metric(running, "qdeploy_kept_picture_bytes") == len(kept.content)
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

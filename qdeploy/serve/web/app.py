@@ -42,7 +42,7 @@ def create_app(room: EngineRoom, metrics: Metrics, settings: WebSettings | None 
         )  # fmt: skip
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(Access, metrics=metrics)  # what is added last comes first
-    metrics.watch(room)
+    metrics.watch(room, lambda: desk.store.total_bytes)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -31,8 +32,9 @@ class Metrics(RoomObserver):
         self._step_s = self._histogram("step_seconds", "One step, of all pictures joined", STEP_BUCKETS_S, "model")
         self._picture_s = self._histogram("picture_seconds", "One picture", LONG_BUCKETS_S, "model")
 
-    def watch(self, room: EngineRoom) -> None:
-        """Show the room's present state too."""
+    def watch(self, room: EngineRoom, count_kept: Callable[[], int]) -> None:
+        """Show the room's present state too, and how many bytes of pictures are kept."""
+        self._gauge("kept_picture_bytes", "Bytes of pictures that are kept for their URLs").set_function(count_kept)
         queued = self._gauge("queue_pictures", "Pictures that wait", "model")
         loaded = self._gauge("bundle_bytes", "Bytes of a bundle that is in memory", "model")
         running = self._gauge("running_orders", "Orders whose pictures are being made")

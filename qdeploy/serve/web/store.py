@@ -28,6 +28,11 @@ class PictureStore:
         self._pictures: OrderedDict[str, StoredPicture] = OrderedDict()
         self._bytes = 0
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all that are kept."""
+        return self._bytes
+
     def add(self, data: bytes, kind: str) -> str:
         """Keep a picture of this format; the name that it is fetched by."""
         name = f"{secrets.token_urlsafe(24)}.{kind}"
