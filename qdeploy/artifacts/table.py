@@ -73,6 +73,16 @@ class ComponentQuant:
         """The component with every layer's weight codes in half their range, as far as the table has them."""
         return replace(self, layers={name: layer.in_half_range() for name, layer in self.layers.items()})
 
+    def move_to_float(self, reasons: Mapping[str, str]) -> ComponentQuant:
+        """The component with these layers in float, each for its reason; all others as they are."""
+        moved = {name: FloatLayer(reason, self.macs[name]) for name, reason in reasons.items()}
+        return replace(
+            self,
+            layers={name: layer for name, layer in self.layers.items() if name not in moved},
+            macs={name: macs for name, macs in self.macs.items() if name not in moved},
+            float_layers={**self.float_layers, **moved},
+        )
+
     @property
     def total_macs(self) -> int:
         """Multiply-accumulates a call of every Conv and Linear, float ones included."""

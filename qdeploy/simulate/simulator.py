@@ -8,7 +8,7 @@ from dataclasses import replace
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from qdeploy.artifacts.table import ComponentQuant, FloatLayer, LayerQuant
+from qdeploy.artifacts.table import ComponentQuant, LayerQuant
 from qdeploy.base.errors import TableError
 from qdeploy.models.components import TorchComponent
 from qdeploy.models.rewrites import apply_rewrite, copy_module
@@ -38,17 +38,10 @@ def restrict_to_numerics(quant: ComponentQuant, numerics: Numerics) -> Component
     """
     if numerics.half_range_weights:
         quant = quant.in_half_range()
-    float_layers = (
-        {} if numerics.two_passes else {name: layer for name, layer in quant.layers.items() if layer.passes == 2}
-    )
-    reason = f"read in two passes, which the target does in {numerics.float_type}"
-    return replace(
-        quant,
-        layers={name: layer for name, layer in quant.layers.items() if name not in float_layers},
-        macs={name: macs for name, macs in quant.macs.items() if name not in float_layers},
-        float_layers={**quant.float_layers, **{name: FloatLayer(reason, quant.macs[name]) for name in float_layers}},
-        attention=quant.attention if numerics.quantized_attention else {},
-    )
+    if not numerics.two_passes:
+        reason = f"read in two passes, which the target does in {numerics.float_type}"
+        quant = quant.move_to_float({name: reason for name, layer in quant.layers.items() if layer.passes == 2})
+    return quant if numerics.quantized_attention else replace(quant, attention={})
 
 
 def build_simulator(component: TorchComponent, quant: ComponentQuant, numerics: Numerics) -> TorchComponent:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from qdeploy.artifacts.table import ComponentQuant, FloatLayer
+from qdeploy.artifacts.table import ComponentQuant
 from qdeploy.calibrate.allocate.knapsack import Choice, solve_knapsack
 from qdeploy.calibrate.allocate.sensitivity import measure_noise, sqnr_from_noise
 from qdeploy.calibrate.component import CalibratedComponent
@@ -53,17 +53,3 @@ def can_take_two_passes(call: LayerCall, quant: ComponentQuant) -> bool:
     """A linear layer read in one pass and as a whole: a convolution with Q after it has no second pass."""
     layer = quant.layers[call.name]
     return isinstance(call.module, nn.Linear) and layer.passes == 1 and not layer.first_token_float
-
-
-def move_layers_to_float(quant: ComponentQuant, names: Sequence[str]) -> ComponentQuant:
-    """``quant`` with these layers in float; its ``sensitivity_db`` says why."""
-    float_layers = {
-        name: FloatLayer(f"sensitive, {quant.sensitivity_db[name]:.1f} dB by itself", quant.macs[name])
-        for name in names
-    }
-    return replace(
-        quant,
-        layers={name: layer for name, layer in quant.layers.items() if name not in float_layers},
-        float_layers={**quant.float_layers, **float_layers},
-        macs={name: macs for name, macs in quant.macs.items() if name not in float_layers},
-    )

@@ -10,7 +10,7 @@ import torch
 from qdeploy.artifacts.table import Affine, ComponentQuant, FloatLayer, LayerQuant
 from qdeploy.base.numerics import ACT_BITS, FULL_BITS
 from qdeploy.calibrate.allocate.knapsack import allocate_widths
-from qdeploy.calibrate.allocate.precise import choose_precise_layers, move_layers_to_float
+from qdeploy.calibrate.allocate.precise import choose_precise_layers
 from qdeploy.calibrate.allocate.sensitivity import measure_sensitivity
 from qdeploy.calibrate.ranges.histogram import affine_from_histogram, symmetric_scale_from_histogram
 from qdeploy.calibrate.ranges.weights import minmax_scale, mse_scale, round_to_nearest, weight_range
@@ -61,7 +61,8 @@ def make_layers_precise(observed: Observed, quant: ComponentQuant, spec: QuantSp
         if call.name in chosen.in_two_passes:
             layers[call.name] = round_layer(call, observed.ranges[bits][call.name], bits, spec, two_passes=True)
     quant = replace(quant, layers=layers, sensitivity_db=chosen.sensitivity_db)
-    return move_layers_to_float(quant, chosen.in_float)
+    reasons = {name: f"sensitive, {quant.sensitivity_db[name]:.1f} dB by itself" for name in chosen.in_float}
+    return quant.move_to_float(reasons)
 
 
 def round_to_width(observed: Observed, bits: int, spec: QuantSpec) -> ComponentQuant:
