@@ -1,14 +1,17 @@
 """What fewer model calls cost and save: ``python -m benchmarks.fewer_calls`` makes, measures and times every row.
 
-Each row is a way to make the same pictures (``fewer_rows.py``) with a bundle in fp32 and one in W8A8 of each built-in
+Each row is a way to make the same pictures (``fewer_rows.py``) with a bundle in fp32 and one in W8A8 of a built-in
 model. Quality: PSNR of every picture to the fp32 bundle's with all calls, and to a converged trajectory's; KID and FID
 to the training pictures. Cost: model calls, rows of the UNet, and milliseconds, timed in turns. Pictures, features and
 figures stay in the work folder, so that an interrupted run resumes where it stopped.
 
-    python -m training.reference --work DIR -o PICTURES               the training pictures, for KID and FID
+    python -m training.reference --work DIR -o PICTURES    the training pictures of builtin:emoji, for KID and FID
     python -m benchmarks.fewer_calls --reference PICTURES
-    python -m benchmarks.fewer_calls --speeds --reference PICTURES    only the rows of `--speed`
-    python -m benchmarks.fewer_calls --quick --reference PICTURES     a small run: fp32, 25 steps, no times
+    python -m benchmarks.fewer_calls --speeds --reference PICTURES      only the rows of `--speed`
+    python -m benchmarks.fewer_calls --quick --reference PICTURES       a small run: fp32, 25 steps, no times
+    python -m benchmarks.fewer_calls --no-times --reference PICTURES    quality only, so that other work may run beside
+    python -m training.reference --work DIR --unconditional -o CREATURES
+    python -m benchmarks.fewer_calls --model builtin:emoji-uncond --reference CREATURES
     python -m benchmarks.fewer_calls --bundle fp32=A --bundle w8a8=B --times-only    other bundles: times and memory
 """
 
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.fewer_figures import PRECISIONS, CallsFigures, add_times, compare_losses, format_table, write_report
+from benchmarks.fewer_figures import PRECISIONS, add_times, compare_losses, format_table, write_report
 from benchmarks.fewer_quality import study_quality
 from benchmarks.fewer_rows import QUICK_WINDOWS, WINDOWS
 from benchmarks.fewer_times import time_bundles
@@ -36,9 +39,10 @@ STEPS = (25, 50)
 @click.option("--work", type=click.Path(path_type=Path), default=WORK, help="Folder of everything made.")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "fewer_calls.json", help="Report to write.")
 @click.option("--reference", type=click.Path(path_type=Path, exists=True), help="Training pictures, for KID and FID.")
-@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Default: both.")
+@click.option("--model", type=click.Choice(MODELS), default=MODELS[0], show_default=True, help="Whose bundles.")
 @click.option("--count", type=click.IntRange(2), default=256, show_default=True, help="Pictures a row.")
 @click.option("--quick", is_flag=True, help="fp32 and 25 steps only, no times.")
+@click.option("--no-times", is_flag=True, help="Quality only.")
 @click.option("--speeds", is_flag=True, help="Only the rows of --speed: exact, balanced and fast.")
 @click.option("--guidance", default=GUIDANCE, show_default=True, help="Guidance scale of the pictures.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Rounds of timed pictures.")
@@ -46,7 +50,7 @@ STEPS = (25, 50)
 @click.option("--bundle", "others", multiple=True, metavar="PRECISION=FOLDER", help="With --times-only: these bundles.")
 @click.option("--times-only", is_flag=True, help="Times and memory of --bundle, such as one of SD's size.")
 def main(
-    work: Path, out: Path, reference: Path | None, models: tuple[str, ...], count: int, quick: bool, speeds: bool,
+    work: Path, out: Path, reference: Path | None, model: str, count: int, quick: bool, no_times: bool, speeds: bool,
     guidance: float, rounds: int, threads: int | None, others: tuple[str, ...], times_only: bool,
 ) -> None:  # fmt: skip
     """Make what is missing, measure it, and write the report."""
@@ -54,20 +58,18 @@ def main(
         raise UsageError("--bundle and --times-only go together: give both, or neither")
     precisions, steps = (PRECISIONS[:1], STEPS[:1]) if quick else (PRECISIONS, STEPS)
     windows = () if speeds else QUICK_WINDOWS if quick else tuple(WINDOWS)
-    figures: list[CallsFigures] = []
     with show_progress() as on_progress:
         if times_only:
             bundles = dict(map(parse_bundle, others))
-            figures += time_bundles("other", bundles, steps, windows, rounds, threads, on_progress)
-        for model in () if times_only else models or MODELS:
+            figures = time_bundles("other", bundles, steps, windows, rounds, threads, on_progress)
+        else:
             folder = work / model.removeprefix("builtin:")
-            made, bundles = study_quality(
+            figures, bundles = study_quality(
                 model, folder, count, precisions, steps, windows, reference, guidance, on_progress
             )
-            if not quick:
+            if not (quick or no_times):
                 times = time_bundles(model, bundles, steps, windows, rounds, threads, on_progress)
-                made = add_times(made, times)
-            figures += made
+                figures = add_times(figures, times)
     write_report(out, figures)
     click.echo(format_table(figures))
     for note in compare_losses(figures):
