@@ -29,7 +29,7 @@ test-fast: $(TESTED)
 	$(PYTEST) $(WORKERS) -m 'not exports and not long and not slow and not gpu' $(PYTEST_OPTIONS)
 
 test-slow: $(TESTED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=7200
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
