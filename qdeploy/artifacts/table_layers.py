@@ -41,7 +41,8 @@ class LayerQuant:
         table serves targets of both ranges. None where all targets take ``weight``.
     weight_scale: ``float32[out]``, symmetric per output channel.
     input: quantization of ``x / input_ratio``.
-    output: of ``(y - offset) / output_ratio``, for engines that need Q after the layer; None where none does.
+    output: of ``(y - offset) / output_ratio``, for engines that need Q after the layer; None where none does, or where
+        the output stays in float for the sake of precision.
     input_ratio: ``float32[in]``, per-channel equalization: x is divided by it before Q, and it moves into
         the weight, so that Q and DQ stay per tensor, as integer kernels want them.
     output_ratio, output_zero_point: ``float32[out]``, ``uint8[out]``: the same after the layer; ratio and
@@ -95,6 +96,10 @@ class LayerQuant:
         if self.half_weight is None:
             return self
         return replace(self, weight=self.half_weight, weight_scale=2 * self.weight_scale, half_weight=None)
+
+    def with_float_output(self) -> LayerQuant:
+        """The layer without the range of its output: no engine rounds that."""
+        return replace(self, output=None, output_ratio=None, output_zero_point=None)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,10 @@ class QuantSpec:
     full_range: 8-bit weights have codes within +-127 only; otherwise within +-64 too, one table for all targets.
     noise_correction: measure PTQD's correction of the quantized UNet for the runtime.
     rewrites: exact rewrites of the UNet made first (qdeploy.models.rewrites): split_skips, timestep_table.
-    precise_macs: share of MACs, 0..1, whose layers are read in two passes or go back to float, where that helps most.
+    precise_end: the UNet's convolutions at full size keep their results in float, and the last that reads a skip
+        connection takes its input in two passes.
+    precise_macs: share of MACs, 0..1, to add in integers where that helps most: second passes over a layer's input,
+        and convolutions as products, whose output no engine rounds.
     first_token_float: the text's first token stays in float where the UNet's cross-attention reads it.
     attention_bits: of the attentions' own products, softmax(Q K^T) V; 0 keeps them in float, 16 is for simulation.
     max_mb: most megabytes (1e6 bytes) for the UNet's integer weights and their scales; its layers then take 4 or 8
@@ -112,6 +115,7 @@ class QuantSpec:
     full_range: bool = False
     rewrites: tuple[str, ...] = ()
     sensitivity: bool = False
+    precise_end: bool = True
     precise_macs: float = 0.0
     max_mb: float | None = None
     reconstruction: Reconstruction | None = None
@@ -172,6 +176,7 @@ def spec_from_options(
     cache_gb: float = 8.0,
     device: str = "cpu",
     sensitivity: bool = False,
+    precise_end: bool = True,
     precise_macs: float = 0.0,
     max_mb: float | None = None,
     noise_correction: bool = False,
@@ -195,6 +200,7 @@ def spec_from_options(
         full_range=full_range,
         rewrites=tuple(rewrites),
         sensitivity=sensitivity,
+        precise_end=precise_end,
         precise_macs=precise_macs,
         max_mb=max_mb,
         reconstruction=reconstruction if reconstructs else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from qdeploy.base.errors import AuditError, join_names
 from qdeploy.engines.base import EngineOptions, Kernel, load_engine
 from qdeploy.passes.name_by_layer import PRODUCTS
 from qdeploy.passes.split_gate import GATE
+from qdeploy.passes.unfold_convolution import PIECE
 from qdeploy.targets.base import ONNX_FILES, GraphFiles
 
+PART = re.compile(rf"(\.rest)?({re.escape(GATE)}|{re.escape(PIECE)}\d+)?$")  # of a layer's product: one of several
 QUANTIZE_OPS = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Quantize", "Convert")
 LAYOUT_OPS = ("Transpose", "Reorder", "ReorderInput", "ReorderOutput")
 
@@ -78,8 +81,8 @@ class Audit:
         products = [f"{attention}.{product}" for attention in quant.attention for product in PRODUCTS]
         by_layer = {finding.layer: finding for finding in self.findings}
         second_passes = [f"{name}.rest" for name, layer in quant.layers.items() if layer.passes == 2]
-        gates = [name for name in by_layer if name.removesuffix(GATE) in quant.layers]
-        failed = {name: by_layer.get(name) for name in (*quant.layers, *gates, *second_passes, *products)}
+        parts = [name for name in by_layer if PART.sub("", name) in quant.layers]
+        failed = {name: by_layer.get(name) for name in (*quant.layers, *parts, *second_passes, *products)}
         failed = {name: finding for name, finding in failed.items() if finding is None or not finding.integer}
         if failed:
             names = [f"{name} ({'is not in the graph' if f is None else f.reason})" for name, f in failed.items()]

@@ -137,7 +137,7 @@ def export_component(
     target = target.in_float32() if float_component.stays_float32 else target
     quant = None if quant is None else restrict_to_numerics(quant, target.numerics)
     if quant is not None and not (quant.layers or quant.attention):
-        quant = None  # all of it was given back to float (--precise-macs, --keep-float)
+        quant = None  # all of it stays in float (--keep-float)
     if quant is not None:
         component = build_simulator(float_component, quant, target.numerics)
     # an open batch is traced at 2, since the exporter treats 1 as a constant

@@ -12,13 +12,14 @@ from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.encode import PLOT_SOFTWARE
 from qdeploy.base.errors import UsageError
 from qdeploy.base.files import stage_file
-from qdeploy.inspection.table import compute_mac_share, sort_by_sensitivity
+from qdeploy.inspection.table import compute_mac_share, has_float_output, sort_by_sensitivity
 
 MAX_BARS = 40  # bars a component
 COLOURS = {
     "W8": "#4477aa",
     "W4": "#ee8866",
     "two passes": "#228833",
+    "float output": "#66ccee",
     "float": "#999999",
 }  # distinguishable by the colour-blind
 OTHER = "#ccbb44"  # weights of other widths
@@ -88,8 +89,10 @@ def compute_bar_lengths(decibels: list[float]) -> list[float]:
 
 
 def describe_fate(quant: ComponentQuant, layer: str) -> str:
-    """``float``, ``two passes``, or the weight's width such as ``W8``."""
+    """``float``, ``two passes``, ``float output``, or the weight's width such as ``W8``."""
     if layer in quant.float_layers:
         return "float"
     layer_quant = quant.layers[layer]
-    return "two passes" if layer_quant.passes == 2 else f"W{layer_quant.weight_bits}"
+    if layer_quant.passes == 2:
+        return "two passes"
+    return "float output" if has_float_output(layer_quant) else f"W{layer_quant.weight_bits}"

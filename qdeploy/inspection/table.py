@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qdeploy.artifacts.table import ComponentQuant, load_table
+from qdeploy.artifacts.table import ComponentQuant, LayerQuant, load_table
 from qdeploy.calibrate.allocate.knapsack import count_layer_bytes
 
 FactRows = list[tuple[str, str]]
@@ -42,6 +42,7 @@ def describe_component(name: str, quant: ComponentQuant) -> FactRows:
         ("  rewrites", ", ".join(quant.rewrites) or "none"),
         ("  equalized", format_count([layer.input_ratio is not None for layer in layers])),
         ("  two passes", format_count([layer.passes == 2 for layer in layers])),
+        ("  float output", format_count([has_float_output(layer) for layer in layers])),
         ("  corrected biases", format_count([layer.bias is not None for layer in layers])),
         ("  first token in float", format_count([layer.first_token_float for layer in layers])),
         ("  attention", format_attention(quant)),
@@ -51,6 +52,11 @@ def describe_component(name: str, quant: ComponentQuant) -> FactRows:
         for layer, float_layer in quant.float_layers.items()
     ]
     return facts
+
+
+def has_float_output(layer: LayerQuant) -> bool:
+    """Whether it is a spatial convolution whose output no engine rounds."""
+    return layer.output is None and layer.weight.ndim == 4 and layer.weight.shape[2:] != (1, 1)
 
 
 def format_attention(quant: ComponentQuant) -> str:

@@ -151,18 +151,16 @@ def compute_output_offset(layer: LayerQuant) -> Tensor:
 
 
 class QuantConv2d(nn.Module):
-    """A Conv2d on quantized input and weight; quantizes its output too where the target needs that."""
+    """A Conv2d on quantized input and weight; quantizes its output too where target and table say so."""
 
     def __init__(self, conv: nn.Conv2d, layer: LayerQuant, numerics: Numerics) -> None:
         super().__init__()
-        quantize_output = numerics.conv_output_quantized
-        if layer.passes != 1 and quantize_output:
-            raise TableError("a convolution with Q after it takes its activation in one pass; keep it in float instead")
-        if quantize_output and layer.output is None:
-            raise TableError("the target needs this convolution's output range, which the table lacks; quantize again")
+        quantize_output = numerics.conv_output_quantized and layer.output is not None and layer.passes == 1
+        if numerics.conv_output_quantized and not quantize_output and conv.groups != 1:
+            raise TableError("the target needs the output range of a convolution in groups, which the table lacks")
         self.input_quant = InputQuant(layer, numerics)
         weight_scale, bias = torch.from_numpy(layer.weight_scale), choose_bias(conv, layer)
-        if quantize_output and layer.output is not None:
+        if quantize_output:
             weight_scale, bias = rescale_to_output(weight_scale, bias, layer)
         self.weight_quant = WeightQuant(torch.from_numpy(layer.weight), weight_scale, axis=0)
         self.output_quant = OutputQuant(layer) if quantize_output else nn.Identity()

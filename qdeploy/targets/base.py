@@ -38,7 +38,7 @@ class Numerics:
 
     The defaults are the numerics that calibration fits layers under.
 
-    conv_output_quantized: a Q follows every convolution but 1x1 ones, which become MatMul.
+    conv_output_quantized: a Q follows every convolution whose output range the table has; the others become MatMul.
     half_range_weights: 8-bit weights keep within +-64, exact and fast on every processor; otherwise within +-127.
     signed_activations: codes are int8 around 0, without a zero point.
     two_passes: layers that the table reads in two passes are; otherwise they stay in float.

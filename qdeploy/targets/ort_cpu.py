@@ -1,8 +1,9 @@
 """ONNX Runtime's CPU provider.
 
-It makes QLinearConv of DQ-Conv-Q by itself, and only where a Q follows. Linear layers become its MatMulIntegerToFloat
-here, with their bias, which it would leave as an Add; float attention its MultiHeadAttention, which never holds all
-scores. 4-bit weights are stored as INT4 and run on the same int8 kernels.
+It makes QLinearConv of DQ-Conv-Q by itself, and only where a Q follows; a convolution whose result the table leaves in
+float becomes a product over its patches here. Linear layers become its MatMulIntegerToFloat here, with their bias,
+which it would leave as an Add; float attention its MultiHeadAttention, which never holds all scores. 4-bit weights are
+stored as INT4 and run on the same int8 kernels.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ TARGET = Target(
         "fold_ratio",
         "fold_offset",
         "split_gate",
+        "unfold_convolution",
         "fuse_linear",
         "unshare_weights",
         "store_fp16",

@@ -136,17 +136,31 @@ def test_a_pointwise_convolution_is_a_product_over_channels() -> None:
     assert torch.allclose(QuantPointwise(conv, layer, ROUNDED)(x), QuantConv2d(conv, layer, PLAIN)(x), atol=ROUND_OFF)
 
 
-def test_a_convolution_takes_two_passes_only_where_nothing_is_rounded_after_it() -> None:
+def test_nothing_is_rounded_after_a_convolution_in_two_passes() -> None:
     conv = nn.Conv2d(4, 6, 3).requires_grad_(False)
     one = make_layer(conv.weight.numpy(), output=Affine(0.05, 128))
     two = dataclasses.replace(one, passes=2)
-    with pytest.raises(TableError, match="one pass"):
-        QuantConv2d(conv, two, ROUNDED)
     x = torch.rand(2, 4, 5, 7) * 4 - 2  # within the range, which is -2 to 3.1
     weight = torch.from_numpy(one.weight * one.weight_scale[:, None, None, None])
     exact = nn.functional.conv2d(x, weight, conv.bias)  # only the activation's rounding is left out
     errors = [(QuantConv2d(conv, layer, PLAIN)(x) - exact).abs().max() for layer in (one, two)]
     assert errors[1] < errors[0] / 50
+    assert torch.equal(QuantConv2d(conv, two, ROUNDED)(x), QuantConv2d(conv, two, PLAIN)(x))
+
+
+def test_a_result_without_a_range_stays_in_float() -> None:
+    conv = nn.Conv2d(4, 6, 3).requires_grad_(False)
+    layer = make_layer(conv.weight.numpy(), output=Affine(0.05, 128))
+    x = torch.randn(2, 4, 5, 7)
+    plain = QuantConv2d(conv, layer, PLAIN)(x)
+    assert torch.equal(QuantConv2d(conv, layer.with_float_output(), ROUNDED)(x), plain)
+    assert not torch.equal(QuantConv2d(conv, layer, ROUNDED)(x), plain)
+
+
+def test_a_convolution_in_groups_needs_its_range() -> None:
+    conv = nn.Conv2d(4, 6, 3, groups=2).requires_grad_(False)
+    with pytest.raises(TableError, match="in groups"):
+        QuantConv2d(conv, make_layer(conv.weight.numpy()), ROUNDED)
 
 
 def test_the_simulator_shares_float_weights_and_does_not_change_the_model(

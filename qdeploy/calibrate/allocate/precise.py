@@ -1,4 +1,4 @@
-"""Spend a share of MACs where quantization costs most: linear layers in two integer passes, others back in float."""
+"""Spend a share of the MACs on precision where quantization costs most, all of it in integers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,34 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from qdeploy.artifacts.table import ComponentQuant
+from qdeploy.artifacts.table import ComponentQuant, LayerQuant
 from qdeploy.calibrate.allocate.knapsack import Choice, solve_knapsack
 from qdeploy.calibrate.allocate.sensitivity import measure_noise, sqnr_from_noise
 from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.models.components import LayerCall
+from qdeploy.simulate.layers import is_pointwise
+
+# What each way costs besides the layer's own time, in its MACs; measured on ONNX Runtime, docs/design/sensitivity.md
+PRODUCT_TWO_PASSES = 1.0
+FLOAT_OUTPUT = 0.2
+CONVOLUTION_TWO_PASSES = 1.4
 
 
 @dataclass(frozen=True)
 class PreciseLayers:
-    """The layers that the budget went to, and what each layer costs by itself, as SQNR in dB."""
+    """The layers that the budget went to, and what each layer costs by itself before, as SQNR in dB."""
 
     in_two_passes: Sequence[str]
-    in_float: Sequence[str]
+    with_float_output: Sequence[str]
     sensitivity_db: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A layer as the table may have it; cost: in the layer's MACs, besides its own."""
+
+    layer: LayerQuant
+    cost: float = 0.0
 
 
 def choose_precise_layers(
@@ -28,28 +42,42 @@ def choose_precise_layers(
 ) -> PreciseLayers:
     """Those whose precision takes most noise from the output within ``share`` of all MACs; noise is taken to add up.
 
-    groups: layers that share their input. A linear layer with one of its own is read in two passes, which leaves the
-    noise of its weights; any other goes back to float.
+    groups: layers that share their input. A layer with one of its own can be read in two passes, which leaves the
+    noise of its weights. A convolution with Q after it can leave its output in float instead.
     """
-    able = {group[0].name for group in groups if len(group) == 1 and can_take_two_passes(group[0], quant)}
+    has_own_input = {group[0].name for group in groups if len(group) == 1}
     ways = {
-        name: [layer, replace(layer, passes=2)] if name in able else [layer] for name, layer in quant.layers.items()
+        call.name: list_ways(call, quant.layers[call.name], call.name in has_own_input)
+        for group in groups
+        for call in group
+        if call.name in quant.layers
     }
-    noise = measure_noise(component, ways)
+    noise = measure_noise(component, {name: [way.layer for way in several] for name, several in ways.items()})
     choices = {
-        name: (Choice(0, powers[0]), Choice(quant.macs[name], powers[1] if name in able else 0))
-        for name, powers in noise.items()
+        name: [Choice(way.cost * quant.macs[name], power) for way, power in zip(several, noise[name], strict=True)]
+        for name, several in ways.items()
     }
-    chosen = solve_knapsack(choices, share * quant.total_macs)
-    precise = [name for name, index in chosen.items() if index == 1]
+    chosen = {
+        name: ways[name][index].layer
+        for name, index in solve_knapsack(choices, share * quant.total_macs).items()
+        if index > 0
+    }
     return PreciseLayers(
-        [name for name in precise if name in able],
-        [name for name in precise if name not in able],
+        [name for name, layer in chosen.items() if layer.passes == 2],
+        [name for name, layer in chosen.items() if layer.passes == 1],
         {name: sqnr_from_noise(powers[0]) for name, powers in noise.items()},
     )
 
 
-def can_take_two_passes(call: LayerCall, quant: ComponentQuant) -> bool:
-    """A linear layer read in one pass and as a whole: a convolution with Q after it has no second pass."""
-    layer = quant.layers[call.name]
-    return isinstance(call.module, nn.Linear) and layer.passes == 1 and not layer.first_token_float
+def list_ways(call: LayerCall, layer: LayerQuant, has_own_input: bool) -> list[Way]:
+    """The layer as it is, then all that are more precise."""
+    ways = [Way(layer)]
+    is_product = isinstance(call.module, nn.Linear) or is_pointwise(call.module)
+    if isinstance(call.module, nn.Conv2d) and call.module.groups != 1:
+        return ways
+    if layer.output is not None:
+        ways.append(Way(layer.with_float_output(), FLOAT_OUTPUT))
+    if has_own_input and layer.passes == 1 and not layer.first_token_float:
+        cost = PRODUCT_TWO_PASSES if is_product else CONVOLUTION_TWO_PASSES
+        ways.append(Way(replace(layer.with_float_output(), passes=2), cost))
+    return ways

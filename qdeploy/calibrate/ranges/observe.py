@@ -7,7 +7,7 @@ will see them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -97,11 +97,11 @@ def needs_output_range(layer: nn.Module) -> bool:
 
 
 def observe_channels(
-    component: CalibratedComponent, calls: Sequence[LayerCall]
+    component: CalibratedComponent, calls: Sequence[LayerCall], with_output: Collection[str]
 ) -> tuple[dict[str, ChannelStats], dict[str, ChannelStats]]:
-    """First run, over CHANNEL_INPUTS inputs: statistics of each layer's input, and of a spatial Conv's output."""
+    """First run, over CHANNEL_INPUTS inputs: statistics of each layer's input, and of the outputs of some."""
     inputs = {call.name: ChannelStats() for call in calls}
-    outputs = {call.name: ChannelStats() for call in calls if needs_output_range(call.module)}
+    outputs = {call.name: ChannelStats() for call in calls if call.name in with_output}
 
     def record(call: LayerCall, x: Tensor, y: Tensor) -> None:
         inputs[call.name].add(select_quantized(call, x), channel_axis(call.module, x))

@@ -37,7 +37,7 @@ class LayerRanges:
 
     input: of ``x / ratio``; one histogram for all layers that read one tensor.
     ratio: ``float32[in]``, equalization of the input; None without.
-    output: for engines that need Q after the layer; None where none does.
+    output: for engines that need Q after the layer; None where none does, or where it stays in float everywhere.
     """
 
     input: StreamingHistogram
@@ -81,10 +81,10 @@ def observe_layers(
     """Two runs: channels for the ratios, then histograms and ``samples``; a shared input is observed once."""
     component = label_width(prepared, bits)
     leader = {call.name: group[0].name for group in prepared.groups for call in group}
-    observed = [
-        call for call in prepared.quantized_calls if leader[call.name] == call.name or needs_output_range(call.module)
-    ]
-    in_stats, out_stats = observe_channels(component, observed)
+    rounded = {call.name for call in prepared.quantized_calls if needs_output_range(call.module)}
+    rounded -= prepared.float_outputs | prepared.two_passes
+    observed = [call for call in prepared.quantized_calls if leader[call.name] == call.name or call.name in rounded]
+    in_stats, out_stats = observe_channels(component, observed, rounded)
     code_range = weight_range(bits, half=not spec.full_range)
     ratios = search_input_ratios(prepared.groups, in_stats, code_range) if spec.equalize else {}
     spreads = {layer: compute_output_spread(stats, spec.equalize) for layer, stats in out_stats.items()}

@@ -9,6 +9,7 @@ from qdeploy.artifacts.components import UNET, get_kind
 from qdeploy.base.errors import UsageError
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.calibrate.allocate.knapsack import WIDTHS, check_budget
+from qdeploy.calibrate.allocate.near_output import find_full_size, find_last_merge
 from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import CalibrationSet, Feeds
 from qdeploy.calibrate.ranges.observe import group_by_input
@@ -27,6 +28,8 @@ class Prepared:
     rewrites: that the table will name; made on the component's copy, but for those that change no quantized layer.
     groups: of ``quantized_calls``, layers that read one tensor.
     widths: weight bits to round to; of several, each layer gets one.
+    two_passes: names of layers whose input is read in two passes.
+    float_outputs: names of convolutions whose results no engine rounds.
     """
 
     component: CalibratedComponent
@@ -35,6 +38,8 @@ class Prepared:
     float_calls: Sequence[LayerCall]
     groups: Sequence[Sequence[LayerCall]]
     widths: tuple[int, ...]
+    two_passes: frozenset[str]
+    float_outputs: frozenset[str]
 
 
 def prepare(
@@ -64,13 +69,18 @@ def prepare(
         check_first_token(quantized_calls, feeds)
     if in_loop and spec.max_mb is not None:
         check_budget([call.module.weight.shape for call in quantized_calls], spec.max_mb)
+    groups = group_by_input(module, quantized_calls, feeds)
+    two_passes = frozenset(call.name for call in quantized_calls if spec.takes_two_passes(name, call.name))
+    precise_end = in_loop and spec.precise_end
     return Prepared(
         CalibratedComponent(name, module, calibration, on_progress),
         rewrites,
         quantized_calls,
         float_calls,
-        groups=group_by_input(module, quantized_calls, feeds),
+        groups=groups,
         widths=WIDTHS if in_loop and spec.max_mb is not None else (spec.weight_bits,),
+        two_passes=two_passes | (find_last_merge(groups, quantized_calls) if precise_end else frozenset()),
+        float_outputs=find_full_size(quantized_calls) if precise_end else frozenset(),
     )
 
 

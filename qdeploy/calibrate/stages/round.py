@@ -32,7 +32,7 @@ class Rounded:
 
 
 def round_weights(observed: Observed, spec: QuantSpec) -> Rounded:
-    """Round every layer, then spend the budgets that ``spec`` gives (size, MACs in float) on the most sensitive."""
+    """Round every layer, then spend the budgets that ``spec`` gives (size, MACs) on the most sensitive."""
     prepared = observed.prepared
     quant = spend_budgets(observed, [round_to_width(observed, bits, spec) for bits in prepared.widths], spec)
     if observed.samples is not None:
@@ -53,16 +53,16 @@ def spend_budgets(observed: Observed, quants: Sequence[ComponentQuant], spec: Qu
 
 
 def make_layers_precise(observed: Observed, quant: ComponentQuant, spec: QuantSpec) -> ComponentQuant:
-    """``quant`` with ``spec``'s share of the MACs in two passes or in float."""
+    """``quant`` with ``spec``'s share of the MACs spent on second passes and on outputs in float."""
     prepared, (bits,) = observed.prepared, observed.prepared.widths
     chosen = choose_precise_layers(prepared.component, prepared.groups, quant, spec.precise_macs)
     layers = dict(quant.layers)
     for call in prepared.quantized_calls:
         if call.name in chosen.in_two_passes:
             layers[call.name] = round_layer(call, observed.ranges[bits][call.name], bits, spec, two_passes=True)
-    quant = replace(quant, layers=layers, sensitivity_db=chosen.sensitivity_db)
-    reasons = {name: f"sensitive, {quant.sensitivity_db[name]:.1f} dB by itself" for name in chosen.in_float}
-    return quant.move_to_float(reasons)
+        elif call.name in chosen.with_float_output:
+            layers[call.name] = layers[call.name].with_float_output()
+    return replace(quant, layers=layers, sensitivity_db=chosen.sensitivity_db)
 
 
 def round_to_width(observed: Observed, bits: int, spec: QuantSpec) -> ComponentQuant:
@@ -70,7 +70,7 @@ def round_to_width(observed: Observed, bits: int, spec: QuantSpec) -> ComponentQ
     prepared, ranges = observed.prepared, observed.ranges[bits]
     component, layers = label_width(prepared, bits), {}
     for done, call in enumerate(prepared.quantized_calls, start=1):
-        two_passes = spec.takes_two_passes(component.name, call.name)
+        two_passes = call.name in prepared.two_passes
         layers[call.name] = round_layer(call, ranges[call.name], bits, spec, two_passes)
         component.report("weights", done, len(prepared.quantized_calls))
     quant = ComponentQuant(
@@ -106,7 +106,7 @@ def round_layer(call: LayerCall, ranges: LayerRanges, bits: int, spec: QuantSpec
         passes=2 if two_passes else 1,
         first_token_float=call.first_token_float,
     )
-    return layer if ranges.output is None else add_output_range(layer, ranges.output, spec)
+    return layer if ranges.output is None or two_passes else add_output_range(layer, ranges.output, spec)
 
 
 def add_output_range(layer: LayerQuant, output: OutputRange, spec: QuantSpec) -> LayerQuant:

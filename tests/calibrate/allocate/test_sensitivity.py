@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.errors import UsageError
 from qdeploy.calibrate.allocate import sensitivity
-from qdeploy.calibrate.allocate.precise import choose_precise_layers
+from qdeploy.calibrate.allocate.precise import FLOAT_OUTPUT, choose_precise_layers, list_ways
 from qdeploy.calibrate.allocate.sensitivity import measure_noise, measure_sensitivity, sqnr_from_noise
 from qdeploy.calibrate.component import CalibratedComponent
 from qdeploy.calibrate.dataset import CalibrationSet
@@ -87,16 +87,29 @@ def test_the_budget_goes_where_it_helps_most(unet: CalibratedComponent, table: Q
     (feeds, *_) = unet.sample(1)
     calls = [call for call in trace_layers(module, dict(feeds)) if call.name in quant.layers]
     chosen = choose_precise_layers(unet, group_by_input(module, calls, dict(feeds)), quant, share)
-    precise = [*chosen.in_two_passes, *chosen.in_float]
-    assert precise
-    assert sum(quant.macs[name] for name in precise) <= share * quant.total_macs
-    assert all(isinstance(module.inner.get_submodule(name), nn.Linear) for name in chosen.in_two_passes)
+    assert chosen.in_two_passes or chosen.with_float_output
+    spent = sum(quant.macs[name] for name in chosen.in_two_passes)
+    spent += sum(FLOAT_OUTPUT * quant.macs[name] for name in chosen.with_float_output)
+    assert spent <= share * quant.total_macs
+    assert all(quant.layers[name].output is not None for name in chosen.with_float_output)
     per_mac = {name: 10 ** (-db / 10) / quant.macs[name] for name, db in chosen.sensitivity_db.items()}
+    precise = [*chosen.in_two_passes, *chosen.with_float_output]
     assert np.median([per_mac[name] for name in precise]) > np.median(list(per_mac.values()))
 
 
+def test_every_way_is_more_precise_than_the_one_before(unet: CalibratedComponent, table: QuantTable) -> None:
+    quant, module = table.components["unet"], unet.module
+    (feeds, *_) = unet.sample(1)
+    calls = [call for call in trace_layers(module, dict(feeds)) if call.name in quant.layers]
+    ways = {call.name: list_ways(call, quant.layers[call.name], True) for call in calls}
+    assert {len(several) for several in ways.values()} == {1, 2, 3}  # the first have two passes already
+    noise = measure_noise(unet, {name: [way.layer for way in several] for name, several in ways.items()})
+    assert all(list(powers) == sorted(powers, reverse=True) for powers in noise.values())
+    assert all(a.cost < b.cost for several in ways.values() for a, b in pairwise(several))
+
+
 def test_a_precise_unet_is_closer_to_float(tiny_model: LatentDiffusion, calibration: CalibrationSet) -> None:
-    spec = QuantSpec(components=("unet",), gptq=False)
+    spec = QuantSpec(components=("unet",), gptq=False, precise_end=False)
     feeds = list(CalibratedComponent("unet", tiny_model.unet, calibration).sample(8))
     plain, precise = (
         quantize_component(tiny_model, "unet", calibration, dataclasses.replace(spec, precise_macs=share))
@@ -104,8 +117,7 @@ def test_a_precise_unet_is_closer_to_float(tiny_model: LatentDiffusion, calibrat
     )
     assert not plain.sensitivity_db
     assert {layer.passes for layer in precise.layers.values()} == {1, 2}
-    in_float = precise.float_layers.keys() - plain.float_layers.keys()
-    assert all("by itself" in precise.float_layers[name].reason for name in in_float)
+    assert precise.float_layers == plain.float_layers
     assert precise.total_macs == plain.total_macs
     before, after = (
         measure_sqnr(tiny_model.unet, build_simulator(tiny_model.unet, quant, NUMERICS), feeds)
