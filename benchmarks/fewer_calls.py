@@ -9,7 +9,7 @@ figures stay in the work folder, so that an interrupted run resumes where it sto
     python -m benchmarks.fewer_calls --reference PICTURES
     python -m benchmarks.fewer_calls --speeds --reference PICTURES      only the rows of `--speed`
     python -m benchmarks.fewer_calls --quick --reference PICTURES       a small run: fp32, 25 steps, no times
-    python -m benchmarks.fewer_calls --no-times --reference PICTURES    quality only, so that other work may run beside
+    python -m benchmarks.fewer_calls --no-times --reference PICTURES    quality only, whatever else runs
     python -m training.reference --work DIR --unconditional -o CREATURES
     python -m benchmarks.fewer_calls --model builtin:emoji-uncond --reference CREATURES
     python -m benchmarks.fewer_calls --bundle fp32=A --bundle w8a8=B --times-only    other bundles: times and memory

@@ -54,9 +54,9 @@ AND_SCALES = replace(ROUNDING, learn_act_scales=True)
 
 
 def list_rows(bits: int) -> list[QualityRow]:
-    """Rows that each add one method, then each option by itself, all on the full range and nearest rounding."""
+    """Rows that each add one method, then each option by itself; all in the full range, without the precise end."""
     name = f"qdeploy-w{bits}a8"
-    bit: dict[str, Any] = {"weight_bits": bits} | ({"full_range": True} if bits == 8 else {})
+    bit: dict[str, Any] = {"weight_bits": bits, "precise_end": False} | ({"full_range": True} if bits == 8 else {})
     nearest = bit | {"gptq": False}
     return [
         QualityRow(f"{name}-minmax", nearest | {"observer": "minmax"} | PLAIN),
@@ -76,13 +76,18 @@ def list_rows(bits: int) -> list[QualityRow]:
 
 OURS: list[QualityRow] = [
     QualityRow("qdeploy-w8a8"),
-    QualityRow("qdeploy-w8a8-precise", {"precise_macs": 0.07}),
+    QualityRow("qdeploy-w8a8-plain-end", {"precise_end": False}),
+    QualityRow("qdeploy-w8a8-precise", {"precise_macs": 0.05}),
     QualityRow("qdeploy-w8a8-nearest", {"gptq": False}),
     *list_rows(8),
-    QualityRow("qdeploy-w8a8-attention", {"attention_bits": 8, "full_range": True, "gptq": False}),
-    *list_rows(4),
     QualityRow(
-        "qdeploy-w4a8-gptq-start-split", {"weight_bits": 4, "reconstruction": ROUNDING, "rewrites": ("split_skips",)}
+        "qdeploy-w8a8-attention", {"attention_bits": 8, "full_range": True, "gptq": False, "precise_end": False}
+    ),
+    *list_rows(4),
+    QualityRow("qdeploy-w4a8-fast", {"weight_bits": 4, "reconstruction": ROUNDING}),
+    QualityRow(
+        "qdeploy-w4a8-gptq-start-split",
+        {"weight_bits": 4, "reconstruction": ROUNDING, "rewrites": ("split_skips",), "precise_end": False},
     ),
     QualityRow("qdeploy-w4a8-standard", {"weight_bits": 4, "reconstruction": EFFORTS["standard"]}),
 ]
