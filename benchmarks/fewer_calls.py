@@ -8,7 +8,7 @@ figures stay in the work folder, so that an interrupted run resumes where it sto
     python -m training.reference --work DIR -o PICTURES    the training pictures of builtin:emoji, for KID and FID
     python -m benchmarks.fewer_calls --reference PICTURES
     python -m benchmarks.fewer_calls --speeds --reference PICTURES      only the rows of `--speed`
-    python -m benchmarks.fewer_calls --quick --reference PICTURES       a small run: fp32, 25 steps, no times
+    python -m benchmarks.fewer_calls --steps 25 --window default --reference PICTURES    a part of the rows
     python -m benchmarks.fewer_calls --no-times --reference PICTURES    quality only, whatever else runs
     python -m training.reference --work DIR --unconditional -o CREATURES
     python -m benchmarks.fewer_calls --model builtin:emoji-uncond --reference CREATURES
@@ -23,7 +23,7 @@ import click
 
 from benchmarks.fewer_figures import PRECISIONS, add_times, compare_losses, format_table, write_report
 from benchmarks.fewer_quality import study_quality
-from benchmarks.fewer_rows import QUICK_WINDOWS, WINDOWS
+from benchmarks.fewer_rows import WINDOWS
 from benchmarks.fewer_times import time_bundles
 from qdeploy.base.errors import UsageError
 from qdeploy.base.progress import show_progress
@@ -41,7 +41,11 @@ STEPS = (25, 50)
 @click.option("--reference", type=click.Path(path_type=Path, exists=True), help="Training pictures, for KID and FID.")
 @click.option("--model", type=click.Choice(MODELS), default=MODELS[0], show_default=True, help="Whose bundles.")
 @click.option("--count", type=click.IntRange(2), default=256, show_default=True, help="Pictures a row.")
-@click.option("--quick", is_flag=True, help="fp32 and 25 steps only, no times.")
+@click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), help="Default: both.")
+@click.option("--steps", multiple=True, type=click.IntRange(2), default=STEPS, show_default=True, help="Of a picture.")
+@click.option(
+    "--window", "windows", multiple=True, type=click.Choice(list(WINDOWS)), help="Of forecasts. Default: all."
+)
 @click.option("--no-times", is_flag=True, help="Quality only.")
 @click.option("--speeds", is_flag=True, help="Only the rows of --speed: exact, balanced and fast.")
 @click.option("--guidance", default=GUIDANCE, show_default=True, help="Guidance scale of the pictures.")
@@ -50,14 +54,14 @@ STEPS = (25, 50)
 @click.option("--bundle", "others", multiple=True, metavar="PRECISION=FOLDER", help="With --times-only: these bundles.")
 @click.option("--times-only", is_flag=True, help="Times and memory of --bundle, such as one of SD's size.")
 def main(
-    work: Path, out: Path, reference: Path | None, model: str, count: int, quick: bool, no_times: bool, speeds: bool,
+    work: Path, out: Path, reference: Path | None, model: str, count: int, precisions: tuple[str, ...],
+    steps: tuple[int, ...], windows: tuple[str, ...], no_times: bool, speeds: bool,
     guidance: float, rounds: int, threads: int | None, others: tuple[str, ...], times_only: bool,
 ) -> None:  # fmt: skip
     """Make what is missing, measure it, and write the report."""
     if times_only != bool(others):
         raise UsageError("--bundle and --times-only go together: give both, or neither")
-    precisions, steps = (PRECISIONS[:1], STEPS[:1]) if quick else (PRECISIONS, STEPS)
-    windows = () if speeds else QUICK_WINDOWS if quick else tuple(WINDOWS)
+    windows = () if speeds else windows or tuple(WINDOWS)
     with show_progress() as on_progress:
         if times_only:
             bundles = dict(map(parse_bundle, others))
@@ -65,9 +69,9 @@ def main(
         else:
             folder = work / model.removeprefix("builtin:")
             figures, bundles = study_quality(
-                model, folder, count, precisions, steps, windows, reference, guidance, on_progress
+                model, folder, count, precisions or PRECISIONS, steps, windows, reference, guidance, on_progress
             )
-            if not (quick or no_times):
+            if not no_times:
                 times = time_bundles(model, bundles, steps, windows, rounds, threads, on_progress)
                 figures = add_times(figures, times)
     write_report(out, figures)

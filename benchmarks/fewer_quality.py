@@ -43,7 +43,7 @@ def study_quality(
     reference: Path | None, guidance_scale: float, on_progress: OnProgress,
 ) -> tuple[list[CallsFigures], dict[str, Path]]:  # fmt: skip
     """All rows of one model, and its bundles in ``folder``."""
-    bundles = make_bundles(model, folder, precisions, on_progress)
+    bundles = make_bundles(model, folder, PRECISIONS, on_progress)  # all rows are compared with the float one's
     study = QualityStudy(
         model, folder, bundles, choose_prompts(model, count), count, reference, on_progress, guidance_scale
     )
@@ -57,7 +57,7 @@ def study_quality(
         for precision in precisions:
             for row in rows:
                 figures.append(study.measure(precision, row, row.count(config, reads_text), exact, converged))
-    return figures, bundles
+    return figures, {precision: bundles[precision] for precision in precisions}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ WINDOWS: Mapping[str, Mapping[str, float]] = {
     "widest": {"warmup": 0.12, "last": 0.05, "window": 5.0, "growth": 4.0},
 }  # which calls a forecast makes, from many to few
 INTERVALS = ((0.0, 0.8), (0.2, 0.8), (0.2, 1.0))
-QUICK_WINDOWS = ("narrow", "default", "wide")
 
 
 @dataclass(frozen=True)

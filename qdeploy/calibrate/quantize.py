@@ -13,6 +13,7 @@ from qdeploy.artifacts.components import UNET, choose_graph_batch, get_kind
 from qdeploy.artifacts.noise_correction import NoiseCorrection
 from qdeploy.artifacts.table import ComponentQuant, QuantTable
 from qdeploy.base.arrays import AnyArray, Feeds
+from qdeploy.base.heap import return_freed_memory
 from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.base.version import read_version
 from qdeploy.calibrate.component import CalibratedComponent
@@ -93,6 +94,7 @@ def quantize_component(
     observed = observe(prepared, spec)
     rounded = round_weights(observed, spec)
     reconstructed = reconstruct(rounded, spec.reconstruction, None if work is None else work / name)
+    return_freed_memory()
     return replace(reconstructed.quant, rewrites=prepared.rewrites, attention=observed.attention)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 from collections.abc import Iterator
+
+from qdeploy.base.heap import return_freed_memory
 
 
 @contextlib.contextmanager
@@ -27,5 +28,4 @@ def collect_new_objects_only() -> Iterator[None]:
 def release_memory() -> None:
     """Collect what is unreachable (a graph's nodes refer to one another) and let glibc return the pages it keeps."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library returns pages by itself, or never
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return_freed_memory()

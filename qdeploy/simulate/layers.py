@@ -206,7 +206,7 @@ class QuantMatMul(nn.Module):
     def __init__(self, layer: LayerQuant, numerics: Numerics) -> None:
         super().__init__()
         self.input_quant = InputQuant(layer, numerics)
-        codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T.contiguous()
+        codes = torch.from_numpy(layer.weight).reshape(layer.weight.shape[:2]).T  # a view: no copy of a large model
         self.weight_quant = WeightQuant(codes, torch.from_numpy(layer.weight_scale), axis=1)
 
     def multiply(self, x: Tensor, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
