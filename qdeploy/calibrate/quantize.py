@@ -35,8 +35,12 @@ TABLE_BYTES_PER_WEIGHT = 2  # 8-bit codes of both ranges
 
 def estimate_table_bytes(model: LatentDiffusion) -> int:
     """About what a table of the model takes on disk, at most."""
-    weights = sum(weight.numel() for name in model.components for weight in model.component(name).parameters())
-    return TABLE_BYTES_PER_WEIGHT * weights
+    return TABLE_BYTES_PER_WEIGHT * sum(count_weights(model, name) for name in model.components)
+
+
+def count_weights(model: LatentDiffusion, name: str) -> int:
+    """Parameters of the component ``name``."""
+    return sum(weight.numel() for weight in model.component(name).parameters())
 
 
 def quantize_model(
@@ -55,7 +59,13 @@ def quantize_model(
     check_model(calibration, model.sha256)
     check_numbers(calibration, int(model.scheduler_config.get("num_train_timesteps", 1000)), model.vocabularies)
     names = [name for name in model.components if get_kind(name).name in spec.components and calibration.count(name)]
-    components = {name: quantize_component(model, name, calibration, spec, on_progress, work) for name in names}
+    probes = {name: choose_probes(calibration, name) for name in names}
+    components: dict[str, ComponentQuant] = {}  # a decoder sees its pictures before a UNet has its codes
+    for name in sorted(names, key=lambda name: count_weights(model, name)):
+        quant = quantize_component(model, name, calibration, spec, on_progress, work)
+        components[name] = record_sqnr(model, name, quant, probes[name])
+        return_freed_memory()
+    components = {name: components[name] for name in names}
     provenance = {
         "qdeploy": read_version(),
         "torch": torch.__version__,
@@ -63,8 +73,6 @@ def quantize_model(
         "spec": asdict(spec),
         "calibration": dict(calibration.provenance),
     }
-    probes = {name: choose_probes(calibration, name) for name in names}
-    components = {name: record_sqnr(model, name, quant, probes[name]) for name, quant in components.items()}
     correction = None
     if spec.noise_correction and UNET.name in components:
         correction = correct_noise(model, components[UNET.name], calibration, on_progress)
@@ -94,7 +102,6 @@ def quantize_component(
     observed = observe(prepared, spec)
     rounded = round_weights(observed, spec)
     reconstructed = reconstruct(rounded, spec.reconstruction, None if work is None else work / name)
-    return_freed_memory()
     return replace(reconstructed.quant, rewrites=prepared.rewrites, attention=observed.attention)
 
 
