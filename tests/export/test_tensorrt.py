@@ -159,7 +159,7 @@ def test_only_the_angles_of_the_timestep_stay_float32(fp16_tensorrt: Path) -> No
 def test_the_gate_says_what_it_computed_and_what_it_did_not(fp16_tensorrt: Path, int8_tensorrt: Path) -> None:
     info = read_components(int8_tensorrt)["unet"]
     assert (info.parity_engine, info.weight_bits, info.act_bits) == ("ort-cpu", (8,), 8)
-    assert info.integer_mac_share > 0.9
+    assert info.integer_mac_share > 0.88  # what is read in two passes elsewhere is in fp16 here
     texts = ", ".join(format_gate(info))
     assert "in the file" in texts
     assert "computed by ort-cpu instead of the engine" in texts

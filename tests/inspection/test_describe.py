@@ -29,14 +29,19 @@ MACS = 1000
 
 
 def layer(
-    bits: int = 8, passes: int = 1, equalized: bool = True, bias: bool = False, first_token: bool = False
+    bits: int = 8,
+    passes: int = 1,
+    equalized: bool = True,
+    bias: bool = False,
+    first_token: bool = False,
+    shape: tuple[int, ...] = (100, 200),
 ) -> LayerQuant:
     return LayerQuant(
-        weight=np.ones((100, 200), np.int8),
+        weight=np.ones(shape, np.int8),
         weight_scale=np.ones(100, np.float32),
         weight_bits=bits,
         input=Affine(0.5, 7),
-        input_ratio=np.ones(200, np.float32) if equalized else None,
+        input_ratio=np.ones(shape[1], np.float32) if equalized else None,
         bias=np.zeros(100, np.float32) if bias else None,
         passes=passes,
         first_token_float=first_token,
@@ -47,6 +52,7 @@ def layer(
 def known_table() -> QuantTable:
     """24 layers: 22 plain ones, one at 4 bits and one in two passes; two in float, one of them for its sensitivity."""
     layers = {f"plain.{number}": layer() for number in range(22)}
+    layers["plain.1"] = layer(shape=(100, 100, 2, 1))  # a convolution without the range of its output
     layers |= {"narrow": layer(bits=4, bias=True), "short": layer(passes=2, equalized=False, first_token=True)}
     db = {f"plain.{number}": 60.0 + number for number in range(22)}
     db |= {"narrow": 31.25, "short": 25.0, "worst": 11.5}
@@ -86,6 +92,7 @@ def test_the_summary_of_a_table(path: Path) -> None:
     assert facts["rewrites"] == "split_skips"
     assert facts["equalized"] == "23 of 24 layers"
     assert facts["two passes"] == "1 of 24 layers"
+    assert facts["float output"] == "1 of 24 layers"
     assert facts["corrected biases"] == "1 of 24 layers"
     assert facts["first token in float"] == "1 of 24 layers"
     assert facts["attention"] == "1 at 8 bits"
