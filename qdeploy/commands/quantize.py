@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     "--precise-end/--no-precise-end",
     default=True,
     show_default=True,
-    help="Spend 3 % of a step's time on the convolutions that make most of the last steps' noise.",
+    help="Spend some percent of a step's time on the convolutions that make most of the last steps' noise.",
 )
 @click.option(
     "--precise-macs",
