@@ -84,8 +84,7 @@ def make_model(study: Study) -> dict[str, Any]:
 def load(study: Study) -> dict[str, Any]:
     """Load it, and nothing else."""
     model = study.load()
-    counts = {name: sum(weight.numel() for weight in model.component(name).parameters()) for name in model.components}
-    return {"parameters": counts}
+    return {"parameters": {name: model.count_weights(name) for name in model.components}}
 
 
 def calibrate(study: Study) -> dict[str, Any]:

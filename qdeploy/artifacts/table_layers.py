@@ -97,6 +97,11 @@ class LayerQuant:
             return self
         return replace(self, weight=self.half_weight, weight_scale=2 * self.weight_scale, half_weight=None)
 
+    @property
+    def rounds_output(self) -> bool:
+        """Whether engines that need Q after the layer round its output; after two passes none does."""
+        return self.output is not None and self.passes == 1
+
     def with_float_output(self) -> LayerQuant:
         """The layer without the range of its output: no engine rounds that."""
         return replace(self, output=None, output_ratio=None, output_zero_point=None)

@@ -35,12 +35,7 @@ TABLE_BYTES_PER_WEIGHT = 2  # 8-bit codes of both ranges
 
 def estimate_table_bytes(model: LatentDiffusion) -> int:
     """About what a table of the model takes on disk, at most."""
-    return TABLE_BYTES_PER_WEIGHT * sum(count_weights(model, name) for name in model.components)
-
-
-def count_weights(model: LatentDiffusion, name: str) -> int:
-    """Parameters of the component ``name``."""
-    return sum(weight.numel() for weight in model.component(name).parameters())
+    return TABLE_BYTES_PER_WEIGHT * sum(map(model.count_weights, model.components))
 
 
 def quantize_model(
@@ -61,7 +56,7 @@ def quantize_model(
     names = [name for name in model.components if get_kind(name).name in spec.components and calibration.count(name)]
     probes = {name: choose_probes(calibration, name) for name in names}
     components: dict[str, ComponentQuant] = {}  # a decoder sees its pictures before a UNet has its codes
-    for name in sorted(names, key=lambda name: count_weights(model, name)):
+    for name in sorted(names, key=model.count_weights):
         quant = quantize_component(model, name, calibration, spec, on_progress, work)
         components[name] = record_sqnr(model, name, quant, probes[name])
         return_freed_memory()

@@ -116,8 +116,7 @@ def export_bundle(
 
 def estimate_bytes(model: LatentDiffusion, names: Sequence[str], precision: str) -> int:
     """About what the bundle's graphs take on disk."""
-    parameters = sum(parameter.numel() for name in names for parameter in model.component(name).parameters())
-    return int(parameters * BYTES_PER_PARAMETER[precision])
+    return int(sum(map(model.count_weights, names)) * BYTES_PER_PARAMETER[precision])
 
 
 def export_component(

@@ -86,6 +86,10 @@ class LatentDiffusion:
             raise ModelError(f"{self.source} has no {name}: it is {self.kind} with {', '.join(self.components)}")
         return by_name[name]
 
+    def count_weights(self, name: str) -> int:
+        """Parameters of the component ``name``."""
+        return sum(weight.numel() for weight in self.component(name).parameters())
+
     def with_components(self, components: Mapping[str, TorchComponent]) -> LatentDiffusion:
         """This model with some of its components replaced, by name."""
         new: dict[str, Any] = {name: components.get(name, self.component(name)) for name in self.components}

@@ -67,14 +67,15 @@ def add_node(
     shape: tuple[Side, ...],
     before: ir.Node,
     domain: str = "",
+    dtype: ir.DataType = ir.DataType.FLOAT,
     **attributes: Any,
 ) -> ir.Value:
-    """The float32 output of a new node before ``before``, in the same module."""
+    """The output of a new node before ``before``, in the same module; ``dtype``: of the output."""
     node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
     node.metadata_props.update(before.metadata_props)
     output = node.outputs[0]
     sides = [None if str(side).startswith(UNKNOWN) else side for side in shape]
-    output.name, output.shape, output.type = name, ir.Shape(sides), ir.TensorType(ir.DataType.FLOAT)
+    output.name, output.shape, output.type = name, ir.Shape(sides), ir.TensorType(dtype)
     graph = before.graph
     assert graph is not None
     graph.insert_before(before, node)
@@ -118,6 +119,12 @@ def get_width(value: ir.Value | None, axis: int = -1) -> int:
 def count_elements(sides: Sequence[Side]) -> tuple[int, tuple[str, ...]]:
     """Product of the sides: its number, and the open ones' expressions in order."""
     return prod(side for side in sides if isinstance(side, int)), tuple(sorted(s for s in sides if isinstance(s, str)))
+
+
+def find_dequantize(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that makes ``value``, or None."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def find_only_reader(value: ir.Value) -> ir.Node | None:

@@ -14,6 +14,7 @@ from qdeploy.passes.edit import (
     CONTRIB,
     add_constant,
     add_node,
+    find_dequantize,
     find_only_reader,
     get_array,
     get_shape,
@@ -31,7 +32,7 @@ def fuse_linear(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type != "MatMul":
             continue
-        x, weight = (_find_dequantize(value) for value in node.inputs)
+        x, weight = (find_dequantize(value) for value in node.inputs)
         if x is None or weight is None or not _is_per_column(weight):
             continue
         last, bias = _find_bias(node)
@@ -44,11 +45,6 @@ def fuse_linear(model: ir.Model) -> int:
         model.graph.opset_imports[CONTRIB] = 1
         remove_unused(model.graph)
     return fused
-
-
-def _find_dequantize(value: ir.Value | None) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _is_per_column(weight: ir.Node) -> bool:

@@ -27,8 +27,10 @@ from qdeploy.passes.edit import (
     Side,
     add_constant,
     add_node,
+    find_dequantize,
     get_array,
     get_shape,
+    get_width,
     remove_unused,
     replace_node,
 )
@@ -76,7 +78,7 @@ def unfold_convolution(model: ir.Model) -> int:
     columns: dict[ir.Value, ir.Value] = {}  # a weight in both forms; two passes over an activation share one
     for node in list(model.graph):
         if node.op_type == "Conv" and node.attributes.get_int("group", 1) == 1 and not _is_quantized_after(node):
-            x, weight = (_find_dequantize(value) for value in node.inputs[:2])
+            x, weight = (find_dequantize(value) for value in node.inputs[:2])
             if x is None or weight is None or (codes := weight.inputs[0]) is None:
                 continue
             if codes not in columns and codes.is_initializer():
@@ -87,11 +89,6 @@ def unfold_convolution(model: ir.Model) -> int:
     if count:
         remove_unused(model.graph)
     return count
-
-
-def _find_dequantize(value: ir.Value | None) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _is_quantized_after(conv: ir.Node) -> bool:
@@ -106,28 +103,24 @@ def _multiply(conv: ir.Node, x: ir.Node, columns: ir.Value) -> ir.Value:
     pieces: list[ir.Value | None] = []
     for patches in _gather_patches(conv, x.inputs[0], x.inputs[2], name):
         own = f"{name}{PIECE}{len(pieces)}" if pieces else name
-        values = _add(conv, "DequantizeLinear", [patches, *x.inputs[1:]], f"{own}.patches", get_shape(patches))
+        values = add_node("DequantizeLinear", [patches, *x.inputs[1:]], f"{own}.patches", get_shape(patches), conv)
         rows = (*get_shape(patches)[:-1], shape[1])
-        y = _add(conv, "MatMul", [values, columns], own, rows)
-        pieces.append(y if row is None else _add(conv, "Add", [y, row], f"{own}.biased", rows))
+        y = add_node("MatMul", [values, columns], own, rows, conv)
+        pieces.append(y if row is None else add_node("Add", [y, row], f"{own}.biased", rows, conv))
     if len(pieces) > 1:
-        y = _add(conv, "Concat", pieces, f"{name}.joined", (shape[0], count_outputs(shape), shape[1]), axis=1)
+        outputs = get_int(shape[2]) * get_int(shape[3])
+        y = add_node("Concat", pieces, f"{name}.joined", (shape[0], outputs, shape[1]), conv, axis=1)
     else:
         (y,) = pieces  # type: ignore[assignment]
     y = _reshape(conv, y, (shape[0], shape[2], shape[3], shape[1]), f"{name}.picture")
-    return _add(conv, "Transpose", [y], f"{name}.first", shape, perm=TO_FIRST)
-
-
-def count_outputs(shape: tuple[Side, ...]) -> int:
-    """Places in a picture of ``shape``, ``[B, C, H, W]``, whose size is not open."""
-    return get_int(shape[2]) * get_int(shape[3])
+    return add_node("Transpose", [y], f"{name}.first", shape, conv, perm=TO_FIRST)
 
 
 def _gather_patches(conv: ir.Node, codes: ir.Value | None, zero_point: ir.Value | None, name: str) -> list[ir.Value]:
     """Pieces ``uint8[B, outputs, kernel * in]``, or one ``[B, H, W, kernel * in]`` where the size is open."""
     window, pads = _read_window(conv)
-    batch, channels, *sides = get_shape(codes)
-    assert isinstance(channels, int)
+    batch, _, *sides = get_shape(codes)
+    channels = get_width(codes, 1)
     last = _code(conv, "Transpose", [codes], f"{name}.last", (batch, *sides, channels), perm=TO_LAST)
     if any(pads):
         top, left, bottom, right = pads
@@ -154,17 +147,17 @@ def _gather_patches(conv: ir.Node, codes: ir.Value | None, zero_point: ir.Value 
 
 def _read_window(conv: ir.Node) -> tuple[Window, tuple[int, ...]]:
     """Its window, and what pads top, left, bottom and right."""
-    kernel = get_shape(conv.inputs[1])[2:]
+    kernel = (get_width(conv.inputs[1], 2), get_width(conv.inputs[1], 3))
     stride, dilation = (conv.attributes.get_ints(name, (1, 1)) for name in ("strides", "dilations"))
     assert conv.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"  # what the exporter writes
     assert stride is not None
     assert dilation is not None
-    window = Window((get_int(kernel[0]), get_int(kernel[1])), (stride[0], stride[1]), (dilation[0], dilation[1]))
+    window = Window(kernel, (stride[0], stride[1]), (dilation[0], dilation[1]))
     return window, tuple(conv.attributes.get_ints("pads", (0, 0, 0, 0)) or ())
 
 
 def get_int(side: Side) -> int:
-    """A side that a weight has, which is never open."""
+    """A side that is not open."""
     assert isinstance(side, int)
     return side
 
@@ -191,7 +184,7 @@ def _unfold_weight(conv: ir.Node, dequantize: ir.Node) -> ir.Value:
     assert codes is not None
     matrix = np.ascontiguousarray(array.transpose(2, 3, 1, 0).reshape(-1, len(array)))
     value = _constant(conv, matrix, str(codes.name))
-    return _add(conv, "DequantizeLinear", [value, scale], f"{codes.name}{MATRIX}", matrix.shape, axis=1)
+    return add_node("DequantizeLinear", [value, scale], f"{codes.name}{MATRIX}", matrix.shape, conv, axis=1)
 
 
 def _widen(side: Side, more: int) -> Side:
@@ -203,24 +196,14 @@ def _reshape(conv: ir.Node, value: ir.Value, shape: tuple[Side, ...], name: str)
     if shape == get_shape(value):
         return value
     sides = _constant(conv, np.array([0, *map(get_int, shape[1:])], np.int64), f"{name}_shape")
-    result = _add(conv, "Reshape", [value, sides], name, shape)
-    result.type = value.type
-    return result
-
-
-def _add(
-    conv: ir.Node, op: str, inputs: list[ir.Value | None], name: str, shape: tuple[Side, ...], **attributes: Any
-) -> ir.Value:
-    return add_node(op, inputs, name, shape, conv, **attributes)
+    assert value.dtype is not None
+    return add_node("Reshape", [value, sides], name, shape, conv, dtype=value.dtype)
 
 
 def _code(
     conv: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, shape: tuple[Side, ...], **attributes: Any
 ) -> ir.Value:
-    """As ``_add``, of integer codes."""
-    value = add_node(op, list(inputs), name, shape, conv, **attributes)
-    value.type = ir.TensorType(ir.DataType.UINT8)
-    return value
+    return add_node(op, list(inputs), name, shape, conv, dtype=ir.DataType.UINT8, **attributes)
 
 
 def _constant(conv: ir.Node, array: AnyArray, name: str) -> ir.Value:

@@ -155,7 +155,7 @@ class QuantConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, layer: LayerQuant, numerics: Numerics) -> None:
         super().__init__()
-        quantize_output = numerics.conv_output_quantized and layer.output is not None and layer.passes == 1
+        quantize_output = numerics.conv_output_quantized and layer.rounds_output
         if numerics.conv_output_quantized and not quantize_output and conv.groups != 1:
             raise TableError("the target needs the output range of a convolution in groups, which the table lacks")
         self.input_quant = InputQuant(layer, numerics)

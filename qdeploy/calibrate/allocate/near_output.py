@@ -12,8 +12,8 @@ from itertools import takewhile
 
 from torch import nn
 
+from qdeploy.calibrate.ranges.observe import needs_output_range
 from qdeploy.models.components import LayerCall
-from qdeploy.simulate.layers import is_pointwise
 
 
 def find_full_size(calls: Sequence[LayerCall]) -> frozenset[str]:
@@ -35,7 +35,7 @@ def find_last_merge(groups: Sequence[Sequence[LayerCall]], calls: Sequence[Layer
 
 def is_spatial(module: nn.Module) -> bool:
     """Whether it is a convolution over a neighbourhood, in one group."""
-    return isinstance(module, nn.Conv2d) and not is_pointwise(module) and module.groups == 1
+    return isinstance(module, nn.Conv2d) and needs_output_range(module) and module.groups == 1
 
 
 def count_positions(call: LayerCall) -> int:

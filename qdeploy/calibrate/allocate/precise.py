@@ -11,8 +11,8 @@ from qdeploy.artifacts.table import ComponentQuant, LayerQuant
 from qdeploy.calibrate.allocate.knapsack import Choice, solve_knapsack
 from qdeploy.calibrate.allocate.sensitivity import measure_noise, sqnr_from_noise
 from qdeploy.calibrate.component import CalibratedComponent
+from qdeploy.calibrate.ranges.observe import needs_output_range
 from qdeploy.models.components import LayerCall
-from qdeploy.simulate.layers import is_pointwise
 
 # What each way costs besides the layer's own time, in its MACs; measured on ONNX Runtime, docs/design/sensitivity.md
 PRODUCT_TWO_PASSES = 1.0
@@ -72,12 +72,11 @@ def choose_precise_layers(
 def list_ways(call: LayerCall, layer: LayerQuant, has_own_input: bool) -> list[Way]:
     """The layer as it is, then all that are more precise."""
     ways = [Way(layer)]
-    is_product = isinstance(call.module, nn.Linear) or is_pointwise(call.module)
     if isinstance(call.module, nn.Conv2d) and call.module.groups != 1:
         return ways
     if layer.output is not None:
         ways.append(Way(layer.with_float_output(), FLOAT_OUTPUT))
     if has_own_input and layer.passes == 1 and not layer.first_token_float:
-        cost = PRODUCT_TWO_PASSES if is_product else CONVOLUTION_TWO_PASSES
+        cost = CONVOLUTION_TWO_PASSES if needs_output_range(call.module) else PRODUCT_TWO_PASSES
         ways.append(Way(replace(layer.with_float_output(), passes=2), cost))
     return ways

@@ -111,8 +111,7 @@ class QuantizedCopy:
 
     def __init__(self, module: Layer, layer: LayerQuant) -> None:
         self.module, self.layer = module, layer.in_half_range()
-        has_output = layer.output is not None and layer.passes == 1  # Q after a convolution
-        numerics = replace(CALIBRATION_NUMERICS, conv_output_quantized=has_output)
+        numerics = replace(CALIBRATION_NUMERICS, conv_output_quantized=layer.rounds_output)
         self.quantized = build_quant_layer(module, self.layer, numerics)
         assert isinstance(self.quantized.input_quant, InputQuant)
         self.input_quant = self.quantized.input_quant
