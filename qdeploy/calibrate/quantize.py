@@ -58,7 +58,7 @@ def quantize_model(
     components: dict[str, ComponentQuant] = {}  # a decoder sees its pictures before a UNet has its codes
     for name in sorted(names, key=model.count_weights):
         quant = quantize_component(model, name, calibration, spec, on_progress, work)
-        components[name] = record_sqnr(model, name, quant, probes[name])
+        components[name] = record_sqnr(model, name, quant, probes[name], on_progress)
         return_freed_memory()
     components = {name: components[name] for name in names}
     provenance = {
@@ -74,11 +74,13 @@ def quantize_model(
     return QuantTable(components, model.source, model.sha256, provenance, probes, correction)
 
 
-def record_sqnr(model: LatentDiffusion, name: str, quant: ComponentQuant, probes: Sequence[Feeds]) -> ComponentQuant:
+def record_sqnr(
+    model: LatentDiffusion, name: str, quant: ComponentQuant, probes: Sequence[Feeds], on_progress: OnProgress
+) -> ComponentQuant:
     """``quant`` with the SQNR that it has on its probes now; an export that has much less is refused."""
     component = model.component(name)
     simulator = build_simulator(component, quant, CALIBRATION_NUMERICS)
-    return replace(quant, simulator_sqnr_db=measure_sqnr(component, simulator, probes))
+    return replace(quant, simulator_sqnr_db=measure_sqnr(component, simulator, probes, on_progress, name))
 
 
 def quantize_component(

@@ -89,7 +89,7 @@ def export_bundle(
             quant = None if table is None else table.components.get(name)
             probes = [] if table is None else table.probes.get(name, [])
             infos[name] = export_component(
-                model, name, quant, probes, target, folder / name, open_dims, sizes, min_sqnr_db
+                model, name, quant, probes, target, folder / name, open_dims, sizes, min_sqnr_db, on_progress
             )
         if build and target.plans is not None:
             target.plans.build([folder / info.file for info in infos.values()], on_progress)
@@ -129,6 +129,7 @@ def export_component(
     open_dims: OpenDims = STATIC,
     sizes: ProfileSizes | None = None,
     min_sqnr_db: float | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> ComponentInfo:
     """Trace, lower and save one component to ``folder``; audit it and compare it when quantized."""
     float_component = model.component(name)
@@ -172,11 +173,11 @@ def export_component(
     if quant is not None:
         info = run_audit(info, path, target, quant)
     feed_sets = [feeds, [open_dims.vary_feeds(feeds[0], multiple)]] if open_dims else [feeds]
-    expected = [compute_expected(float_component, component, probes) for probes in feed_sets]
+    expected = [compute_expected(float_component, component, probes, on_progress, name) for probes in feed_sets]
     del component
     release_memory()  # the simulator's memory, before the engine needs as much
     least_db = None if quant is None else choose_least_sqnr(quant.simulator_sqnr_db, min_sqnr_db)
-    return check_parity(info, path, target, least_db, expected)
+    return check_parity(info, path, target, least_db, expected, on_progress)
 
 
 def choose_unguided(model: LatentDiffusion, table: QuantTable | None, requested: bool | None) -> bool:
@@ -220,7 +221,12 @@ def run_audit(info: ComponentInfo, path: Path, target: Target, quant: ComponentQ
 
 
 def check_parity(
-    info: ComponentInfo, path: Path, target: Target, least_db: float | None, expected: Sequence[ExpectedOutputs]
+    info: ComponentInfo,
+    path: Path,
+    target: Target,
+    least_db: float | None,
+    expected: Sequence[ExpectedOutputs],
+    on_progress: OnProgress = ignore_progress,
 ) -> ComponentInfo:
     """``info`` with the engine's distance from simulator and float model; ParityError where it is too large.
 
@@ -233,11 +239,11 @@ def check_parity(
         largest_weight_code=info.largest_weight_code, simulate_qdq=stand_in is not None and stand_in.simulate_qdq
     )
     session = load_engine(info.parity_engine or target.engine).open_session(path, options)
+    name = path.parent.name
     try:
-        parities = [parity for outputs in expected for parity in measure_parities(outputs, session)]
+        parities = [parity for outputs in expected for parity in measure_parities(outputs, session, on_progress, name)]
     finally:
         session.close()
-    name = path.parent.name
     for parity in parities:
         if least_db is not None:
             parity.check_quality(name, least_db)

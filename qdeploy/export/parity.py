@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from qdeploy.base.errors import ParityError
 from qdeploy.base.numerics import sqnr_db
+from qdeploy.base.progress import OnProgress, ignore_progress
 from qdeploy.engines.base import Session
 from qdeploy.models.components import TorchComponent
-from qdeploy.simulate.compare import Outputs, Probes, compute_outputs, join_calls
+from qdeploy.simulate.compare import Outputs, Probes, compute_both, join_calls
 from qdeploy.targets.base import ParityLimits
 
 # The absolute side. An output of zeros is at 0 dB, an unrelated one of the same power at -3: below the floor the error
@@ -78,18 +79,26 @@ class ExpectedOutputs:
     simulator: Sequence[Outputs]
 
 
-def compute_expected(float_component: TorchComponent, simulator: TorchComponent, probes: Probes) -> ExpectedOutputs:
+def compute_expected(
+    float_component: TorchComponent,
+    simulator: TorchComponent,
+    probes: Probes,
+    on_progress: OnProgress = ignore_progress,
+    name: str = "component",
+) -> ExpectedOutputs:
     """Run both on the probes, until there are enough output values; ``simulator`` may be ``float_component``."""
-    reference = compute_outputs(float_component, probes)
-    used = probes[: len(reference)]
-    return ExpectedOutputs(
-        used, reference, reference if simulator is float_component else compute_outputs(simulator, used)
-    )
+    reference, simulated = compute_both(float_component, simulator, probes, on_progress, name)
+    return ExpectedOutputs(probes[: len(reference)], reference, simulated)
 
 
-def measure_parities(expected: ExpectedOutputs, session: Session) -> list[Parity]:
+def measure_parities(
+    expected: ExpectedOutputs, session: Session, on_progress: OnProgress = ignore_progress, name: str = "component"
+) -> list[Parity]:
     """Run the engine on the same probes; one figure for each of the component's outputs, in their order."""
-    engine = [tuple(session.run(feeds).values()) for feeds in expected.probes]
+    engine: list[Outputs] = []
+    for feeds in expected.probes:
+        engine.append(tuple(session.run(feeds).values()))
+        on_progress(f"{name}: engine", len(engine), len(expected.probes))
     joined = zip(*map(join_calls, (expected.reference, expected.simulator, engine)), strict=True)
     return [
         Parity(sqnr_db(simulator, output), sqnr_db(reference, simulator), sqnr_db(reference, output))
